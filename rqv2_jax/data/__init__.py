@@ -1,0 +1,1 @@
+"""From files to packed arrays. Nothing in here imports jax."""

@@ -1,0 +1,132 @@
+"""Ranking losses on arrays of scores, in float32, with finite gradients for any finite scores.
+
+Shape suffixes: B lists (queries), P passages of a list, N all passages of the batch.
+"""
+
+import jax
+import jax.numpy as jnp
+
+KL_DIRECTIONS = ("retriever_to_reranker", "reranker_to_retriever")
+KL_REDUCTIONS = ("sum", "mean_per_list", "mean_per_candidate")
+RERANKER_LOSSES = ("listwise", "pointwise")
+
+
+def _log_softmax(scores_BxP, where_BxP):
+    """Log-probabilities over the valid passages; those left out get a large negative, finite one."""
+    # Far below every valid score, so that left-out passages take no probability however low those are.
+    lowest = jnp.finfo(jnp.float32).min / 4
+    return jax.nn.log_softmax(jnp.where(where_BxP, scores_BxP.astype(jnp.float32), lowest))
+
+
+def _mean(values_B, valid_B):
+    return jnp.sum(jnp.where(valid_B, values_B, 0.0)) / jnp.maximum(jnp.sum(valid_B), 1)
+
+
+def listwise(scores_BxP, positive_BxP, *, where_BxP):
+    """Listwise cross-entropy (paper eq. 5): mean over lists of -log softmax of the positive.
+
+    Args:
+      scores_BxP: scores of any float type.
+      positive_BxP: which passage is the positive; lists without one count for nothing.
+      where_BxP: which passages exist; the others neither score nor get a gradient.
+
+    Returns:
+      A float32 scalar.
+    """
+    positive_BxP = positive_BxP & where_BxP
+    log_p_BxP = _log_softmax(scores_BxP, where_BxP)
+    loss_B = -jnp.sum(jnp.where(positive_BxP, log_p_BxP, 0.0), axis=-1)
+    count_B = jnp.sum(positive_BxP, axis=-1)
+    return _mean(loss_B / jnp.maximum(count_B, 1), count_B > 0)
+
+
+def pointwise(scores_BxP, positive_BxP, *, where_BxP):
+    """Binary cross-entropy of every passage on its own, mean over the passages that exist."""
+    scores_BxP = scores_BxP.astype(jnp.float32)
+    signed_BxP = jnp.where(positive_BxP, scores_BxP, -scores_BxP)
+    return _mean(-jax.nn.log_sigmoid(jnp.where(where_BxP, signed_BxP, 0.0)), where_BxP)
+
+
+def kl(p_log_BxP, q_log_BxP, *, where_BxP):
+    """KL(p || q) of every list [B] from log-probabilities."""
+    p_BxP = jnp.exp(p_log_BxP)
+    return jnp.sum(jnp.where(where_BxP, p_BxP * (p_log_BxP - q_log_BxP), 0.0), axis=-1)
+
+
+def entropy(log_p_BxP, *, where_BxP):
+    """Entropy of every list [B] in nats, from log-probabilities."""
+    return -jnp.sum(jnp.where(where_BxP, jnp.exp(log_p_BxP) * log_p_BxP, 0.0), axis=-1)
+
+
+def joint_distillation(
+    retriever_BxP,
+    reranker_BxP,
+    positive_BxP,
+    *,
+    where_BxP,
+    kl_weight,
+    kl_direction,
+    kl_reduction,
+    teacher_gradient,
+    temperature,
+    reranker_loss,
+):
+    """Dynamic listwise distillation (paper eq. 4 to 6): KL between the models + supervised re-ranker.
+
+    Args:
+      retriever_BxP: retriever scores (dot products).
+      reranker_BxP: re-ranker scores (logits) of the same passages.
+      positive_BxP: the labelled passage of each list.
+      where_BxP: which passages exist.
+      kl_weight: factor of the KL term; the paper's is 1.
+      kl_direction: "retriever_to_reranker" is KL(retriever || re-ranker) (paper eq. 4),
+        "reranker_to_retriever" is KL(re-ranker || retriever) (the released code).
+      kl_reduction: "sum" over lists (paper), "mean_per_list", or "mean_per_candidate" over all
+        passages that exist (the released code).
+      teacher_gradient: whether the KL term changes the re-ranker too (implied by the paper) or only
+        the retriever (the released code).
+      temperature: both score lists are divided by it inside the KL term.
+      reranker_loss: "listwise" (paper eq. 5) or "pointwise" (its ablation).
+
+    Returns:
+      (loss, terms): a float32 scalar, and the scalars worth watching: both loss terms and the mean
+      entropy in nats of both distributions, which near 0 means a saturated, frozen softmax.
+
+    Raises:
+      ValueError: an unknown choice.
+    """
+    for name, value, known in (
+        ("kl_direction", kl_direction, KL_DIRECTIONS),
+        ("kl_reduction", kl_reduction, KL_REDUCTIONS),
+        ("reranker_loss", reranker_loss, RERANKER_LOSSES),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} is {value!r}; choose one of {known}")
+
+    retriever_log_BxP = _log_softmax(retriever_BxP / temperature, where_BxP)
+    reranker_log_BxP = _log_softmax(reranker_BxP / temperature, where_BxP)
+    teacher_log_BxP = (
+        reranker_log_BxP if teacher_gradient else jax.lax.stop_gradient(reranker_log_BxP)
+    )
+    if kl_direction == "retriever_to_reranker":
+        kl_B = kl(retriever_log_BxP, teacher_log_BxP, where_BxP=where_BxP)
+    else:
+        kl_B = kl(teacher_log_BxP, retriever_log_BxP, where_BxP=where_BxP)
+    valid_B = jnp.any(where_BxP, axis=-1)
+    kl_term = {
+        "sum": lambda: jnp.sum(kl_B),
+        "mean_per_list": lambda: _mean(kl_B, valid_B),
+        "mean_per_candidate": lambda: jnp.sum(kl_B) / jnp.maximum(jnp.sum(where_BxP), 1),
+    }[kl_reduction]()
+
+    supervised = {"listwise": listwise, "pointwise": pointwise}[reranker_loss]
+    supervised_term = supervised(reranker_BxP, positive_BxP, where_BxP=where_BxP)
+    loss = kl_weight * kl_term + supervised_term
+    terms = {
+        "loss": loss,
+        "kl": kl_term,
+        "supervised": supervised_term,
+        "retriever_entropy": _mean(entropy(retriever_log_BxP, where_BxP=where_BxP), valid_B),
+        "reranker_entropy": _mean(entropy(reranker_log_BxP, where_BxP=where_BxP), valid_B),
+    }
+    return loss, terms

@@ -1,0 +1,1 @@
+"""From parameters to ranked passages: encode, search, re-rank."""

@@ -1,0 +1,197 @@
+"""A Hugging Face BERT or ERNIE folder (`config.json`, `model.safetensors`, tokenizer) to params.
+
+Strict: every tensor of the file is used once or is one of the heads this package has no use for, every
+param of the encoder comes from the file, and every shape is what `config.json` promises.
+"""
+
+import importlib.util
+import json
+import pathlib
+import re
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from rqv2_jax import bert
+from rqv2_jax.errors import InputError
+
+# A dense retriever reads the raw hidden state, so pooler and pre-training heads are not wanted.
+UNWANTED = re.compile(r"(pooler|cls|classifier|lm_head|ernie_cls)\..*|embeddings\.position_ids")
+
+# Ours -> theirs. "{}" is the layer number; several names are joined along the last axis.
+EMBEDDINGS = {
+    ("word", "embedding"): "embeddings.word_embeddings.weight",
+    ("position", "embedding"): "embeddings.position_embeddings.weight",
+    ("type", "embedding"): "embeddings.token_type_embeddings.weight",
+    ("norm", "scale"): "embeddings.LayerNorm.weight",
+    ("norm", "bias"): "embeddings.LayerNorm.bias",
+}
+TASK_EMBEDDING = "embeddings.task_type_embeddings.weight"
+LAYER = "encoder.layer.{}."
+ATTENTION = LAYER + "attention."
+LAYERS = {
+    ("qkv", "kernel"): tuple(ATTENTION + f"self.{x}.weight" for x in ("query", "key", "value")),
+    ("qkv", "bias"): tuple(ATTENTION + f"self.{x}.bias" for x in ("query", "key", "value")),
+    ("attention_output", "kernel"): (ATTENTION + "output.dense.weight",),
+    ("attention_output", "bias"): (ATTENTION + "output.dense.bias",),
+    ("norm_1", "scale"): (ATTENTION + "output.LayerNorm.weight",),
+    ("norm_1", "bias"): (ATTENTION + "output.LayerNorm.bias",),
+    ("intermediate", "kernel"): (LAYER + "intermediate.dense.weight",),
+    ("intermediate", "bias"): (LAYER + "intermediate.dense.bias",),
+    ("output", "kernel"): (LAYER + "output.dense.weight",),
+    ("output", "bias"): (LAYER + "output.dense.bias",),
+    ("norm_2", "scale"): (LAYER + "output.LayerNorm.weight",),
+    ("norm_2", "bias"): (LAYER + "output.LayerNorm.bias",),
+}
+
+
+def find_folder(weights: str) -> pathlib.Path:
+    """The model folder `weights` names: a path, or an installed package that carries `model/`.
+
+    Raises:
+      InputError: neither exists, or a file is missing from the folder.
+    """
+    folder = pathlib.Path(weights)
+    if not folder.is_dir():
+        spec = importlib.util.find_spec(weights) if weights.isidentifier() else None
+        if spec is None or spec.origin is None:
+            raise InputError(
+                f"config.model.weights: {weights!r} is neither a folder nor an installed package; "
+                "give a Hugging Face BERT folder with config.json, model.safetensors and tokenizer"
+            )
+        folder = pathlib.Path(spec.origin).parent / "model"
+    for name in ("config.json", "model.safetensors"):
+        if not (folder / name).is_file():
+            raise InputError(
+                f"{folder / name}: missing; save the model with transformers' "
+                "save_pretrained(folder, safe_serialization=True)"
+            )
+    return folder
+
+
+def read_config(
+    folder: pathlib.Path, *, num_layers: int, dropout: float, dtype: str
+) -> bert.BertConfig:
+    """`config.json` as a `BertConfig`, cut to the first `num_layers` layers.
+
+    Raises:
+      InputError: no JSON, another architecture, a missing field, or more layers than there are.
+    """
+    path = folder / "config.json"
+    try:
+        hf = json.loads(path.read_text())
+    except json.JSONDecodeError as e:
+        raise InputError(f"{path}:{e.lineno}: not JSON ({e.msg}); restore the model's file") from e
+    if hf.get("model_type") not in ("bert", "ernie"):
+        raise InputError(
+            f"{path}: model_type is {hf.get('model_type')!r}; only 'bert' and 'ernie' are understood"
+        )
+    if hf.get("position_embedding_type") not in (None, "absolute"):
+        raise InputError(f"{path}: position_embedding_type must be 'absolute'")
+    try:
+        config = bert.BertConfig(
+            vocab_size=hf["vocab_size"],
+            hidden_size=hf["hidden_size"],
+            num_layers=num_layers,
+            num_heads=hf["num_attention_heads"],
+            intermediate_size=hf["intermediate_size"],
+            max_positions=hf["max_position_embeddings"],
+            type_vocab_size=hf["type_vocab_size"],
+            layer_norm_eps=hf["layer_norm_eps"],
+            activation=hf["hidden_act"],
+            dropout=dropout,
+            initializer_range=hf["initializer_range"],
+            dtype=dtype,
+        )
+        available = hf["num_hidden_layers"]
+    except KeyError as e:
+        raise InputError(f"{path}: has no key {e}; restore the model's own config.json") from e
+    if config.activation not in bert.ACTIVATIONS:
+        raise InputError(
+            f"{path}: hidden_act {config.activation!r} is not one of {sorted(bert.ACTIVATIONS)}"
+        )
+    if not 1 <= num_layers <= available:
+        raise InputError(
+            f"config.model.num_layers is {num_layers}, but {path} has {available} layers; "
+            f"give 1 to {available}"
+        )
+    return config
+
+
+def _read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """All tensors under their names without the `bert.` or `ernie.` prefix."""
+    try:
+        with safe_open(path, framework="flax") as f:
+            tensors = {name: np.asarray(f.get_tensor(name)) for name in f.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as e:
+        raise InputError(f"{path}: not a readable safetensors file ({e}); copy it again") from e
+    named = {}
+    for name, tensor in tensors.items():
+        name = re.sub(r"^(bert|ernie)\.", "", name)
+        name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
+        named[name.replace("LayerNorm.beta", "LayerNorm.bias")] = tensor
+    return named
+
+
+def load_encoder(folder: pathlib.Path, config: bert.BertConfig) -> dict:
+    """Encoder params in the layout of `bert.Encoder`: float32 numpy, layers stacked on axis 0.
+
+    Raises:
+      InputError: a tensor is missing, misshapen, not finite, or one nobody asked for.
+    """
+    path = folder / "model.safetensors"
+    tensors = _read_tensors(path)
+    d, f = config.hidden_size, config.intermediate_size
+    widths = {"intermediate": (d, f), "output": (f, d)}
+
+    def take(name, shape):
+        if name not in tensors:
+            raise InputError(f"{path}: tensor {name!r} is missing; is this file of another model?")
+        tensor = tensors.pop(name).astype(np.float32)
+        if tensor.shape != shape:
+            raise InputError(
+                f"{path}: tensor {name!r} has shape {list(tensor.shape)}, but config.json "
+                f"promises {list(shape)}; use the config.json that belongs to it"
+            )
+        if not np.isfinite(tensor).all():
+            raise InputError(f"{path}: tensor {name!r} holds NaN or infinite values; copy it again")
+        return tensor
+
+    rows = {
+        "word": config.vocab_size,
+        "position": config.max_positions,
+        "type": config.type_vocab_size,
+    }
+    embeddings: dict = {}
+    for (module, leaf), name in EMBEDDINGS.items():
+        shape = (rows[module], d) if module in rows else (d,)
+        embeddings.setdefault(module, {})[leaf] = take(name, shape)
+    if TASK_EMBEDDING in tensors:
+        # ERNIE 2.0 adds a task embedding to every token; fine-tuning always uses task 0.
+        task = take(TASK_EMBEDDING, (len(tensors[TASK_EMBEDDING]), d))
+        embeddings["type"]["embedding"] += task[0]
+
+    layers: dict = {}
+    for (module, leaf), names in LAYERS.items():
+        d_in, d_out = widths.get(module, (d, d))
+
+        def one(name, layer, leaf=leaf, d_in=d_in, d_out=d_out):
+            name = name.format(layer)
+            return take(name, (d_out, d_in)).T if leaf == "kernel" else take(name, (d_out,))
+
+        layers.setdefault(module, {})[leaf] = np.stack(
+            [
+                np.concatenate([one(name, layer) for name in names], axis=-1)
+                for layer in range(config.num_layers)
+            ]
+        )
+
+    layer_of = re.compile(r"encoder\.layer\.(\d+)\..*")
+    for name in tensors:
+        layer = layer_of.fullmatch(name)
+        if not UNWANTED.fullmatch(name) and not (layer and int(layer[1]) >= config.num_layers):
+            raise InputError(
+                f"{path}: tensor {name!r} belongs to no part of a BERT encoder; "
+                "only BERT and ERNIE folders can be used"
+            )
+    return {"embeddings": embeddings, "layers": layers}
