@@ -1,0 +1,255 @@
+"""The token store: every text tokenised once, into flat memory-mapped arrays with offsets.
+
+Layout of a store folder:
+
+    manifest.json                                  tokeniser and source hashes, counts, format
+    passages/{titles,texts}.bin, .offsets.npy      token numbers end to end; where each text starts
+    passages/ids.json                              the user's ids, one JSON string a line, by row
+    <split>/queries.bin, .offsets.npy, ids.json    the queries of a split
+    <split>/qrels.npy                              [3, N] query row, passage row, relevance
+
+Ids stay the user's strings in ids.json and are row numbers everywhere else.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import tqdm
+
+from rqv2_jax.data import collection as collection_lib
+from rqv2_jax.errors import InputError
+
+FORMAT = 1
+CHUNK = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Texts:
+    """Tokenised texts: text i is `tokens[offsets[i] : offsets[i + 1]]`."""
+
+    tokens: np.ndarray
+    offsets: np.ndarray
+
+    def __len__(self):
+        return len(self.offsets) - 1
+
+    def lengths(self, rows: np.ndarray) -> np.ndarray:
+        """Number of tokens of each text in `rows` (any shape)."""
+        return self.offsets[rows + 1] - self.offsets[rows]
+
+
+@dataclasses.dataclass(frozen=True)
+class Queries:
+    """The queries of one split with their labels: `qrels_3xN` = query row, passage row, relevance."""
+
+    texts: Texts
+    ids: list[str]
+    qrels_3xN: np.ndarray
+
+    def positives(self) -> np.ndarray:
+        """The relevant pairs [2, N]: query row, passage row."""
+        return self.qrels_3xN[:2, self.qrels_3xN[2] > 0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Store:
+    """An opened token store. `splits` maps train, dev, test to their queries."""
+
+    titles: Texts
+    texts: Texts
+    passage_ids: list[str]
+    splits: dict[str, Queries]
+    fingerprint: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+    """A fast Hugging Face tokenizer and the hash of the files it was read from.
+
+    `encode` turns texts into token numbers without special tokens, not truncated.
+    """
+
+    encode: Callable[[list[str]], list[list[int]]]
+    fingerprint: str
+    vocab_size: int
+    cls: int
+    sep: int
+
+
+def load_tokenizer(folder: pathlib.Path, vocab_size: int) -> Tokenizer:
+    """The tokenizer of a model folder.
+
+    Raises:
+      InputError: there is none, it lacks [CLS] or [SEP], or it has more tokens than the model.
+    """
+    # Slow to import, and needed by few stages.
+    import transformers
+
+    names = ("tokenizer.json", "vocab.txt", "tokenizer_config.json", "special_tokens_map.json")
+    files = [folder / name for name in names if (folder / name).is_file()]
+    if not {"tokenizer.json", "vocab.txt"} & {f.name for f in files}:
+        raise InputError(f"{folder}: has no tokenizer.json or vocab.txt; copy the model's tokenizer")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (ValueError, OSError, KeyError) as e:
+        reason = " ".join(str(e).split())[:200]
+        raise InputError(f"{folder}: its tokenizer cannot be read ({reason}); copy it again") from e
+    if tokenizer.cls_token_id is None or tokenizer.sep_token_id is None:
+        raise InputError(f"{folder}: the tokenizer has no [CLS] and [SEP]; use a BERT tokenizer")
+    if len(tokenizer) > vocab_size:
+        raise InputError(
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model only {vocab_size}; "
+            "use the tokenizer that belongs to the model"
+        )
+    digest = hashlib.sha256()
+    for f in files:
+        digest.update(f.name.encode() + b"\0" + f.read_bytes())
+
+    def encode(texts):
+        return tokenizer(
+            texts, add_special_tokens=False, truncation=False, padding=False, verbose=False
+        )["input_ids"]
+
+    return Tokenizer(
+        encode,
+        digest.hexdigest()[:16],
+        len(tokenizer),
+        tokenizer.cls_token_id,
+        tokenizer.sep_token_id,
+    )
+
+
+class _TextsWriter:
+    """Appends tokenised texts to `<path>.bin`; `close` writes the offsets beside it."""
+
+    def __init__(self, path: pathlib.Path, tokenizer: Tokenizer):
+        self.path, self.tokenizer = path, tokenizer
+        self.dtype = _dtype(tokenizer.vocab_size)
+        self.lengths: list[np.ndarray] = []
+        self.file = open(f"{path}.bin", "wb")  # noqa: SIM115 (closed by close)
+
+    def add(self, texts: list[str]):
+        tokens = self.tokenizer.encode(texts)
+        self.lengths.append(np.array([len(t) for t in tokens]))
+        np.fromiter(itertools.chain.from_iterable(tokens), self.dtype).tofile(self.file)
+
+    def close(self):
+        self.file.close()
+        lengths = np.concatenate([[0], *self.lengths]).astype(np.int64)
+        np.save(f"{self.path}.offsets.npy", np.cumsum(lengths))
+
+
+def _dtype(vocab_size: int):
+    return np.uint16 if vocab_size <= 2**16 else np.uint32
+
+
+def _chunks(items: Iterable, size: int):
+    items = iter(items)
+    while chunk := list(itertools.islice(items, size)):
+        yield chunk
+
+
+def _write_ids(path: pathlib.Path, ids: Iterable[str]):
+    path.write_text("".join(json.dumps(i) + "\n" for i in ids))
+
+
+def prepare(collection: collection_lib.Collection, tokenizer: Tokenizer, folder: pathlib.Path):
+    """Builds the token store of a collection in `folder`, or keeps one that is up to date.
+
+    A store made by another tokeniser, from other files or in another format is rebuilt. It appears
+    under its name only when complete.
+
+    Raises:
+      InputError: whatever the readers find wrong with the files.
+    """
+    manifest = {
+        "format": FORMAT,
+        "collection": collection.name,
+        "source": collection.fingerprint,
+        "tokenizer": tokenizer.fingerprint,
+        "dtype": np.dtype(_dtype(tokenizer.vocab_size)).name,
+        "splits": list(collection.splits),
+    }
+    path = folder / "manifest.json"
+    if path.is_file():
+        existing = json.loads(path.read_text())
+        if {**existing, **manifest} == existing:
+            return
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    (partial / "passages").mkdir(parents=True)
+
+    passage_rows: dict[str, int] = {}
+    titles = _TextsWriter(partial / "passages/titles", tokenizer)
+    texts = _TextsWriter(partial / "passages/texts", tokenizer)
+    with tqdm.tqdm(desc="tokenise passages", unit=" passages") as bar:
+        for chunk in _chunks(collection.passages(), CHUNK):
+            passage_rows.update((p.id, len(passage_rows) + i) for i, p in enumerate(chunk))
+            titles.add([p.title for p in chunk])
+            texts.add([p.text for p in chunk])
+            bar.update(len(chunk))
+    titles.close()
+    texts.close()
+    if not passage_rows:
+        raise InputError(f"{collection.name}: the corpus is empty; give at least one passage")
+    _write_ids(partial / "passages/ids.json", passage_rows)
+
+    for split in collection.splits:
+        (partial / split).mkdir()
+        query_rows: dict[str, int] = {}
+        queries = _TextsWriter(partial / split / "queries", tokenizer)
+        for chunk in _chunks(collection.queries(split), CHUNK):
+            query_rows.update((q.id, len(query_rows) + i) for i, q in enumerate(chunk))
+            queries.add([q.text for q in chunk])
+        queries.close()
+        _write_ids(partial / split / "ids.json", query_rows)
+        rows = collection_lib.check_qrels(collection.qrels(split), query_rows, passage_rows)
+        np.save(partial / split / "qrels.npy", np.stack([np.asarray(r, np.int64) for r in rows]))
+        manifest[f"{split}_queries"] = len(query_rows)
+    manifest["passages"] = len(passage_rows)
+    (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+
+
+def open_store(folder: pathlib.Path) -> Store:
+    """Opens a store; token arrays stay on disk until they are read.
+
+    Raises:
+      InputError: there is no store in `folder`.
+    """
+    path = folder / "manifest.json"
+    if not path.is_file():
+        raise InputError(f"{folder}: holds no token store; run rqv2_jax.main on this workdir first")
+    manifest = json.loads(path.read_text())
+
+    def texts(name):
+        file = folder / f"{name}.bin"
+        # An empty file cannot be mapped: a corpus may well have no titles at all.
+        empty = file.stat().st_size == 0
+        tokens = np.zeros(0, manifest["dtype"]) if empty else np.memmap(file, manifest["dtype"], "r")
+        return Texts(tokens, np.load(folder / f"{name}.offsets.npy"))
+
+    def ids(name):
+        with (folder / name / "ids.json").open() as f:
+            return [json.loads(line) for line in f]
+
+    return Store(
+        titles=texts("passages/titles"),
+        texts=texts("passages/texts"),
+        passage_ids=ids("passages"),
+        splits={
+            split: Queries(
+                texts(f"{split}/queries"), ids(split), np.load(folder / split / "qrels.npy")
+            )
+            for split in manifest["splits"]
+        },
+        fingerprint=f"{manifest['source']}-{manifest['tokenizer']}",
+    )
