@@ -64,7 +64,6 @@ def joint_distillation(
     positive_BxP,
     *,
     where_BxP,
-    kl_weight,
     kl_direction,
     kl_reduction,
     teacher_gradient,
@@ -78,7 +77,6 @@ def joint_distillation(
       reranker_BxP: re-ranker scores (logits) of the same passages.
       positive_BxP: the labelled passage of each list.
       where_BxP: which passages exist.
-      kl_weight: factor of the KL term; the paper's is 1.
       kl_direction: "retriever_to_reranker" is KL(retriever || re-ranker) (paper eq. 4),
         "reranker_to_retriever" is KL(re-ranker || retriever) (the released code).
       kl_reduction: "sum" over lists (paper), "mean_per_list", or "mean_per_candidate" over all
@@ -121,7 +119,7 @@ def joint_distillation(
 
     supervised = {"listwise": listwise, "pointwise": pointwise}[reranker_loss]
     supervised_term = supervised(reranker_BxP, positive_BxP, where_BxP=where_BxP)
-    loss = kl_weight * kl_term + supervised_term
+    loss = kl_term + supervised_term
     terms = {
         "loss": loss,
         "kl": kl_term,

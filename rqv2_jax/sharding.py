@@ -1,0 +1,150 @@
+"""The mesh and every sharding.
+
+Two mesh axes: lists are split over both, `data` and `fsdp`; params and optimizer state are split over
+`fsdp` alone, each leaf along its largest dimension that divides. A step gathers the params it needs,
+computes its own lists' scores, gathers those few numbers, and sees the loss of the global batch; one
+reduction of the gradients ends the step.
+"""
+
+import dataclasses
+from functools import partial
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from rqv2_jax.errors import InputError
+
+AXES = ("data", "fsdp")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sharding:
+    """A mesh of `data * fsdp` devices; `shards` of the batch lie one on each."""
+
+    mesh: Mesh
+
+    @property
+    def shards(self) -> int:
+        """How many parts a batch is split into."""
+        return self.mesh.size
+
+    @property
+    def batch(self) -> NamedSharding:
+        """Of arrays whose leading axis counts shards."""
+        return NamedSharding(self.mesh, P(AXES))
+
+    def put_params(self, params):
+        """Params (or any state) on the devices, each leaf split over `fsdp` where it divides."""
+        return jax.device_put(params, self.of_params(params))
+
+    def of_params(self, params):
+        """The sharding of every leaf."""
+        return jax.tree.map(lambda x: NamedSharding(self.mesh, self._spec(x)), params)
+
+    def put_batch(self, batch):
+        """A batch on the devices; every leaf's leading axis counts shards."""
+        return jax.device_put(batch, self.batch)
+
+    def _spec(self, leaf) -> P:
+        parts = self.mesh.shape["fsdp"]
+        sizes = [(size, -i) for i, size in enumerate(leaf.shape) if size % parts == 0]
+        if parts == 1 or not sizes:
+            return P()
+        return P(*(None for _ in range(-max(sizes)[1])), "fsdp")
+
+    def _gather_params(self, params):
+        def gather(leaf, spec):
+            if not spec:
+                return leaf
+            return jax.lax.all_gather(leaf, "fsdp", axis=len(spec) - 1, tiled=True)
+
+        return lambda local: jax.tree.map(gather, local, jax.tree.map(self._spec, params))
+
+    def value_and_grad(self, loss_fn):
+        """`loss_fn(params, batch, key, gather) -> (loss, terms)` over all shards, with gradients.
+
+        `loss_fn` gets full params, one shard of the batch and a key of its own. It must pass its
+        scores through `gather` (which joins the shards along axis 0) before the loss, so that every
+        shard returns the same loss: that of the global batch.
+
+        Returns:
+          `f(params, batch, key) -> ((loss, terms), grads)`, grads sharded as the params.
+        """
+
+        def f(params, batch, key):
+            specs = jax.tree.map(self._spec, params)
+            gather_params = self._gather_params(params)
+
+            def local(params, batch, key):
+                key = jax.random.fold_in(key, jax.lax.axis_index(AXES))
+                batch = jax.tree.map(lambda x: x[0], batch)
+
+                def loss(params):
+                    return loss_fn(gather_params(params), batch, key, gather_shards)
+
+                value, grads = jax.value_and_grad(loss, has_aux=True)(params)
+                # The transpose of each gather sums over shards what every shard computed from the
+                # same loss, so the mean over shards is the gradient of that loss. A leaf split over
+                # fsdp has been summed over that axis on the way.
+                grads = jax.tree.map(
+                    lambda g, spec: (
+                        jax.lax.pmean(g, "data") / self.mesh.shape["fsdp"]
+                        if spec
+                        else jax.lax.pmean(g, AXES)
+                    ),
+                    grads,
+                    specs,
+                )
+                return value, grads
+
+            return jax.shard_map(
+                local,
+                mesh=self.mesh,
+                in_specs=(specs, P(AXES), P()),
+                out_specs=(P(), specs),
+                check_vma=False,
+            )(params, batch, key)
+
+        return f
+
+    def per_shard(self, fn):
+        """`fn(params, batch) -> [n, ...]` on every shard; the results joined along axis 0, jitted."""
+
+        @jax.jit
+        def f(params, batch):
+            gather_params = self._gather_params(params)
+
+            def local(params, batch):
+                return fn(gather_params(params), jax.tree.map(lambda x: x[0], batch))
+
+            return jax.shard_map(
+                local,
+                mesh=self.mesh,
+                in_specs=(jax.tree.map(self._spec, params), P(AXES)),
+                out_specs=P(AXES),
+                check_vma=False,
+            )(params, batch)
+
+        return f
+
+
+gather_shards = partial(jax.lax.all_gather, axis_name=AXES, axis=0, tiled=True)
+
+
+def make(data: int, fsdp: int) -> Sharding:
+    """A mesh over the first `data * fsdp` devices.
+
+    Raises:
+      InputError: there are not that many devices.
+    """
+    devices = jax.devices()
+    if data * fsdp > len(devices):
+        raise InputError(
+            f"config.mesh asks for {data} x {fsdp} devices, but there are {len(devices)}; "
+            "lower config.mesh.data or config.mesh.fsdp"
+        )
+    mesh = jax.make_mesh(
+        (data, fsdp), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices[: data * fsdp]
+    )
+    return Sharding(mesh)
