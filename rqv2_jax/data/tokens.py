@@ -54,8 +54,9 @@ class Queries:
     qrels_3xN: np.ndarray
 
     def positives(self) -> np.ndarray:
-        """The relevant pairs [2, N]: query row, passage row."""
-        return self.qrels_3xN[:2, self.qrels_3xN[2] > 0]
+        """The relevant pairs [2, N]: query row, passage row; sorted by query row."""
+        pairs_2xN = self.qrels_3xN[:2, self.qrels_3xN[2] > 0]
+        return pairs_2xN[:, np.argsort(pairs_2xN[0], kind="stable")]
 
 
 @dataclasses.dataclass(frozen=True)

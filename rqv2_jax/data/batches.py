@@ -1,0 +1,175 @@
+"""Batches through tf.data: batch s is a function of (lists, s), so a step number resumes a run.
+
+Every leaf has a leading axis that counts device shards; whole lists belong to one shard. Shape
+suffixes: S shards, L lists of the run in the order of training, P passages of a list, B lists of a
+shard, N sequences.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import tensorflow as tf
+
+from rqv2_jax.data import packing
+from rqv2_jax.data.inputs import Inputs
+from rqv2_jax.data.lists import Lists
+from rqv2_jax.data.tokens import Queries, Store
+from rqv2_jax.errors import InputError
+
+# The accelerators belong to JAX.
+tf.config.set_visible_devices([], "GPU")
+
+# Batches whose lengths are planned at once: bounds the memory of planning.
+PLANNED_AT_ONCE = 1024
+
+
+class ListBatches:
+    """The batches of a run: lists in order, `batch` a step, each model's inputs packed.
+
+    Args:
+      lists: all lists of the run; those beyond the last whole batch are left out.
+      models: which inputs to build: "retriever" (queries and passages), "reranker" (pairs), or both.
+      in_batch: labels over all passages of the batch [S, B, S*B*P] in place of each list's own
+        [S, B, P]; other positives of a query are masked out.
+      shards: device shards; must divide `batch`.
+      max_blocks: most shapes that one kind of input is laid into.
+
+    A batch is a dict: `queries`, `passages`, `pairs` (`packing.Packed`), `positive` and `where`.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        queries: Queries,
+        inputs: Inputs,
+        lists: Lists,
+        *,
+        batch: int,
+        models: tuple[str, ...],
+        in_batch: bool,
+        shards: int,
+        max_blocks: int,
+    ):
+        if batch % shards:
+            raise InputError(
+                f"a batch of {batch} lists cannot be split over {shards} devices; "
+                "make the stage's batch a multiple of config.mesh.data * config.mesh.fsdp"
+            )
+        if len(lists.query_rows_L) < batch:
+            raise InputError(
+                f"the stage has {len(lists.query_rows_L)} lists, fewer than one batch of {batch}; "
+                "lower the stage's batch or raise its epochs"
+            )
+        self.store, self.queries, self.inputs, self.lists = store, queries, inputs, lists
+        self.batch, self.models, self.in_batch, self.shards = batch, models, in_batch, shards
+        self.steps = len(lists.query_rows_L) // batch
+        self.shapes = {
+            kind: packing.plan(self._sorted_lengths(kind), max_blocks) for kind in self._kinds()
+        }
+
+    def _kinds(self):
+        retriever, reranker = ("queries", "passages"), ("pairs",)
+        return (retriever if "retriever" in self.models else ()) + (
+            reranker if "reranker" in self.models else ()
+        )
+
+    def _lengths(self, kind, queries_L, passages_LxP):
+        if kind == "queries":
+            return self.inputs.query_lengths(self.queries.texts, queries_L)
+        if kind == "passages":
+            return self.inputs.passage_lengths(self.store, passages_LxP)
+        return self.inputs.pair_lengths(
+            self.store, self.queries.texts, queries_L[:, None], passages_LxP
+        )
+
+    def _sorted_lengths(self, kind):
+        """The element-wise longest of all shards' sorted lengths [1, N]."""
+        per_shard, longest = self.batch // self.shards, None
+        for first in range(0, self.steps, PLANNED_AT_ONCE):
+            steps = min(PLANNED_AT_ONCE, self.steps - first)
+            part = slice(first * self.batch, (first + steps) * self.batch)
+            lengths = self._lengths(
+                kind, self.lists.query_rows_L[part], self.lists.passages_LxP[part]
+            )
+            sorted_BxN = np.sort(lengths.reshape(steps * self.shards, -1), axis=1)
+            top = sorted_BxN.max(axis=0, keepdims=True)
+            longest = top if longest is None else np.maximum(longest, top)
+        assert longest is not None and longest.shape[1] % per_shard == 0
+        return longest
+
+    def make(self, step: int) -> dict:
+        """Batch number `step` as numpy arrays."""
+        part = slice(step * self.batch, (step + 1) * self.batch)
+        queries_B = self.lists.query_rows_L[part]
+        passages_BxP = self.lists.passages_LxP[part]
+        per_shard = self.batch // self.shards
+        packed = {kind: [] for kind in self._kinds()}
+        for shard in range(self.shards):
+            own = slice(shard * per_shard, (shard + 1) * per_shard)
+            for kind in packed:
+                ragged = self._ragged(kind, queries_B[own], passages_BxP[own])
+                packed[kind].append(packing.pack(ragged, self.shapes[kind]))
+        batch = {kind: _stack(parts) for kind, parts in packed.items()}
+        if self.in_batch:
+            positive, where = in_batch_labels(queries_B, passages_BxP, self.queries.positives())
+        else:
+            positive = self.lists.positive()[part]
+            where = np.ones_like(positive)
+        labels = (self.shards, per_shard, -1)
+        return {**batch, "positive": positive.reshape(labels), "where": where.reshape(labels)}
+
+    def _ragged(self, kind, queries_B, passages_BxP):
+        if kind == "queries":
+            return self.inputs.queries(self.queries.texts, queries_B)
+        if kind == "passages":
+            return self.inputs.passages(self.store, passages_BxP.reshape(-1))
+        repeated = queries_B.repeat(passages_BxP.shape[1])
+        return self.inputs.pairs(self.store, self.queries.texts, repeated, passages_BxP.reshape(-1))
+
+    def stream(self, first_step: int) -> Iterator[dict]:
+        """Batches from `first_step` to the last, made ahead of time by tf.data threads."""
+        example = self.make(first_step)
+        flat = tf.nest.flatten(example)
+
+        def load(step):
+            arrays = tf.numpy_function(
+                lambda s: tf.nest.flatten(self.make(int(s))), [step], [x.dtype for x in flat]
+            )
+            for array, x in zip(arrays, flat):
+                array.set_shape(x.shape)
+            return arrays
+
+        dataset = (
+            tf.data.Dataset.range(first_step, self.steps)
+            .map(load, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+            .prefetch(2)
+        )
+        for arrays in dataset.as_numpy_iterator():
+            yield tf.nest.pack_sequence_as(example, arrays)
+
+
+def _stack(parts: list[packing.Packed]) -> packing.Packed:
+    """One shard after the other along a new leading axis."""
+    blocks = tuple(
+        packing.Block(*(np.stack(arrays) for arrays in zip(*blocks)))
+        for blocks in zip(*(part.blocks for part in parts))
+    )
+    return packing.Packed(blocks, np.stack([part.first_N for part in parts]))
+
+
+def in_batch_labels(queries_B, passages_BxP, positives_2xN) -> tuple[np.ndarray, np.ndarray]:
+    """Positives and valid passages [B, B*P] when each query ranks every passage of the batch.
+
+    The positive is the first passage of the query's own list. Every other passage labelled relevant
+    for the query, the same passage in another list included, is left out.
+    """
+    passages_N = passages_BxP.reshape(-1)
+    own_B = np.arange(len(queries_B)) * passages_BxP.shape[1]
+    positive_BxN = np.zeros((len(queries_B), len(passages_N)), bool)
+    positive_BxN[np.arange(len(queries_B)), own_B] = True
+    where_BxN = np.ones_like(positive_BxN)
+    for b, query in enumerate(queries_B):
+        first, last = np.searchsorted(positives_2xN[0], [query, query + 1])
+        relevant = np.append(positives_2xN[1, first:last], passages_N[own_B[b]])
+        where_BxN[b] = ~np.isin(passages_N, relevant)
+    return positive_BxN, where_BxN | positive_BxN

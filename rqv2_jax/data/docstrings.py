@@ -1,0 +1,349 @@
+"""The embedded dataset: documentation of installed packages, read from their sources with `ast`.
+
+A docstring's first paragraph is the query, the rest its one labelled passage, the title the package
+and the public name. Nothing read is imported, nothing is downloaded. The same function documented
+by several libraries stays in: a positive nobody labelled.
+"""
+
+import ast
+import contextlib
+import gc
+import hashlib
+import importlib.util
+import inspect
+import platform
+import re
+import sysconfig
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import tensorflow_datasets as tfds
+
+from rqv2_jax.data.collection import Collection, Passage, Qrel, Query
+from rqv2_jax.errors import InputError
+
+STDLIB = "python"
+CORE = ("numpy", "jax", "flax", "optax", "orbax", "ml_collections", "absl", "etils")
+CORE += ("tensorflow_datasets", STDLIB)
+FULL = (*CORE, "scipy", "tensorflow", "keras", "transformers", "huggingface_hub", "scann")
+PRESETS = {"core": CORE, "full": FULL}
+
+# Share of the function names, by hash: train below the first bound, dev below the second.
+TRAIN_BELOW, DEV_BELOW = 0.75, 0.85
+MIN_QUERY_WORDS, MAX_QUERY_WORDS, MIN_PASSAGE_WORDS = 4, 40, 30
+
+# Tests, copies of other projects, re-exports, generated wrappers, and what is no library.
+SKIPPED = re.compile(
+    r"(^|[/_])(conftest|tests?)([/_.])"
+    r"|(^|/)(_?vendor(ed)?|third_party|externals?|site-packages|dist-packages|include)/"
+    r"|^(numpy/_pyinstaller|keras/_tf_keras|tensorflow/(_api|python/keras))/"
+    r"|^tensorflow/python/ops/gen_\w+_ops\.py$|^scipy/_lib/array_api_(compat|extra)/"
+    r"|^python/(config-[^/]*|ensurepip|idlelib|lib2to3|pydoc_data|turtledemo)/"
+)
+# Folders that hold the source without being part of a name a user types.
+UNNAMED_FOLDERS = {"_src", "src", "python"}
+EXPORTERS = {"keras_export", "tf_export"}
+SIGNATURE = re.compile(r"[\w.]+\(.*\)( ?->.*)?( --)?")
+# First paragraphs that describe nothing: section headings, argument lists, code, markup, notices.
+NO_PROSE = re.compile(
+    r"^(args|arguments|attributes|examples?|inputs?|notes?|outputs?|parameters|raises|returns?"
+    r"|usage|yields) *(:|-{3})|^\W*[\w*, ]+ \(\[?`|>>>|```|-{3}|={3}|\.\. \w+|:param|:$"
+    r"|\bdeprecated\b",
+    re.IGNORECASE,
+)
+
+
+class Doc(NamedTuple):
+    """One documented function, class or method; `name` is its public name inside `package`."""
+
+    package: str
+    name: str
+    query: str
+    text: str
+
+
+def source_files(package: str) -> dict[str, Path]:
+    """Python files of an installed package by `package/relative/path.py`, sorted.
+
+    Raises `InputError` when the package is not installed.
+    """
+    if package == STDLIB:
+        roots = [sysconfig.get_path("stdlib")]
+    else:
+        spec = importlib.util.find_spec(package)
+        if spec is None or spec.submodule_search_locations is None:
+            raise InputError(
+                f"{package}: this package is not installed, its documentation is part of the"
+                " dataset; run `pip install -r requirements.txt`"
+            )
+        roots = spec.submodule_search_locations
+    files = {
+        f"{package}/{file.relative_to(root).as_posix()}": file
+        for root in roots
+        for file in Path(root).rglob("*.py")
+    }
+    return {path: files[path] for path in sorted(files) if not SKIPPED.search(path)}
+
+
+def read_docs(path: str, source: bytes) -> Iterator[Doc]:
+    """What the source of `path` (`package/relative/path.py`) documents, in the order of the file.
+
+    Only public names, and only docstrings whose first paragraph has 4 to 40 words of prose and
+    whose remaining text has 30 words or more. White space is normalised to single blanks.
+    """
+    if b'"""' not in source and b"'''" not in source:
+        return
+    with warnings.catch_warnings(action="ignore"):
+        try:
+            tree = ast.parse(source)
+        except SyntaxError:
+            # Packages ship code for other Python versions.
+            return
+    package, *folders, stem = path.removesuffix(".py").split("/")
+    module = [part for part in (*folders, stem) if part not in UNNAMED_FOLDERS]
+    for name, docstring in _documented(tree.body, _public(module)):
+        query, text = _query_and_text(docstring)
+        if (
+            MIN_QUERY_WORDS <= len(query.split()) <= MAX_QUERY_WORDS
+            and len(text.split()) >= MIN_PASSAGE_WORDS
+            and not NO_PROSE.search(query)
+        ):
+            yield Doc(package, name.removeprefix(f"{package}."), query, text)
+
+
+def select(docs: Iterable[Doc]) -> list[Doc]:
+    """One doc per passage text, and per package and query; none whose query fits several names.
+
+    Of equals the first stays. A query that stands before functions of different names is
+    boilerplate, or asks for either: all its docs go. Under one name it stays once per package.
+    """
+    by_text = {}
+    for doc in docs:
+        by_text.setdefault(doc.text, doc)
+    by_query = defaultdict(list)
+    for doc in by_text.values():
+        by_query[doc.query.casefold()].append(doc)
+    selected = []
+    for same_query in by_query.values():
+        if len({name_key(doc.name) for doc in same_query}) == 1:
+            by_package = {doc.package: doc for doc in reversed(same_query)}
+            selected.extend(reversed(by_package.values()))
+    return selected
+
+
+def name_key(name: str) -> str:
+    """What namesakes share: the last part, without case, underscores and version suffix."""
+    last = name.rsplit(".", 1)[-1].lower()
+    return re.sub(r"_v\d+$", "", last).replace("_", "")
+
+
+def split_of(name: str) -> str:
+    """train (75%), dev (10%) or test (15%) by a hash of the name's key, so namesakes stay together.
+
+    A query text belongs to one name key after `select`, so none stands in two splits.
+    """
+    position = int(_digest(name_key(name))[:13], 16) / 16**13
+    return "train" if position < TRAIN_BELOW else "dev" if position < DEV_BELOW else "test"
+
+
+def records(docs: Iterable[Doc]) -> dict[str, list[dict]]:
+    """The rows of splits `passages`, `train`, `dev` and `test`: id, title, text, positives.
+
+    Passages and queries are each shuffled by a hash, so neither order tells anything of the other.
+    """
+    passages, queries = [], defaultdict(list)
+    copies = Counter()
+    for doc in docs:
+        passage_id = f"{doc.package}:{doc.name}"
+        copies[passage_id] += 1
+        if copies[passage_id] > 1:
+            passage_id += f"~{copies[passage_id]}"
+        title = f"{doc.package} {doc.name}"
+        passages.append(_row(passage_id, title, doc.text, []))
+        queries[split_of(doc.name)].append(_row(f"query:{passage_id}", "", doc.query, [passage_id]))
+    rows = {"passages": passages, "train": [], "dev": [], "test": [], **queries}
+    return {split: sorted(rows[split], key=lambda row: _digest(row["id"])) for split in rows}
+
+
+class Docstrings(tfds.core.GeneratorBasedBuilder):
+    """Splits `passages`, `train`, `dev`, `test`; in the last three `text` is the query."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    # The code is the version: `docstrings` keeps each state of it in a folder of its own.
+    BUILDER_CONFIGS = tuple(
+        tfds.core.BuilderConfig(name=preset, description=f"Documentation of {', '.join(packages)}.")
+        for preset, packages in PRESETS.items()
+    )
+
+    def _info(self):
+        text = tfds.features.Text()
+        features = {"id": text, "title": text, "text": text, "positives": [text]}
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=__doc__,
+            features=tfds.features.FeaturesDict(features),
+            # Keep the order of `records`.
+            disable_shuffling=True,
+        )
+
+    def _split_generators(self, dl_manager):
+        del dl_manager
+        with _no_garbage_collection():
+            docs = [
+                doc
+                for package in PRESETS[self.builder_config.name]
+                for path, file in source_files(package).items()
+                for doc in read_docs(path, file.read_bytes())
+            ]
+        return {split: enumerate(rows) for split, rows in records(select(docs)).items()}
+
+    def _generate_examples(self, rows):
+        yield from rows
+
+
+def docstrings(data_dir, *, preset: str) -> Collection:
+    """The embedded collection, prepared below `data_dir` unless it is there already.
+
+    `preset` is a key of `PRESETS`. The fingerprint hashes every source file that would be read, the
+    Python version and this module, and names the folder: another package version is another set.
+    """
+    if preset not in PRESETS:
+        raise InputError(f"docstrings: no preset {preset!r}; choose from {', '.join(PRESETS)}")
+    import tensorflow as tf
+
+    tf.config.set_visible_devices([], "GPU")
+    fingerprint = _fingerprint(preset)
+    builder = Docstrings(data_dir=Path(data_dir) / fingerprint[:16], config=preset)
+    tfds.disable_progress_bar()
+    builder.download_and_prepare()
+
+    def rows(split: str) -> Iterator[dict]:
+        # One shard after the other, in the order of `records`.
+        read_config = tfds.ReadConfig(interleave_cycle_length=1)
+        for row in tfds.as_numpy(builder.as_dataset(split=split, read_config=read_config)):
+            yield {
+                "id": row["id"].decode(),
+                "title": row["title"].decode(),
+                "text": row["text"].decode(),
+                "positives": [each.decode() for each in row["positives"]],
+            }
+
+    def queries(split: str) -> Iterator[Query]:
+        for row in rows(split):
+            yield Query(row["id"], row["text"], ())
+
+    def qrels(split: str) -> Iterator[Qrel]:
+        for number, row in enumerate(rows(split), 1):
+            for passage_id in row["positives"]:
+                yield Qrel(row["id"], passage_id, 1, f"docstrings/{preset}/{split}:{number}")
+
+    def passages() -> Iterator[Passage]:
+        for row in rows("passages"):
+            yield Passage(row["id"], row["title"], row["text"])
+
+    return Collection(
+        name=f"docstrings/{preset}",
+        fingerprint=fingerprint,
+        splits=("train", "dev", "test"),
+        passages=passages,
+        queries=queries,
+        qrels=qrels,
+    )
+
+
+def _documented(body: list[ast.stmt], prefix: list[str]) -> Iterator[tuple[str, str]]:
+    """(dotted public name, docstring) of the public definitions in `body` and its classes."""
+    for node in body:
+        match node:
+            case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
+                names = _names(node, prefix)
+                if names is None:
+                    continue
+                yield ".".join(names), ast.get_docstring(node) or ""
+                if isinstance(node, ast.ClassDef):
+                    yield from _documented(node.body, names)
+            case ast.If() | ast.Try():
+                yield from _documented([*node.body, *node.orelse], prefix)
+            case ast.Expr(ast.Call(func=ast.Name("add_newdoc"), args=args)):
+                yield from _added_docs(args, prefix)
+
+
+def _names(node, prefix: list[str]) -> list[str] | None:
+    """Parts of a definition's public name; None for what is private or deprecated."""
+    names = [*prefix, node.name]
+    for decorator in node.decorator_list:
+        call = decorator.func if isinstance(decorator, ast.Call) else decorator
+        kind = call.attr if isinstance(call, ast.Attribute) else getattr(call, "id", "")
+        if kind == "deprecated":
+            return None
+        if kind in EXPORTERS:
+            exported = [each for each in map(_string, ast.walk(decorator)) if each is not None]
+            if not decorator.args:
+                # tf_export(v1=[...]): a name of TensorFlow 1 only.
+                return None
+            names = exported[0].split(".") if exported else names
+    return None if any(each.startswith("_") for each in names) else names
+
+
+def _added_docs(args: list[ast.expr], prefix: list[str]) -> Iterator[tuple[str, str]]:
+    """Docs of `add_newdoc([module,] name, doc | (attribute, doc) | [(attribute, doc), ...])`."""
+    *module, name, doc = args
+    names = [*(_public(_string(module[0]).split(".")[1:]) if module else prefix), _string(name)]
+    if names[-1] is None:
+        # Called with variables inside a helper.
+        return
+    pairs = doc.elts if isinstance(doc, ast.List) else [doc]
+    for pair in pairs:
+        attribute, text = pair.elts if isinstance(pair, ast.Tuple) else (None, pair)
+        full = names if attribute is None else [*names, _string(attribute)]
+        if _string(text) is not None and not any(each.startswith("_") for each in full):
+            yield ".".join(full), inspect.cleandoc(_string(text))
+
+
+def _string(node: ast.AST) -> str | None:
+    is_string = isinstance(node, ast.Constant) and isinstance(node.value, str)
+    return node.value if is_string else None
+
+
+def _public(parts: list[str]) -> list[str]:
+    """The parts before the first private one, where a package keeps what it exports above."""
+    private = [part.startswith("_") for part in parts]
+    return parts[: private.index(True)] if any(private) else parts
+
+
+def _query_and_text(docstring: str) -> tuple[str, str]:
+    """First paragraph that is no signature, and all behind it, on one line each."""
+    paragraphs = [" ".join(each.split()) for each in re.split(r"\n\s*\n", docstring.strip())]
+    if len(paragraphs) > 1 and SIGNATURE.fullmatch(paragraphs[0]):
+        paragraphs = paragraphs[1:]
+    return paragraphs[0], " ".join(paragraphs[1:])
+
+
+def _row(key: str, title: str, text: str, positives: list[str]) -> dict:
+    return {"id": key, "title": title, "text": text, "positives": positives}
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _fingerprint(preset: str) -> str:
+    total = hashlib.sha256(f"{preset} {platform.python_version()}\n".encode())
+    total.update(Path(__file__).read_bytes())
+    for package in PRESETS[preset]:
+        for path, file in source_files(package).items():
+            total.update(f"{path} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+    return total.hexdigest()
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Syntax trees hold no cycles, and walking them again and again takes half the time."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
