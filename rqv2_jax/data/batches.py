@@ -61,6 +61,7 @@ class ListBatches:
                 "lower the stage's batch or raise its epochs"
             )
         self.store, self.queries, self.inputs, self.lists = store, queries, inputs, lists
+        self.positives_2xN = queries.positives()
         self.batch, self.models, self.in_batch, self.shards = batch, models, in_batch, shards
         self.steps = len(lists.query_rows_L) // batch
         self.shapes = {
@@ -109,9 +110,9 @@ class ListBatches:
             for kind in packed:
                 ragged = self._ragged(kind, queries_B[own], passages_BxP[own])
                 packed[kind].append(packing.pack(ragged, self.shapes[kind]))
-        batch = {kind: _stack(parts) for kind, parts in packed.items()}
+        batch = {kind: packing.stack(parts) for kind, parts in packed.items()}
         if self.in_batch:
-            positive, where = in_batch_labels(queries_B, passages_BxP, self.queries.positives())
+            positive, where = in_batch_labels(queries_B, passages_BxP, self.positives_2xN)
         else:
             positive = self.lists.positive()[part]
             where = np.ones_like(positive)
@@ -146,15 +147,6 @@ class ListBatches:
         )
         for arrays in dataset.as_numpy_iterator():
             yield tf.nest.pack_sequence_as(example, arrays)
-
-
-def _stack(parts: list[packing.Packed]) -> packing.Packed:
-    """One shard after the other along a new leading axis."""
-    blocks = tuple(
-        packing.Block(*(np.stack(arrays) for arrays in zip(*blocks)))
-        for blocks in zip(*(part.blocks for part in parts))
-    )
-    return packing.Packed(blocks, np.stack([part.first_N for part in parts]))
 
 
 def in_batch_labels(queries_B, passages_BxP, positives_2xN) -> tuple[np.ndarray, np.ndarray]:

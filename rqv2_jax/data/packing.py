@@ -135,3 +135,12 @@ def pack(ragged: Ragged, shapes: Sequence[tuple[int, int]]) -> Packed:
         blocks.append(Block(*(flat[part].reshape(r, w) for flat in flats)))
         start += r * w
     return Packed(tuple(blocks), first_N)
+
+
+def stack(parts: Sequence[Packed]) -> Packed:
+    """One shard after the other along a new leading axis; all have the same shapes."""
+    blocks = tuple(
+        Block(*(np.stack(arrays) for arrays in zip(*blocks)))
+        for blocks in zip(*(part.blocks for part in parts))
+    )
+    return Packed(blocks, np.stack([part.first_N for part in parts]))

@@ -1,0 +1,106 @@
+"""Passages and queries to vectors; a corpus goes to resumable shards on disk.
+
+Shape suffixes: N sequences, D vector size.
+"""
+
+import json
+import os
+import pathlib
+import shutil
+
+import numpy as np
+import tqdm
+
+from rqv2_jax.data.inputs import Inputs
+from rqv2_jax.data.tokens import Store, Texts
+from rqv2_jax.models import Models
+from rqv2_jax.retrieval import stream
+from rqv2_jax.sharding import Sharding
+
+PASSAGES_PER_SHARD = 2**15
+
+
+def queries(
+    models: Models, tower, texts: Texts, rows_N, inputs: Inputs, sharding: Sharding, batch_tokens
+) -> np.ndarray:
+    """The vectors [N, D] of the queries in `rows_N`, by the query tower's params."""
+    lengths_N = inputs.query_lengths(texts, rows_N)
+    with tqdm.tqdm(desc="encode queries", total=len(rows_N), unit=" queries") as bar:
+        return stream.run(
+            sharding.per_shard(models.vectors),
+            tower,
+            sharding,
+            lengths_N=lengths_N,
+            widths=stream.row_widths(lengths_N),
+            build=lambda part: inputs.queries(texts, rows_N[part]),
+            batch_tokens=batch_tokens,
+            bar=bar,
+        )
+
+
+def passages(
+    models: Models, tower, store: Store, rows_N, inputs: Inputs, sharding: Sharding, batch_tokens
+) -> np.ndarray:
+    """The vectors [N, D] of the passages in `rows_N`, by the passage tower's params."""
+    lengths_N = inputs.passage_lengths(store, rows_N)
+    with tqdm.tqdm(desc="encode passages", total=len(rows_N), unit=" passages") as bar:
+        return stream.run(
+            sharding.per_shard(models.vectors),
+            tower,
+            sharding,
+            lengths_N=lengths_N,
+            widths=stream.row_widths(lengths_N),
+            build=lambda part: inputs.passages(store, rows_N[part]),
+            batch_tokens=batch_tokens,
+            bar=bar,
+        )
+
+
+def corpus(
+    models: Models,
+    tower,
+    store: Store,
+    inputs: Inputs,
+    sharding: Sharding,
+    batch_tokens: int,
+    folder: pathlib.Path,
+    source: str,
+) -> list[np.ndarray]:
+    """The vectors of all passages, as memory-mapped shards `<folder>/<number>.npy` of [n, D] float32.
+
+    Shards that exist are kept, so an interrupted run goes on where it stopped; shards made from
+    another `source` (the params' origin and the token store) are thrown away.
+    """
+    manifest = folder / "manifest.json"
+    wanted = json.dumps({"source": source, "per_shard": PASSAGES_PER_SHARD})
+    if not (manifest.is_file() and manifest.read_text() == wanted):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        manifest.write_text(wanted)
+    rows_N = np.arange(len(store.texts))
+    lengths_N = inputs.passage_lengths(store, rows_N)
+    widths = stream.row_widths(lengths_N)
+    fn = sharding.per_shard(models.vectors)
+    paths = []
+    with tqdm.tqdm(desc="encode passages", total=len(rows_N), unit=" passages") as bar:
+        for number, first in enumerate(range(0, len(rows_N), PASSAGES_PER_SHARD)):
+            part_N = rows_N[first : first + PASSAGES_PER_SHARD]
+            path = folder / f"{number:05}.npy"
+            paths.append(path)
+            if path.is_file():
+                bar.update(len(part_N))
+                continue
+            vectors_NxD = stream.run(
+                fn,
+                tower,
+                sharding,
+                lengths_N=lengths_N[part_N],
+                widths=widths,
+                build=lambda i, part_N=part_N: inputs.passages(store, part_N[i]),
+                batch_tokens=batch_tokens,
+                bar=bar,
+            )
+            partial = path.with_suffix(".partial.npy")
+            np.save(partial, vectors_NxD)
+            os.replace(partial, path)
+    return [np.load(path, mmap_mode="r") for path in paths]

@@ -1,0 +1,110 @@
+"""Search by inner product: exact in tiles, and approximate with ScaNN (Guo et al. 2020).
+
+Shape suffixes: Q queries, N passages, D vector size, K depth.
+"""
+
+import json
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+
+QUERIES_PER_TILE = 256
+PASSAGES_PER_TILE = 2**15
+
+
+@jax.jit
+def _merge(queries_QxD, tile_NxD, first, count, best_QxK, rows_QxK):
+    """The best K of the tile's first `count` passages and of the best so far."""
+    scores_QxN = queries_QxD @ tile_NxD.T
+    numbers_N = jnp.arange(len(tile_NxD))
+    scores_QxN = jnp.where(numbers_N < count, scores_QxN, -jnp.inf)
+    all_scores = jnp.concatenate([best_QxK, scores_QxN], axis=1)
+    tile_rows_QxN = jnp.broadcast_to(numbers_N + first, scores_QxN.shape)
+    all_rows = jnp.concatenate([rows_QxK, tile_rows_QxN], axis=1)
+    best, chosen = jax.lax.top_k(all_scores, best_QxK.shape[1])
+    return best, jnp.take_along_axis(all_rows, chosen, axis=1)
+
+
+def exact(queries_QxD: np.ndarray, shards: list[np.ndarray], depth: int):
+    """The `depth` passages with the largest dot product, best first; all of them if there are fewer.
+
+    Works tile by tile, so no array of queries times passages ever exists.
+
+    Args:
+      queries_QxD: query vectors.
+      shards: the passages' vectors [n, D], in row order.
+
+    Returns:
+      (rows [Q, K] int64, scores [Q, K] float32).
+    """
+    total = sum(map(len, shards))
+    depth = min(depth, total)
+    tile = min(PASSAGES_PER_TILE, total)
+    rows, scores = [], []
+    with tqdm.tqdm(desc="exact search", total=len(queries_QxD), unit=" queries") as bar:
+        for start in range(0, len(queries_QxD), QUERIES_PER_TILE):
+            part = queries_QxD[start : start + QUERIES_PER_TILE]
+            padded = np.zeros((QUERIES_PER_TILE, part.shape[1]), np.float32)
+            padded[: len(part)] = part
+            best = jnp.full((QUERIES_PER_TILE, depth), -jnp.inf)
+            best_rows = jnp.zeros((QUERIES_PER_TILE, depth), jnp.int32)
+            row = 0
+            for shard in shards:
+                for first in range(0, len(shard), tile):
+                    vectors = np.zeros((tile, shard.shape[1]), np.float32)
+                    count = min(tile, len(shard) - first)
+                    vectors[:count] = shard[first : first + count]
+                    best, best_rows = _merge(padded, vectors, row, count, best, best_rows)
+                    row += count
+            rows.append(np.asarray(best_rows)[: len(part)])
+            scores.append(np.asarray(best)[: len(part)])
+            bar.update(len(part))
+    return np.concatenate(rows).astype(np.int64), np.concatenate(scores)
+
+
+def build_scann(shards: list[np.ndarray], settings, depth: int, folder: pathlib.Path, source: str):
+    """A ScaNN searcher over the vectors, kept in `folder` and loaded from there the next time.
+
+    Leaves, searched leaves and reordering follow the corpus size: see `config.evaluate.scann`.
+    """
+    # Slow to import, and needed by few commands.
+    import scann
+
+    total = sum(map(len, shards))
+    leaves = max(1, min(round(settings.leaves_per_sqrt * total**0.5), total))
+    searched = max(1, round(settings.searched_share * leaves))
+    reorder = min(max(round(settings.reorder * depth), depth), total)
+    manifest = folder / "rqv2_jax.json"
+    wanted = json.dumps([source, leaves, searched, reorder, depth])
+    if manifest.is_file() and manifest.read_text() == wanted:
+        return scann.scann_ops_pybind.load_searcher(str(folder))
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    searcher = (
+        scann.scann_ops_pybind.builder(np.concatenate(shards), min(depth, total), "dot_product")
+        .tree(leaves, searched, training_sample_size=min(total, 250_000), quantize_centroids=False)
+        .score_ah(2, anisotropic_quantization_threshold=0.2)
+        .reorder(reorder)
+        .build()
+    )
+    searcher.serialize(str(folder))
+    manifest.write_text(wanted)
+    return searcher
+
+
+def scann_search(searcher, queries_QxD: np.ndarray, depth: int):
+    """As `exact`, approximately; row -1 and score -inf stand where ScaNN found fewer passages."""
+    rows_QxK, scores_QxK = searcher.search_batched_parallel(queries_QxD, final_num_neighbors=depth)
+    rows_QxK = np.asarray(rows_QxK).astype(np.int64)
+    missing_QxK = ~np.isfinite(scores_QxK)
+    return np.where(missing_QxK, -1, rows_QxK), np.where(missing_QxK, -np.inf, scores_QxK)
+
+
+def recall(rows_QxK: np.ndarray, exact_QxK: np.ndarray) -> float:
+    """The share of the exact results that are among the approximate ones, mean over queries."""
+    found = [len(np.intersect1d(a, b)) for a, b in zip(rows_QxK, exact_QxK)]
+    return float(np.mean(found) / exact_QxK.shape[1])
