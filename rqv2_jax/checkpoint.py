@@ -1,7 +1,7 @@
 """Checkpoints of a training stage; the only room that imports orbax.
 
-A stage's folder holds `last/<step>` (the whole training state, to resume from) and `best/<step>` (the
-params that did best on dev, with the score and its metric).
+A stage's folder holds `last/<step>` (the whole training state, to resume from) and
+`best/<step>/<model>` (the params that did best on dev, with `score`: their metric and its value).
 """
 
 import json
@@ -53,7 +53,7 @@ class Checkpoints:
             self._last.save(step, args=ocp.args.StandardSave(state))
 
     def save_best(self, step: int, params, metric: str, score: float):
-        """Saves params in place of the best so far, if they score higher."""
+        """Saves params (keyed by model) in place of the best so far, if they score higher."""
         best = self.best_score()
         if best is not None and score <= best:
             return
@@ -61,8 +61,8 @@ class Checkpoints:
         self._best.save(
             step,
             args=ocp.args.Composite(
-                params=ocp.args.StandardSave(params),
                 score=ocp.args.JsonSave({"metric": metric, "score": score}),
+                **{model: ocp.args.StandardSave(tree) for model, tree in params.items()},
             ),
             force=True,
         )
@@ -83,8 +83,8 @@ class Checkpoints:
         self._best.close()
 
 
-def restore_best(folder: pathlib.Path, params):
-    """The best params of a stage, in the shapes and shardings of `params`.
+def restore_best(folder: pathlib.Path, model: str, params):
+    """The best params of one model of a stage, in the shapes and shardings of `params`.
 
     Raises:
       InputError: the stage has none, or they have other shapes.
@@ -93,7 +93,7 @@ def restore_best(folder: pathlib.Path, params):
     steps = sorted(int(p.name) for p in (folder / "best").glob("*") if p.name.isdigit())
     if not steps:
         raise InputError(f"{folder}: holds no checkpoint; run rqv2_jax.main on this workdir first")
-    path = folder / "best" / str(steps[-1]) / "params"
+    path = folder / "best" / str(steps[-1]) / model
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             return checkpointer.restore(path, _abstract(params))

@@ -116,12 +116,22 @@ def default() -> ml_collections.ConfigDict:
             ),
             "dev": {
                 "queries": 500,  # at most, drawn at random, measured during training
-                "depth": 20,  # their retrieved passages form the pool, the re-ranker's lists
+                "depth": 20,  # their retrieved passages, which the re-ranker re-ranks
+                "pool": 5000,  # passages the retriever ranks: those, positives, random ones
             },
             "evaluate": {
                 "batch_tokens": 16384,  # of one forward pass, over all devices
                 "retrieve_depth": 1000,
                 "rerank_depth": 50,
+                "metrics": (
+                    "RR@10",
+                    "Success@5",
+                    "Success@20",
+                    "Success@50",
+                    "Success@100",
+                    "R@1000",
+                    "nDCG@10",
+                ),
                 "permutations": 10000,  # of the significance test
                 "scann": {
                     "leaves_per_sqrt": 1.0,  # leaves = this * sqrt(passages)

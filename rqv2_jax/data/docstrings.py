@@ -11,6 +11,7 @@ import gc
 import hashlib
 import importlib.util
 import inspect
+import itertools
 import platform
 import re
 import sysconfig
@@ -28,7 +29,9 @@ from rqv2_jax.errors import InputError
 STDLIB = "python"
 CORE = ("numpy", "jax", "flax", "optax", "orbax", "ml_collections", "absl", "etils")
 CORE += ("tensorflow_datasets", STDLIB)
-FULL = (*CORE, "scipy", "tensorflow", "keras", "transformers", "huggingface_hub", "scann")
+FULL = (*CORE, "scipy", "tensorflow", "keras", "transformers", "huggingface_hub", "tensorboard")
+FULL += ("pydantic", "grpc", "rich", "treescope", "fsspec", "werkzeug", "PIL", "anyio", "optree")
+FULL += ("click", "pyarrow")
 PRESETS = {"core": CORE, "full": FULL}
 
 # Share of the function names, by hash: train below the first bound, dev below the second.
@@ -39,13 +42,16 @@ MIN_QUERY_WORDS, MAX_QUERY_WORDS, MIN_PASSAGE_WORDS = 4, 40, 30
 SKIPPED = re.compile(
     r"(^|[/_])(conftest|tests?)([/_.])"
     r"|(^|/)(_?vendor(ed)?|third_party|externals?|site-packages|dist-packages|include)/"
-    r"|^(numpy/_pyinstaller|keras/_tf_keras|tensorflow/(_api|python/keras))/"
+    r"|^(numpy/_pyinstaller|keras/_tf_keras|tensorflow/(_api|python/keras)|tensorboard/compat"
+    r"|pydantic/v1)/"
     r"|^tensorflow/python/ops/gen_\w+_ops\.py$|^scipy/_lib/array_api_(compat|extra)/"
     r"|^python/(config-[^/]*|ensurepip|idlelib|lib2to3|pydoc_data|turtledemo)/"
 )
 # Folders that hold the source without being part of a name a user types.
-UNNAMED_FOLDERS = {"_src", "src", "python"}
+UNNAMED_FOLDERS = {"_src", "src", "lib", "python"}
 EXPORTERS = {"keras_export", "tf_export"}
+# A line scipy fills in when it is imported.
+TEMPLATE_LINE = re.compile(r"^\s*%\(\w+\)s\s*$", re.MULTILINE)
 SIGNATURE = re.compile(r"[\w.]+\(.*\)( ?->.*)?( --)?")
 # First paragraphs that describe nothing: section headings, argument lists, code, markup, notices.
 NO_PROSE = re.compile(
@@ -180,7 +186,8 @@ class Docstrings(tfds.core.GeneratorBasedBuilder):
 
     def _info(self):
         text = tfds.features.Text()
-        features = {"id": text, "title": text, "text": text, "positives": [text]}
+        positives = tfds.features.Sequence(text)
+        features = {"id": text, "title": text, "text": text, "positives": positives}
         return tfds.core.DatasetInfo(
             builder=self,
             description=__doc__,
@@ -198,10 +205,11 @@ class Docstrings(tfds.core.GeneratorBasedBuilder):
                 for path, file in source_files(package).items()
                 for doc in read_docs(path, file.read_bytes())
             ]
-        return {split: enumerate(rows) for split, rows in records(select(docs)).items()}
+        splits = records(select(docs))
+        return {split: self._generate_examples(rows) for split, rows in splits.items()}
 
     def _generate_examples(self, rows):
-        yield from rows
+        yield from enumerate(rows)
 
 
 def docstrings(data_dir, *, preset: str) -> Collection:
@@ -222,7 +230,7 @@ def docstrings(data_dir, *, preset: str) -> Collection:
 
     def rows(split: str) -> Iterator[dict]:
         # One shard after the other, in the order of `records`.
-        read_config = tfds.ReadConfig(interleave_cycle_length=1)
+        read_config = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False)
         for row in tfds.as_numpy(builder.as_dataset(split=split, read_config=read_config)):
             yield {
                 "id": row["id"].decode(),
@@ -275,51 +283,58 @@ def _names(node, prefix: list[str]) -> list[str] | None:
     """Parts of a definition's public name; None for what is private or deprecated."""
     names = [*prefix, node.name]
     for decorator in node.decorator_list:
-        call = decorator.func if isinstance(decorator, ast.Call) else decorator
-        kind = call.attr if isinstance(call, ast.Attribute) else getattr(call, "id", "")
+        called = isinstance(decorator, ast.Call)
+        function = decorator.func if called else decorator
+        kind = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
         if kind == "deprecated":
             return None
-        if kind in EXPORTERS:
-            exported = [each for each in map(_string, ast.walk(decorator)) if each is not None]
+        if kind in EXPORTERS and called:
             if not decorator.args:
                 # tf_export(v1=[...]): a name of TensorFlow 1 only.
                 return None
-            names = exported[0].split(".") if exported else names
-    return None if any(each.startswith("_") for each in names) else names
+            match decorator.args[0]:
+                case ast.Constant(str(name)) | ast.List([ast.Constant(str(name)), *_]):
+                    names = name.split(".")
+    return names if _is_public(names) else None
 
 
 def _added_docs(args: list[ast.expr], prefix: list[str]) -> Iterator[tuple[str, str]]:
     """Docs of `add_newdoc([module,] name, doc | (attribute, doc) | [(attribute, doc), ...])`."""
-    *module, name, doc = args
-    names = [*(_public(_string(module[0]).split(".")[1:]) if module else prefix), _string(name)]
-    if names[-1] is None:
-        # Called with variables inside a helper.
-        return
-    pairs = doc.elts if isinstance(doc, ast.List) else [doc]
-    for pair in pairs:
-        attribute, text = pair.elts if isinstance(pair, ast.Tuple) else (None, pair)
-        full = names if attribute is None else [*names, _string(attribute)]
-        if _string(text) is not None and not any(each.startswith("_") for each in full):
-            yield ".".join(full), inspect.cleandoc(_string(text))
+    match args:
+        case [ast.Constant(str(module)), ast.Constant(str(name)), doc]:
+            owner = [*_public(module.split(".")[1:]), name]
+        case [ast.Constant(str(name)), doc]:
+            owner = [*prefix, name]
+        case _:
+            return
+    for entry in doc.elts if isinstance(doc, ast.List) else [doc]:
+        match entry:
+            case ast.Constant(str(text)):
+                names = owner
+            case ast.Tuple([ast.Constant(str(attribute)), ast.Constant(str(text))]):
+                names = [*owner, attribute]
+            case _:
+                continue
+        if _is_public(names):
+            yield ".".join(names), inspect.cleandoc(text)
 
 
-def _string(node: ast.AST) -> str | None:
-    is_string = isinstance(node, ast.Constant) and isinstance(node.value, str)
-    return node.value if is_string else None
+def _is_public(names: list[str]) -> bool:
+    return not any(name.startswith("_") for name in names)
 
 
 def _public(parts: list[str]) -> list[str]:
     """The parts before the first private one, where a package keeps what it exports above."""
-    private = [part.startswith("_") for part in parts]
-    return parts[: private.index(True)] if any(private) else parts
+    return list(itertools.takewhile(lambda part: not part.startswith("_"), parts))
 
 
 def _query_and_text(docstring: str) -> tuple[str, str]:
     """First paragraph that is no signature, and all behind it, on one line each."""
-    paragraphs = [" ".join(each.split()) for each in re.split(r"\n\s*\n", docstring.strip())]
-    if len(paragraphs) > 1 and SIGNATURE.fullmatch(paragraphs[0]):
-        paragraphs = paragraphs[1:]
-    return paragraphs[0], " ".join(paragraphs[1:])
+    docstring = TEMPLATE_LINE.sub("", docstring).strip()
+    first, *rest = (" ".join(each.split()) for each in re.split(r"\n\s*\n", docstring))
+    while rest and SIGNATURE.fullmatch(first):
+        first, *rest = rest
+    return first, " ".join(rest)
 
 
 def _row(key: str, title: str, text: str, positives: list[str]) -> dict:
@@ -342,8 +357,10 @@ def _fingerprint(preset: str) -> str:
 @contextlib.contextmanager
 def _no_garbage_collection() -> Iterator[None]:
     """Syntax trees hold no cycles, and walking them again and again takes half the time."""
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        gc.enable()
+        if was_enabled:
+            gc.enable()

@@ -8,8 +8,6 @@ negatives. Shape suffixes: Q queries, N candidates of a query, L lists, P passag
 
 import dataclasses
 import enum
-import os
-import pathlib
 
 import numpy as np
 
@@ -54,26 +52,6 @@ class Lists:
     def positive(self) -> np.ndarray:
         """Which passage of each list is its positive [L, P]."""
         return self.provenance_LxP <= Provenance.DENOISED_POSITIVE
-
-
-def save(path: pathlib.Path, data: Candidates | Lists):
-    """Writes an .npz that appears under its name only when complete."""
-    partial = path.with_name(f"{path.stem}.partial.npz")
-    np.savez(partial, **dataclasses.asdict(data))
-    os.replace(partial, path)
-
-
-def load_candidates(path: pathlib.Path) -> Candidates:
-    """Reads what `save` wrote.
-
-    Raises:
-      InputError: the file is not there or not of this form.
-    """
-    try:
-        with np.load(path) as f:
-            return Candidates(**f)
-    except (OSError, ValueError, TypeError) as e:
-        raise InputError(f"{path}: not a candidates file ({e}); delete it to mine again") from e
 
 
 def known_positive(pairs_2xN: np.ndarray, query_rows_Q, passages_QxN, num_passages: int):

@@ -7,12 +7,14 @@ import json
 import os
 import pathlib
 import shutil
+from collections.abc import Callable
 
 import numpy as np
 import tqdm
 
 from rqv2_jax.data.inputs import Inputs
-from rqv2_jax.data.tokens import Store, Texts
+from rqv2_jax.data.packing import Ragged
+from rqv2_jax.data.tokens import Store
 from rqv2_jax.models import Models
 from rqv2_jax.retrieval import stream
 from rqv2_jax.sharding import Sharding
@@ -20,37 +22,24 @@ from rqv2_jax.sharding import Sharding
 PASSAGES_PER_SHARD = 2**15
 
 
-def queries(
-    models: Models, tower, texts: Texts, rows_N, inputs: Inputs, sharding: Sharding, batch_tokens
+def vectors(
+    models: Models,
+    tower,
+    sharding: Sharding,
+    batch_tokens: int,
+    lengths_N: np.ndarray,
+    build: Callable[[np.ndarray], Ragged],
+    name: str,
 ) -> np.ndarray:
-    """The vectors [N, D] of the queries in `rows_N`, by the query tower's params."""
-    lengths_N = inputs.query_lengths(texts, rows_N)
-    with tqdm.tqdm(desc="encode queries", total=len(rows_N), unit=" queries") as bar:
+    """One tower's vectors [N, D] of sequences of some lengths, which `build` makes from numbers."""
+    with tqdm.tqdm(desc=f"encode {name}", total=len(lengths_N), unit=f" {name}") as bar:
         return stream.run(
             sharding.per_shard(models.vectors),
             tower,
             sharding,
             lengths_N=lengths_N,
             widths=stream.row_widths(lengths_N),
-            build=lambda part: inputs.queries(texts, rows_N[part]),
-            batch_tokens=batch_tokens,
-            bar=bar,
-        )
-
-
-def passages(
-    models: Models, tower, store: Store, rows_N, inputs: Inputs, sharding: Sharding, batch_tokens
-) -> np.ndarray:
-    """The vectors [N, D] of the passages in `rows_N`, by the passage tower's params."""
-    lengths_N = inputs.passage_lengths(store, rows_N)
-    with tqdm.tqdm(desc="encode passages", total=len(rows_N), unit=" passages") as bar:
-        return stream.run(
-            sharding.per_shard(models.vectors),
-            tower,
-            sharding,
-            lengths_N=lengths_N,
-            widths=stream.row_widths(lengths_N),
-            build=lambda part: inputs.passages(store, rows_N[part]),
+            build=build,
             batch_tokens=batch_tokens,
             bar=bar,
         )
@@ -90,7 +79,7 @@ def corpus(
             if path.is_file():
                 bar.update(len(part_N))
                 continue
-            vectors_NxD = stream.run(
+            vectors_nxD = stream.run(
                 fn,
                 tower,
                 sharding,
@@ -101,6 +90,6 @@ def corpus(
                 bar=bar,
             )
             partial = path.with_suffix(".partial.npy")
-            np.save(partial, vectors_NxD)
+            np.save(partial, vectors_nxD)
             os.replace(partial, path)
     return [np.load(path, mmap_mode="r") for path in paths]

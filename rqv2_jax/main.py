@@ -1,0 +1,27 @@
+"""Trains a retriever and a re-ranker jointly, and evaluates every step on the way.
+
+Example:
+  python -m rqv2_jax.main --config configs/docstrings.py --workdir workdir/docstrings
+"""
+
+import pathlib
+
+from absl import flags
+from ml_collections import config_flags
+
+from rqv2_jax import program
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, as configs/nq.py[:preset].")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of everything this run writes.")
+
+
+def main():
+    """Hands config and workdir to the pipeline."""
+    # TensorFlow and JAX take seconds to import; a wrong flag should not.
+    from rqv2_jax import pipeline
+
+    pipeline.main(_CONFIG.value, pathlib.Path(_WORKDIR.value))
+
+
+if __name__ == "__main__":
+    program.run(main, __doc__, required=("config", "workdir"))

@@ -1,0 +1,688 @@
+"""The recipe: prepare, retriever, retrieve, reranker, mine, joint, evaluate.
+
+Each stage reads and writes named artifacts of the workdir. A finished stage is skipped and an
+unfinished one resumes, so running the same command again is always right.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import pathlib
+import platform
+import subprocess
+from functools import partial
+
+import jax
+import ml_collections
+import numpy as np
+import tensorflow as tf
+import tqdm
+
+from rqv2_jax import artifacts, metrics, train, weights
+from rqv2_jax import config as config_lib
+from rqv2_jax import models as models_lib
+from rqv2_jax import sharding as sharding_lib
+from rqv2_jax.checkpoint import Checkpoints, restore_best
+from rqv2_jax.data import collection, docstrings, tokens
+from rqv2_jax.data import lists as lists_lib
+from rqv2_jax.data.batches import ListBatches
+from rqv2_jax.data.inputs import Inputs
+from rqv2_jax.errors import InputError
+from rqv2_jax.retrieval import encode, index, rerank
+
+STATES = ("zero_shot", "retriever", "reranker", "joint")
+MINED_AT_ONCE = 1024
+DEV_METRIC = "RR@10"
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A config made concrete: where it works, the models' static half, how they read tokens."""
+
+    config: ml_collections.ConfigDict
+    workdir: pathlib.Path
+    weights: pathlib.Path
+    models: models_lib.Models
+    tokenizer: tokens.Tokenizer
+    inputs: Inputs
+    sharding: sharding_lib.Sharding
+
+    def initial(self, model: str):
+        """The params of one model before any training, on the devices."""
+        encoder = weights.load_encoder(self.weights, self.models.config)
+        if model == "retriever":
+            return self.sharding.put_params(models_lib.init_retriever(encoder))
+        key = jax.random.key(self.config.seed)
+        return self.sharding.put_params(
+            models_lib.init_reranker(encoder, self.models.config, key)
+        )
+
+    def trained_by(self, state: str, model: str) -> str:
+        """The stage whose params a model has in a state; "zero_shot" for none.
+
+        Raises:
+          InputError: the re-ranker is not trained in that state.
+        """
+        if state == "joint":
+            return "joint"
+        if model == "reranker":
+            if state != "reranker":
+                raise InputError(f"state {state!r} has no re-ranker; choose 'reranker' or 'joint'")
+            return "reranker"
+        warmed_up = state != "zero_shot" and self.config.retriever.epochs > 0
+        return "retriever" if warmed_up else "zero_shot"
+
+    def params(self, state: str, model: str):
+        """The params of one model in a state of the run.
+
+        Raises:
+          InputError: the stage that trains it has not been run.
+        """
+        stage = self.trained_by(state, model)
+        initial = self.initial(model)
+        if stage == "zero_shot":
+            return initial
+        return restore_best(self.workdir / stage, model, initial)
+
+
+def open_run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Run:
+    """Checks the config, the weights' config and tokenizer, and the devices.
+
+    Raises:
+      InputError: one of them cannot be used.
+    """
+    config_lib.check(config)
+    folder = weights.find_folder(config.model.weights)
+    bert_config = weights.read_config(
+        folder,
+        num_layers=config.model.num_layers,
+        dropout=config.model.dropout,
+        dtype=config.model.dtype,
+    )
+    longest = max(config.data.query_length, config.data.passage_length, config.data.pair_length)
+    if longest > bert_config.max_positions:
+        raise InputError(
+            f"config.data asks for inputs of {longest} tokens, but {folder / 'config.json'} has "
+            f"{bert_config.max_positions} positions; lower query_length, passage_length, pair_length"
+        )
+    tokenizer = tokens.load_tokenizer(folder, bert_config.vocab_size)
+    return Run(
+        config=config,
+        workdir=workdir,
+        weights=folder,
+        models=models_lib.Models(bert_config, config.model.pooling),
+        tokenizer=tokenizer,
+        inputs=Inputs(
+            cls=tokenizer.cls,
+            sep=tokenizer.sep,
+            titles=config.data.titles,
+            passage_format=config.model.passage_format,
+            query_length=config.data.query_length,
+            passage_length=config.data.passage_length,
+            pair_length=config.data.pair_length,
+        ),
+        sharding=sharding_lib.make(config.mesh.data, config.mesh.fsdp),
+    )
+
+
+def open_workdir(workdir: pathlib.Path) -> Run:
+    """The run a workdir was made by.
+
+    Raises:
+      InputError: the folder is no workdir.
+    """
+    path = workdir / "config.json"
+    if not path.is_file():
+        raise InputError(f"{workdir}: is no workdir (no config.json); run rqv2_jax.main first")
+    return open_run(config_lib.loads(path.read_text()), workdir)
+
+
+def claim(run: Run):
+    """Writes config.json and environment.json; a workdir belongs to one config.
+
+    Raises:
+      InputError: the workdir was made by another config.
+    """
+    path = run.workdir / "config.json"
+    if path.is_file():
+        changed = config_lib.differences(config_lib.loads(path.read_text()), run.config)
+        # The mesh changes where numbers are computed, not which.
+        changed = [line for line in changed if not line.startswith("mesh.")]
+        if changed:
+            more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+            raise InputError(
+                f"{path}: this workdir was made by another config ({'; '.join(changed[:3])}{more}); "
+                "give another --workdir, or the config it was made by"
+            )
+    elif run.workdir.is_dir() and any(run.workdir.iterdir()):
+        raise InputError(f"{run.workdir}: holds other files; give a new or empty --workdir")
+    artifacts.write_text(path, config_lib.dumps(run.config))
+    packages = ("jax", "flax", "optax", "orbax-checkpoint", "tensorflow-cpu", "scann", "transformers")
+    installed = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=pathlib.Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    environment = {
+        "python": platform.python_version(),
+        "packages": {name: installed.get(name, "not installed") for name in packages},
+        "devices": [str(d) for d in jax.devices()],
+        "machine": platform.platform(),
+        "commit": commit.stdout.strip() or "unknown",
+    }
+    text = json.dumps(environment, indent=1) + "\n"
+    artifacts.write_text(run.workdir / "environment.json", text)
+
+
+def main(config: ml_collections.ConfigDict, workdir: pathlib.Path):
+    """Runs every stage that is not finished.
+
+    Raises:
+      InputError: config, data, weights or workdir cannot be used; nothing is lost.
+    """
+    run = open_run(config, workdir)
+    claim(run)
+    _say("prepare: tokenise the collection")
+    store = prepare(run)
+    if config.retriever.epochs > 0:
+        _say("retriever: warm-up with in-batch negatives")
+        train_retriever(run, store)
+    _say("retrieve: candidates of the training and dev queries")
+    candidates = retrieve(run, store)
+    _say("reranker: warm-up on lists of retrieved negatives")
+    train_reranker(run, store, candidates)
+    _say("mine: the re-ranker scores the candidates")
+    candidates = mine(run, store, candidates)
+    _say("joint: dynamic listwise distillation")
+    train_joint(run, store, candidates)
+    _say("evaluate: every model state on the test queries")
+    report = evaluate(run, store, "test", ("exact", "scann"))
+    artifacts.write_text(workdir / "results.json", json.dumps(report, indent=1) + "\n")
+    _say(render(report))
+    _say(
+        f"results: {workdir / 'results.json'}   run files: {workdir / 'runs'}\n"
+        f"next:    python -m rqv2_jax.evaluate --workdir {workdir} --split dev --index exact\n"
+        f"         tensorboard --logdir {workdir}"
+    )
+
+
+def _say(text: str):
+    tqdm.tqdm.write(text)
+
+
+def prepare(run: Run) -> tokens.Store:
+    """The collection as a token store in `data/`."""
+    data = run.config.data
+    if data.dataset == "docstrings":
+        texts = docstrings.docstrings(run.workdir / "data" / "tfds", preset=data.preset)
+    else:
+        texts = collection.beir(
+            pathlib.Path(data.path), train_qrels=data.train_qrels, eval_qrels=data.eval_qrels
+        )
+    missing = {"train", "dev", "test"} - set(texts.splits)
+    if missing:
+        raise InputError(
+            f"{texts.name}: has no qrels for {', '.join(sorted(missing))}; training needs train, "
+            "dev and test"
+        )
+    folder = run.workdir / "data" / "tokens"
+    tokens.prepare(texts, run.tokenizer, folder)
+    store = tokens.open_store(folder)
+    counts = ", ".join(f"{len(q.ids)} {split}" for split, q in store.splits.items())
+    _say(f"  {len(store.passage_ids)} passages; queries: {counts}")
+    return store
+
+
+def _corpus_vectors(run: Run, store: tokens.Store, state: str) -> list[np.ndarray]:
+    """The corpus by the retriever of a state, in `vectors/<stage that trained it>`."""
+    stage = run.trained_by(state, "retriever")
+    return encode.corpus(
+        run.models,
+        run.params(state, "retriever")["passage"],
+        store,
+        run.inputs,
+        run.sharding,
+        run.config.evaluate.batch_tokens,
+        run.workdir / "vectors" / stage,
+        f"{stage} {store.fingerprint}",
+    )
+
+
+def _query_vectors(run: Run, tower, texts: tokens.Texts, rows_N: np.ndarray) -> np.ndarray:
+    return encode.vectors(
+        run.models,
+        tower,
+        run.sharding,
+        run.config.evaluate.batch_tokens,
+        run.inputs.query_lengths(texts, rows_N),
+        lambda part: run.inputs.queries(texts, rows_N[part]),
+        "queries",
+    )
+
+
+def _reranker_scores(run, params, store, texts, query_rows_Q, passages_QxK) -> np.ndarray:
+    return rerank.scores(
+        run.models,
+        params,
+        store,
+        texts,
+        query_rows_Q,
+        passages_QxK,
+        run.inputs,
+        run.sharding,
+        run.config.evaluate.batch_tokens,
+    )
+
+
+def _subset(count: int, most: int, seed: int) -> np.ndarray:
+    """At most `most` of the numbers below `count`, drawn at random, in ascending order."""
+    return np.sort(np.random.default_rng(seed).permutation(count)[:most])
+
+
+def retrieve(run: Run, store: tokens.Store) -> dict[str, lists_lib.Candidates]:
+    """The warmed-up retriever's top passages for the training and dev queries, in `lists/`."""
+
+    def candidates(split, most, depth):
+        queries = store.splits[split]
+
+        def compute():
+            rows_Q = _subset(len(queries.ids), most, run.config.seed)
+            tower = run.params("retriever", "retriever")["query"]
+            vectors_QxD = _query_vectors(run, tower, queries.texts, rows_Q)
+            shards = _corpus_vectors(run, store, "retriever")
+            passages_QxN, scores_QxN = index.exact(vectors_QxD, shards, depth)
+            return {"query_rows": rows_Q, "passages": passages_QxN, "scores": scores_QxN}
+
+        path = run.workdir / "lists" / f"{split}.retrieved.npz"
+        found = artifacts.cached(path, store.fingerprint, compute)
+        return lists_lib.Candidates(
+            found["query_rows"],
+            found["passages"],
+            found["scores"],
+            np.full(found["scores"].shape, np.nan, np.float32),
+        )
+
+    settings = run.config
+    return {
+        "train": candidates("train", settings.mine.queries, settings.mine.depth),
+        "dev": candidates("dev", settings.dev.queries, settings.dev.depth),
+    }
+
+
+def mine(run: Run, store: tokens.Store, candidates: dict) -> dict[str, lists_lib.Candidates]:
+    """The candidates with the warmed-up re-ranker's scores, in `lists/`.
+
+    Training candidates are scored only if the joint lists are to be denoised.
+    """
+    params = None
+
+    def scored(split, found):
+        texts = store.splits[split].texts
+        parts = []
+        for first in range(0, len(found.query_rows_Q), MINED_AT_ONCE):
+            rows_Q = found.query_rows_Q[first : first + MINED_AT_ONCE]
+            passages_QxN = found.passages_QxN[first : first + MINED_AT_ONCE]
+
+            def compute(rows_Q=rows_Q, passages_QxN=passages_QxN):
+                nonlocal params
+                params = run.params("reranker", "reranker") if params is None else params
+                scores = _reranker_scores(run, params, store, texts, rows_Q, passages_QxN)
+                return {"scores": scores}
+
+            path = run.workdir / "lists" / f"{split}.scores" / f"{first // MINED_AT_ONCE:05}.npz"
+            parts.append(artifacts.cached(path, store.fingerprint, compute)["scores"])
+        return dataclasses.replace(found, reranker_QxN=np.concatenate(parts))
+
+    if run.config.joint.denoised_share == 0:
+        return candidates
+    return {split: scored(split, found) for split, found in candidates.items()}
+
+
+class Dev:
+    """Measures both models on dev queries during training, on a fixed pool of passages.
+
+    The retriever ranks a pool: the positives of the dev queries, their candidates if there are any,
+    and random passages up to `config.dev.pool`. The re-ranker re-ranks each query's candidates.
+    """
+
+    def __init__(self, run: Run, store: tokens.Store, candidates: lists_lib.Candidates | None):
+        self.run, self.store, self.candidates = run, store, candidates
+        self.queries = store.splits["dev"]
+        self.rows_Q = _subset(len(self.queries.ids), run.config.dev.queries, run.config.seed)
+        pairs_2xN = self.queries.positives()
+        pool = pairs_2xN[1, np.isin(pairs_2xN[0], self.rows_Q)]
+        if candidates is not None:
+            pool = np.append(pool, candidates.passages_QxN.reshape(-1))
+        pool = np.unique(pool)
+        others = np.setdiff1d(np.arange(len(store.passage_ids)), pool)
+        others = np.random.default_rng(run.config.seed).permutation(others)
+        fill = max(run.config.dev.pool - len(pool), 0)
+        self.pool_N = np.sort(np.append(pool, others[:fill]))
+
+    def _score(self, passages_QxK, scores_QxK) -> float:
+        passages_QxK, _ = metrics.sort_run(passages_QxK, scores_QxK, self.store.passage_ids)
+        found = metrics.evaluate(
+            passages_QxK, self.rows_Q, self.queries.qrels_3xN, [DEV_METRIC]
+        )
+        return float(found[DEV_METRIC].mean())
+
+    def retriever(self, params) -> float:
+        """RR@10 of the retriever over the pool."""
+        lengths_N = self.run.inputs.passage_lengths(self.store, self.pool_N)
+        passages_NxD = encode.vectors(
+            self.run.models,
+            params["passage"],
+            self.run.sharding,
+            self.run.config.evaluate.batch_tokens,
+            lengths_N,
+            lambda part: self.run.inputs.passages(self.store, self.pool_N[part]),
+            "dev passages",
+        )
+        queries_QxD = _query_vectors(self.run, params["query"], self.queries.texts, self.rows_Q)
+        rows_QxK, scores_QxK = index.exact(queries_QxD, [passages_NxD], 10)
+        return self._score(self.pool_N[rows_QxK], scores_QxK)
+
+    def reranker(self, params) -> float:
+        """RR@10 of the re-ranker over each query's candidates."""
+        passages_QxK = self.candidates.passages_QxN
+        scores_QxK = _reranker_scores(
+            self.run, params, self.store, self.queries.texts, self.rows_Q, passages_QxK
+        )
+        return self._score(passages_QxK, scores_QxK)
+
+
+def _train_stage(run: Run, store, name: str, params, lists, loss_fn, dev: Dev, *, in_batch=False):
+    """Runs one training stage to its end, from its last checkpoint if there is one."""
+    stage = run.config[name]
+    batches = ListBatches(
+        store,
+        store.splits["train"],
+        run.inputs,
+        lists,
+        batch=stage.batch,
+        models=tuple(params),
+        in_batch=in_batch,
+        shards=run.sharding.shards,
+        max_blocks=run.config.packing.blocks,
+    )
+    folder = run.workdir / name
+    checkpoints = Checkpoints(folder)
+    if checkpoints.last_step() == batches.steps:
+        _say("  done")
+        checkpoints.close()
+        return
+    optimizer = train.make_optimizer(run.config.optimizer, stage, batches.steps)
+    state = checkpoints.restore_last(train.init_state(params, optimizer, run.sharding))
+    events = tf.summary.create_file_writer(str(folder))
+
+    def write(step, terms):
+        with events.as_default(step):
+            for key, value in terms.items():
+                tf.summary.scalar(key, value)
+        events.flush()
+        shown = "  ".join(f"{key} {value:.4g}" for key, value in terms.items())
+        _say(f"  {name} {step}/{batches.steps}  {shown}")
+
+    def evaluate(step, params):
+        scores = {model: getattr(dev, model)(tree) for model, tree in params.items()}
+        write(step, {f"dev/{model} {DEV_METRIC}": score for model, score in scores.items()})
+        mean = sum(scores.values()) / len(scores)
+        checkpoints.save_best(step, params, f"dev {DEV_METRIC}, mean of models", mean)
+
+    train.train(
+        state,
+        step_fn=train.make_step(loss_fn, optimizer, run.sharding),
+        batches=lambda first: map(run.sharding.put_batch, batches.stream(first)),
+        dropout_key=jax.random.key(run.config.seed),
+        total_steps=batches.steps,
+        stage=stage,
+        hooks=train.Hooks(evaluate, checkpoints.save_last, write),
+        name=name,
+    )
+    checkpoints.close()
+    events.close()
+
+
+def _epochs_of_lists(draw, epochs: float) -> lists_lib.Lists:
+    """The lists of `epochs` passes, one epoch's draw after the other; `draw(epoch)` gives one."""
+    first = draw(0)
+    wanted = round(epochs * len(first.query_rows_L))
+    parts, count = [first], len(first.query_rows_L)
+    while count < wanted:
+        parts.append(draw(len(parts)))
+        count += len(parts[-1].query_rows_L)
+    joined = (
+        np.concatenate([getattr(part, field.name) for part in parts])[:wanted]
+        for field in dataclasses.fields(lists_lib.Lists)
+    )
+    return lists_lib.Lists(*joined)
+
+
+def train_retriever(run: Run, store: tokens.Store):
+    """Warm-up of the retriever: each labelled positive once an epoch, in-batch negatives."""
+    positives_2xN = store.splits["train"].positives()
+
+    def draw(epoch):
+        rng = np.random.default_rng([run.config.seed, epoch])
+        queries_L, passages_L = positives_2xN[:, rng.permutation(positives_2xN.shape[1])]
+        provenance_Lx1 = np.full((len(queries_L), 1), lists_lib.Provenance.LABELLED_POSITIVE)
+        return lists_lib.Lists(queries_L, passages_L[:, None], provenance_Lx1)
+
+    _train_stage(
+        run,
+        store,
+        "retriever",
+        {"retriever": run.initial("retriever")},
+        _epochs_of_lists(draw, run.config.retriever.epochs),
+        partial(train.retriever_loss, run.models),
+        Dev(run, store, None),
+        in_batch=True,
+    )
+
+
+def draw_lists(run: Run, store: tokens.Store, candidates: dict, stage: str) -> lists_lib.Lists:
+    """All lists of the re-ranker's warm-up or of joint training, in the order of training."""
+    settings = run.config[stage]
+    share = settings.denoised_share if stage == "joint" else 0.0
+    probability = (1.0, 0.0)
+    if share > 0:
+        dev = candidates["dev"]
+        relevant_QxN = lists_lib.known_positive(
+            store.splits["dev"].positives(),
+            dev.query_rows_Q,
+            dev.passages_QxN,
+            len(store.passage_ids),
+        )
+        probability = lists_lib.fit_probability(
+            dev.reranker_QxN.reshape(-1), relevant_QxN.reshape(-1)
+        )
+
+    def draw(epoch):
+        return lists_lib.draw(
+            candidates["train"],
+            store.splits["train"].positives(),
+            list_size=settings.list_size,
+            denoised_share=share,
+            probability=probability,
+            negative_below=run.config.mine.negative_below,
+            positive_above=run.config.mine.positive_above,
+            num_passages=len(store.passage_ids),
+            seed=run.config.seed,
+            epoch=epoch,
+        )
+
+    lists = _epochs_of_lists(draw, settings.epochs)
+    kinds = np.bincount(lists.provenance_LxP.reshape(-1), minlength=len(lists_lib.Provenance))
+    counts = ", ".join(f"{n} {k.name.lower()}" for k, n in zip(lists_lib.Provenance, kinds) if n)
+    _say(f"  {len(lists.query_rows_L)} lists of {settings.list_size}: {counts}")
+    return lists
+
+
+def train_reranker(run: Run, store: tokens.Store, candidates: dict):
+    """Warm-up of the re-ranker on undenoised lists."""
+    _train_stage(
+        run,
+        store,
+        "reranker",
+        {"reranker": run.initial("reranker")},
+        draw_lists(run, store, candidates, "reranker"),
+        partial(train.reranker_loss, run.models),
+        Dev(run, store, candidates["dev"]),
+    )
+
+
+def train_joint(run: Run, store: tokens.Store, candidates: dict):
+    """Joint training of both warmed-up models on hybrid lists."""
+    _train_stage(
+        run,
+        store,
+        "joint",
+        {
+            "retriever": run.params("retriever", "retriever"),
+            "reranker": run.params("reranker", "reranker"),
+        },
+        draw_lists(run, store, candidates, "joint"),
+        partial(train.joint_loss, run.models, run.config.joint.loss.to_dict()),
+        Dev(run, store, candidates["dev"]),
+    )
+
+
+def evaluate(run: Run, store: tokens.Store, split: str, indexes: tuple[str, ...]) -> dict:
+    """Retrieval and re-ranking of every model state on a split, as `results.json` describes it.
+
+    Retrieves with exact search and, if asked for, with ScaNN; the re-ranker re-ranks what its own
+    state's retriever found by the first of `indexes`. Writes `runs/*.trec` and `eval/<split>.json`.
+
+    Raises:
+      InputError: the split is not there, or a stage has not been run.
+    """
+    if split not in store.splits:
+        raise InputError(f"--split {split}: the data has only {', '.join(store.splits)}")
+    settings, queries = run.config.evaluate, store.splits[split]
+    rows_Q = np.arange(len(queries.ids))
+    rows, per_query = [], {}
+
+    def add(state, model, name, passages_QxK, scores_QxK, **extra):
+        passages_QxK, scores_QxK = metrics.sort_run(passages_QxK, scores_QxK, store.passage_ids)
+        metrics.write_trec_run(
+            run.workdir / "runs" / f"{split}.{state}.{model}.{name}.trec",
+            queries.ids,
+            store.passage_ids,
+            passages_QxK,
+            scores_QxK,
+            f"rqv2_jax.{state}.{model}",
+        )
+        values = metrics.evaluate(
+            passages_QxK, rows_Q, queries.qrels_3xN, list(run.config.evaluate.metrics)
+        )
+        per_query[state, model, name] = values
+        row = {"state": state, "model": model, "split": split, "index": name}
+        means = {metric: float(value.mean()) for metric, value in values.items()}
+        rows.append({**row, "queries": len(rows_Q), "metrics": means, **extra})
+
+    for state in STATES:
+        if state == "retriever" and run.config.retriever.epochs == 0:
+            continue
+        retrieved = {}
+        for name in indexes:
+            found, extra = _search(run, store, split, state, name)
+            retrieved[name] = found["passages"], found["scores"]
+            # The re-ranker's warm-up leaves the retriever as it was.
+            if state != "reranker":
+                add(state, "retriever", name, *retrieved[name], **extra)
+        if state in ("reranker", "joint"):
+            passages_QxK = retrieved[indexes[0]][0][:, : settings.rerank_depth]
+
+            def compute(state=state, passages_QxK=passages_QxK):
+                params = run.params(state, "reranker")
+                scores = _reranker_scores(
+                    run, params, store, queries.texts, rows_Q, passages_QxK
+                )
+                return {"scores": scores}
+
+            path = run.workdir / "eval" / f"{split}.{state}.reranked.{indexes[0]}.npz"
+            source = f"{store.fingerprint} {settings.rerank_depth}"
+            scores_QxK = artifacts.cached(path, source, compute)["scores"]
+            add(state, "reranker", indexes[0], passages_QxK, scores_QxK)
+
+    first = indexes[0]
+    start = "zero_shot" if run.config.retriever.epochs == 0 else "retriever"
+    pairs = [
+        (("joint", "retriever"), ("zero_shot", "retriever")),
+        (("joint", "retriever"), (start, "retriever")),
+        (("joint", "reranker"), ("reranker", "reranker")),
+        (("joint", "reranker"), ("joint", "retriever")),
+    ]
+    significance = []
+    for a, b in dict.fromkeys(pairs):
+        values = [per_query[(*x, first)][DEV_METRIC] for x in (a, b)]
+        difference, p_value = metrics.paired_test(
+            *values, permutations=settings.permutations, seed=run.config.seed
+        )
+        names = {"a": " ".join(a), "b": " ".join(b), "metric": DEV_METRIC}
+        significance.append({**names, "difference": difference, "p_value": p_value})
+    report = {"rows": rows, "significance": significance}
+    path = run.workdir / "eval" / f"{split}.json"
+    artifacts.write_text(path, json.dumps(report, indent=1) + "\n")
+    return report
+
+
+def _search(run: Run, store: tokens.Store, split: str, state: str, name: str):
+    """What the retriever of a state finds for a split, and what to say of the index."""
+    settings, queries = run.config.evaluate, store.splits[split]
+    stage = run.trained_by(state, "retriever")
+    source = f"{store.fingerprint} {settings.retrieve_depth}"
+
+    def vectors():
+        tower = run.params(state, "retriever")["query"]
+        rows_Q = np.arange(len(queries.ids))
+        return _query_vectors(run, tower, queries.texts, rows_Q)
+
+    def exact():
+        shards = _corpus_vectors(run, store, state)
+        passages, scores = index.exact(vectors(), shards, settings.retrieve_depth)
+        return {"passages": passages, "scores": scores}
+
+    folder = run.workdir / "eval"
+    found = artifacts.cached(folder / f"{split}.{stage}.exact.npz", source, exact)
+    if name == "exact":
+        return found, {}
+
+    def scann():
+        shards = _corpus_vectors(run, store, state)
+        searcher = index.build_scann(
+            shards, settings.scann, settings.retrieve_depth, run.workdir / "index" / stage, source
+        )
+        passages, scores = index.scann_search(searcher, vectors(), settings.retrieve_depth)
+        return {"passages": passages, "scores": scores}
+
+    approximate = artifacts.cached(folder / f"{split}.{stage}.scann.npz", source, scann)
+    recalls = {
+        f"recall@{depth} against exact": index.recall(
+            approximate["passages"][:, :depth], found["passages"][:, :depth]
+        )
+        for depth in (10, 100)
+    }
+    return approximate, recalls
+
+
+def render(report: dict) -> str:
+    """The report as a table for people."""
+    names = list(report["rows"][0]["metrics"])
+    head = f"{'state':10} {'model':10} {'index':6} " + " ".join(f"{n:>11}" for n in names)
+    lines = [head, "-" * len(head)]
+    for row in report["rows"]:
+        cells = " ".join(f"{row['metrics'][n]:11.4f}" for n in names)
+        recalls = [f"{k} {v:.3f}" for k, v in row.items() if k.startswith("recall@")]
+        note = f"  {', '.join(recalls)}" if recalls else ""
+        lines.append(f"{row['state']:10} {row['model']:10} {row['index']:6} {cells}{note}")
+    queries = report["rows"][0]["queries"]
+    lines.append(f"{queries} {report['rows'][0]['split']} queries")
+    lines += [
+        f"{s['metric']}: {s['a']} - {s['b']} = {s['difference']:+.4f} (p = {s['p_value']:.4f})"
+        for s in report["significance"]
+    ]
+    return "\n".join(lines)

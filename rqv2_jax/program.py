@@ -1,0 +1,45 @@
+"""How every command line starts and fails: one line on standard error, a non-zero exit."""
+
+import os
+import sys
+from collections.abc import Callable
+
+from absl import flags, logging
+
+from rqv2_jax.errors import InputError
+
+
+def run(main: Callable[[], None], doc: str, required: tuple[str, ...]):
+    """Parses the flags and runs `main`; exits 2 on bad flags, 1 on an InputError, 130 on Ctrl-C.
+
+    Args:
+      doc: the program's docstring, printed by --help and with an example in it.
+      required: names of flags that must be given.
+    """
+    # TensorFlow's greeting would bury what the program has to say.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    logging.set_verbosity(logging.WARNING)
+    if {"--help", "-h", "-help"} & set(sys.argv[1:]):
+        print(f"{doc.strip()}\n\nFlags:\n{flags.FLAGS.main_module_help()}")
+        return
+    try:
+        rest = flags.FLAGS(sys.argv)[1:]
+        if rest:
+            raise InputError(f"unexpected argument {rest[0]!r}; --help shows an example")
+        for name in required:
+            if flags.FLAGS[name].value is None:
+                raise InputError(f"--{name} is missing; --help shows an example")
+    except (flags.Error, InputError, OSError, AttributeError, KeyError, TypeError, ValueError) as e:
+        _fail(e, 2)
+    try:
+        main()
+    except InputError as e:
+        _fail(e, 1)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command resumes", file=sys.stderr)
+        sys.exit(130)
+
+
+def _fail(error: Exception, code: int):
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    sys.exit(code)
