@@ -134,8 +134,10 @@ def default() -> ml_collections.ConfigDict:
                 ),
                 "permutations": 10000,  # of the significance test
                 "scann": {
+                    "brute_force_below": 20_000,  # passages; fewer are not worth a tree
                     "leaves_per_sqrt": 1.0,  # leaves = this * sqrt(passages)
-                    "searched_share": 0.2,  # of the leaves
+                    "searched_share": 0.1,  # of the leaves
+                    "seen": 10.0,  # times the depth: passages in the searched leaves, at least
                     "reorder": 4.0,  # times the depth is scored exactly
                 },
             },
@@ -152,7 +154,7 @@ def _flat(config, prefix=""):
 
 
 def check(config: ml_collections.ConfigDict):
-    """Raises InputError unless the config has exactly the keys of `default()`, with usable values."""
+    """Raises InputError unless the config has the keys of `default()`, with usable values."""
     known, given = dict(_flat(default())), dict(_flat(config))
     for key in given:
         if key not in known:
@@ -177,9 +179,13 @@ def check(config: ml_collections.ConfigDict):
             if low is not None and not low <= value <= high:
                 raise InputError(f"config.{key} is {value}; it must lie in [{low}, {high}]")
     if given["data.dataset"] == "beir" and not given["data.path"]:
-        raise InputError("config.data.path is empty; give the BEIR folder as --config.data.path=DIR")
+        raise InputError(
+            "config.data.path is empty; give the BEIR folder as --config.data.path=DIR"
+        )
     if given["data.pair_length"] < given["data.query_length"] + 8:
-        raise InputError("config.data.pair_length must exceed config.data.query_length by 8 or more")
+        raise InputError(
+            "config.data.pair_length must exceed config.data.query_length by 8 or more"
+        )
     if given["data.query_length"] < 3 or given["data.passage_length"] < 8:
         raise InputError("config.data: query_length must be 3 or more, passage_length 8 or more")
 

@@ -29,6 +29,7 @@ from rqv2_jax.data.batches import ListBatches
 from rqv2_jax.data.inputs import Inputs
 from rqv2_jax.errors import InputError
 from rqv2_jax.retrieval import encode, index, rerank
+from rqv2_jax.retrieval.stream import Forward, make_forward
 
 STATES = ("zero_shot", "retriever", "reranker", "joint")
 MINED_AT_ONCE = 1024
@@ -46,6 +47,7 @@ class Run:
     tokenizer: tokens.Tokenizer
     inputs: Inputs
     sharding: sharding_lib.Sharding
+    forward: Forward
 
     def initial(self, model: str):
         """The params of one model before any training, on the devices."""
@@ -53,9 +55,7 @@ class Run:
         if model == "retriever":
             return self.sharding.put_params(models_lib.init_retriever(encoder))
         key = jax.random.key(self.config.seed)
-        return self.sharding.put_params(
-            models_lib.init_reranker(encoder, self.models.config, key)
-        )
+        return self.sharding.put_params(models_lib.init_reranker(encoder, self.models.config, key))
 
     def trained_by(self, state: str, model: str) -> str:
         """The stage whose params a model has in a state; "zero_shot" for none.
@@ -106,22 +106,26 @@ def open_run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Run:
             f"{bert_config.max_positions} positions; lower query_length, passage_length, pair_length"
         )
     tokenizer = tokens.load_tokenizer(folder, bert_config.vocab_size)
+    models = models_lib.Models(bert_config, config.model.pooling)
+    inputs = Inputs(
+        cls=tokenizer.cls,
+        sep=tokenizer.sep,
+        titles=config.data.titles,
+        passage_format=config.model.passage_format,
+        query_length=config.data.query_length,
+        passage_length=config.data.passage_length,
+        pair_length=config.data.pair_length,
+    )
+    sharding = sharding_lib.make(config.mesh.data, config.mesh.fsdp)
     return Run(
         config=config,
         workdir=workdir,
         weights=folder,
-        models=models_lib.Models(bert_config, config.model.pooling),
+        models=models,
         tokenizer=tokenizer,
-        inputs=Inputs(
-            cls=tokenizer.cls,
-            sep=tokenizer.sep,
-            titles=config.data.titles,
-            passage_format=config.model.passage_format,
-            query_length=config.data.query_length,
-            passage_length=config.data.passage_length,
-            pair_length=config.data.pair_length,
-        ),
-        sharding=sharding_lib.make(config.mesh.data, config.mesh.fsdp),
+        inputs=inputs,
+        sharding=sharding,
+        forward=make_forward(models, inputs, sharding, config.evaluate.batch_tokens),
     )
 
 
@@ -157,7 +161,15 @@ def claim(run: Run):
     elif run.workdir.is_dir() and any(run.workdir.iterdir()):
         raise InputError(f"{run.workdir}: holds other files; give a new or empty --workdir")
     artifacts.write_text(path, config_lib.dumps(run.config))
-    packages = ("jax", "flax", "optax", "orbax-checkpoint", "tensorflow-cpu", "scann", "transformers")
+    packages = (
+        "jax",
+        "flax",
+        "optax",
+        "orbax-checkpoint",
+        "tensorflow-cpu",
+        "scann",
+        "transformers",
+    )
     installed = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"],
@@ -240,40 +252,11 @@ def _corpus_vectors(run: Run, store: tokens.Store, state: str) -> list[np.ndarra
     """The corpus by the retriever of a state, in `vectors/<stage that trained it>`."""
     stage = run.trained_by(state, "retriever")
     return encode.corpus(
-        run.models,
+        run.forward,
         run.params(state, "retriever")["passage"],
         store,
-        run.inputs,
-        run.sharding,
-        run.config.evaluate.batch_tokens,
         run.workdir / "vectors" / stage,
         f"{stage} {store.fingerprint}",
-    )
-
-
-def _query_vectors(run: Run, tower, texts: tokens.Texts, rows_N: np.ndarray) -> np.ndarray:
-    return encode.vectors(
-        run.models,
-        tower,
-        run.sharding,
-        run.config.evaluate.batch_tokens,
-        run.inputs.query_lengths(texts, rows_N),
-        lambda part: run.inputs.queries(texts, rows_N[part]),
-        "queries",
-    )
-
-
-def _reranker_scores(run, params, store, texts, query_rows_Q, passages_QxK) -> np.ndarray:
-    return rerank.scores(
-        run.models,
-        params,
-        store,
-        texts,
-        query_rows_Q,
-        passages_QxK,
-        run.inputs,
-        run.sharding,
-        run.config.evaluate.batch_tokens,
     )
 
 
@@ -291,7 +274,7 @@ def retrieve(run: Run, store: tokens.Store) -> dict[str, lists_lib.Candidates]:
         def compute():
             rows_Q = _subset(len(queries.ids), most, run.config.seed)
             tower = run.params("retriever", "retriever")["query"]
-            vectors_QxD = _query_vectors(run, tower, queries.texts, rows_Q)
+            vectors_QxD = encode.queries(run.forward, tower, queries.texts, rows_Q)
             shards = _corpus_vectors(run, store, "retriever")
             passages_QxN, scores_QxN = index.exact(vectors_QxD, shards, depth)
             return {"query_rows": rows_Q, "passages": passages_QxN, "scores": scores_QxN}
@@ -329,7 +312,7 @@ def mine(run: Run, store: tokens.Store, candidates: dict) -> dict[str, lists_lib
             def compute(rows_Q=rows_Q, passages_QxN=passages_QxN):
                 nonlocal params
                 params = run.params("reranker", "reranker") if params is None else params
-                scores = _reranker_scores(run, params, store, texts, rows_Q, passages_QxN)
+                scores = rerank.scores(run.forward, params, store, texts, rows_Q, passages_QxN)
                 return {"scores": scores}
 
             path = run.workdir / "lists" / f"{split}.scores" / f"{first // MINED_AT_ONCE:05}.npz"
@@ -352,8 +335,14 @@ class Dev:
         self.run, self.store, self.candidates = run, store, candidates
         self.queries = store.splits["dev"]
         self.rows_Q = _subset(len(self.queries.ids), run.config.dev.queries, run.config.seed)
-        pairs_2xN = self.queries.positives()
-        pool = pairs_2xN[1, np.isin(pairs_2xN[0], self.rows_Q)]
+        query_N, passage_N, relevance_N = self.queries.qrels_3xN
+        chosen_N = np.isin(query_N, self.rows_Q)
+        self.qrels = (
+            np.searchsorted(self.rows_Q, query_N[chosen_N]),
+            passage_N[chosen_N],
+            relevance_N[chosen_N],
+        )
+        pool = passage_N[chosen_N & (relevance_N > 0)]
         if candidates is not None:
             pool = np.append(pool, candidates.passages_QxN.reshape(-1))
         pool = np.unique(pool)
@@ -363,33 +352,24 @@ class Dev:
         self.pool_N = np.sort(np.append(pool, others[:fill]))
 
     def _score(self, passages_QxK, scores_QxK) -> float:
-        passages_QxK, _ = metrics.sort_run(passages_QxK, scores_QxK, self.store.passage_ids)
-        found = metrics.evaluate(
-            passages_QxK, self.rows_Q, self.queries.qrels_3xN, [DEV_METRIC]
+        values = metrics.evaluate(
+            passages_QxK, scores_QxK, self.store.passage_ids, self.qrels, [DEV_METRIC]
         )
-        return float(found[DEV_METRIC].mean())
+        return float(values[DEV_METRIC].mean())
 
     def retriever(self, params) -> float:
         """RR@10 of the retriever over the pool."""
-        lengths_N = self.run.inputs.passage_lengths(self.store, self.pool_N)
-        passages_NxD = encode.vectors(
-            self.run.models,
-            params["passage"],
-            self.run.sharding,
-            self.run.config.evaluate.batch_tokens,
-            lengths_N,
-            lambda part: self.run.inputs.passages(self.store, self.pool_N[part]),
-            "dev passages",
-        )
-        queries_QxD = _query_vectors(self.run, params["query"], self.queries.texts, self.rows_Q)
+        forward = self.run.forward
+        passages_NxD = encode.passages(forward, params["passage"], self.store, self.pool_N)
+        queries_QxD = encode.queries(forward, params["query"], self.queries.texts, self.rows_Q)
         rows_QxK, scores_QxK = index.exact(queries_QxD, [passages_NxD], 10)
         return self._score(self.pool_N[rows_QxK], scores_QxK)
 
     def reranker(self, params) -> float:
         """RR@10 of the re-ranker over each query's candidates."""
         passages_QxK = self.candidates.passages_QxN
-        scores_QxK = _reranker_scores(
-            self.run, params, self.store, self.queries.texts, self.rows_Q, passages_QxK
+        scores_QxK = rerank.scores(
+            self.run.forward, params, self.store, self.queries.texts, self.rows_Q, passages_QxK
         )
         return self._score(passages_QxK, scores_QxK)
 
@@ -564,9 +544,9 @@ def evaluate(run: Run, store: tokens.Store, split: str, indexes: tuple[str, ...]
     settings, queries = run.config.evaluate, store.splits[split]
     rows_Q = np.arange(len(queries.ids))
     rows, per_query = [], {}
+    (run.workdir / "runs").mkdir(exist_ok=True)
 
     def add(state, model, name, passages_QxK, scores_QxK, **extra):
-        passages_QxK, scores_QxK = metrics.sort_run(passages_QxK, scores_QxK, store.passage_ids)
         metrics.write_trec_run(
             run.workdir / "runs" / f"{split}.{state}.{model}.{name}.trec",
             queries.ids,
@@ -576,7 +556,7 @@ def evaluate(run: Run, store: tokens.Store, split: str, indexes: tuple[str, ...]
             f"rqv2_jax.{state}.{model}",
         )
         values = metrics.evaluate(
-            passages_QxK, rows_Q, queries.qrels_3xN, list(run.config.evaluate.metrics)
+            passages_QxK, scores_QxK, store.passage_ids, queries.qrels_3xN, settings.metrics
         )
         per_query[state, model, name] = values
         row = {"state": state, "model": model, "split": split, "index": name}
@@ -594,19 +574,21 @@ def evaluate(run: Run, store: tokens.Store, split: str, indexes: tuple[str, ...]
             if state != "reranker":
                 add(state, "retriever", name, *retrieved[name], **extra)
         if state in ("reranker", "joint"):
-            passages_QxK = retrieved[indexes[0]][0][:, : settings.rerank_depth]
+            passages_QxK, scores_QxK = retrieved[indexes[0]]
+            top_QxK = passages_QxK[:, : settings.rerank_depth]
 
-            def compute(state=state, passages_QxK=passages_QxK):
+            def compute(state=state, top_QxK=top_QxK):
                 params = run.params(state, "reranker")
-                scores = _reranker_scores(
-                    run, params, store, queries.texts, rows_Q, passages_QxK
-                )
-                return {"scores": scores}
+                return {
+                    "scores": rerank.scores(
+                        run.forward, params, store, queries.texts, rows_Q, top_QxK
+                    )
+                }
 
             path = run.workdir / "eval" / f"{split}.{state}.reranked.{indexes[0]}.npz"
             source = f"{store.fingerprint} {settings.rerank_depth}"
-            scores_QxK = artifacts.cached(path, source, compute)["scores"]
-            add(state, "reranker", indexes[0], passages_QxK, scores_QxK)
+            top = artifacts.cached(path, source, compute)["scores"]
+            add(state, "reranker", indexes[0], passages_QxK, rerank.merge(top, scores_QxK))
 
     first = indexes[0]
     start = "zero_shot" if run.config.retriever.epochs == 0 else "retriever"
@@ -639,7 +621,7 @@ def _search(run: Run, store: tokens.Store, split: str, state: str, name: str):
     def vectors():
         tower = run.params(state, "retriever")["query"]
         rows_Q = np.arange(len(queries.ids))
-        return _query_vectors(run, tower, queries.texts, rows_Q)
+        return encode.queries(run.forward, tower, queries.texts, rows_Q)
 
     def exact():
         shards = _corpus_vectors(run, store, state)

@@ -115,9 +115,7 @@ def train_step(state: TrainState, batch, dropout_key, *, grad_fn, optimizer):
 
 def make_step(loss_fn, optimizer, sharding: Sharding) -> Callable:
     """`train_step` compiled for the mesh; the state it is given is donated."""
-    step = partial(
-        train_step, grad_fn=sharding.value_and_grad(loss_fn), optimizer=optimizer
-    )
+    step = partial(train_step, grad_fn=sharding.value_and_grad(loss_fn), optimizer=optimizer)
     return jax.jit(step, donate_argnums=0)
 
 

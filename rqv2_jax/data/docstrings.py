@@ -33,6 +33,7 @@ FULL = (*CORE, "scipy", "tensorflow", "keras", "transformers", "huggingface_hub"
 FULL += ("pydantic", "grpc", "rich", "treescope", "fsspec", "werkzeug", "PIL", "anyio", "optree")
 FULL += ("click", "pyarrow")
 PRESETS = {"core": CORE, "full": FULL}
+SPLITS = ("train", "dev", "test")
 
 # Share of the function names, by hash: train below the first bound, dev below the second.
 TRAIN_BELOW, DEV_BELOW = 0.75, 0.85
@@ -120,6 +121,17 @@ def read_docs(path: str, source: bytes) -> Iterator[Doc]:
             yield Doc(package, name.removeprefix(f"{package}."), query, text)
 
 
+def read_packages(packages: Iterable[str]) -> list[Doc]:
+    """All docs of the installed packages, in the order of `packages` and of their sorted paths."""
+    with _no_garbage_collection():
+        return [
+            doc
+            for package in packages
+            for path, file in source_files(package).items()
+            for doc in read_docs(path, file.read_bytes())
+        ]
+
+
 def select(docs: Iterable[Doc]) -> list[Doc]:
     """One doc per passage text, and per package and query; none whose query fits several names.
 
@@ -170,7 +182,7 @@ def records(docs: Iterable[Doc]) -> dict[str, list[dict]]:
         title = f"{doc.package} {doc.name}"
         passages.append(_row(passage_id, title, doc.text, []))
         queries[split_of(doc.name)].append(_row(f"query:{passage_id}", "", doc.query, [passage_id]))
-    rows = {"passages": passages, "train": [], "dev": [], "test": [], **queries}
+    rows = {"passages": passages} | {split: queries[split] for split in SPLITS}
     return {split: sorted(rows[split], key=lambda row: _digest(row["id"])) for split in rows}
 
 
@@ -198,14 +210,7 @@ class Docstrings(tfds.core.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager):
         del dl_manager
-        with _no_garbage_collection():
-            docs = [
-                doc
-                for package in PRESETS[self.builder_config.name]
-                for path, file in source_files(package).items()
-                for doc in read_docs(path, file.read_bytes())
-            ]
-        splits = records(select(docs))
+        splits = records(select(read_packages(PRESETS[self.builder_config.name])))
         return {split: self._generate_examples(rows) for split, rows in splits.items()}
 
     def _generate_examples(self, rows):
@@ -229,6 +234,8 @@ def docstrings(data_dir, *, preset: str) -> Collection:
     builder.download_and_prepare()
 
     def rows(split: str) -> Iterator[dict]:
+        if split not in builder.info.splits:
+            raise InputError(f"docstrings: no split {split!r}; it has {', '.join(SPLITS)}")
         # One shard after the other, in the order of `records`.
         read_config = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False)
         for row in tfds.as_numpy(builder.as_dataset(split=split, read_config=read_config)):
@@ -255,7 +262,7 @@ def docstrings(data_dir, *, preset: str) -> Collection:
     return Collection(
         name=f"docstrings/{preset}",
         fingerprint=fingerprint,
-        splits=("train", "dev", "test"),
+        splits=SPLITS,
         passages=passages,
         queries=queries,
         qrels=qrels,

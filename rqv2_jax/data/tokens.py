@@ -96,7 +96,9 @@ def load_tokenizer(folder: pathlib.Path, vocab_size: int) -> Tokenizer:
     names = ("tokenizer.json", "vocab.txt", "tokenizer_config.json", "special_tokens_map.json")
     files = [folder / name for name in names if (folder / name).is_file()]
     if not {"tokenizer.json", "vocab.txt"} & {f.name for f in files}:
-        raise InputError(f"{folder}: has no tokenizer.json or vocab.txt; copy the model's tokenizer")
+        raise InputError(
+            f"{folder}: has no tokenizer.json or vocab.txt; copy the model's tokenizer"
+        )
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (ValueError, OSError, KeyError) as e:
@@ -192,7 +194,7 @@ def prepare(collection: collection_lib.Collection, tokenizer: Tokenizer, folder:
     texts = _TextsWriter(partial / "passages/texts", tokenizer)
     with tqdm.tqdm(desc="tokenise passages", unit=" passages") as bar:
         for chunk in _chunks(collection.passages(), CHUNK):
-            passage_rows.update((p.id, len(passage_rows) + i) for i, p in enumerate(chunk))
+            passage_rows.update(zip([p.id for p in chunk], itertools.count(len(passage_rows))))
             titles.add([p.title for p in chunk])
             texts.add([p.text for p in chunk])
             bar.update(len(chunk))
@@ -207,7 +209,7 @@ def prepare(collection: collection_lib.Collection, tokenizer: Tokenizer, folder:
         query_rows: dict[str, int] = {}
         queries = _TextsWriter(partial / split / "queries", tokenizer)
         for chunk in _chunks(collection.queries(split), CHUNK):
-            query_rows.update((q.id, len(query_rows) + i) for i, q in enumerate(chunk))
+            query_rows.update(zip([q.id for q in chunk], itertools.count(len(query_rows))))
             queries.add([q.text for q in chunk])
         queries.close()
         _write_ids(partial / split / "ids.json", query_rows)
@@ -235,7 +237,9 @@ def open_store(folder: pathlib.Path) -> Store:
         file = folder / f"{name}.bin"
         # An empty file cannot be mapped: a corpus may well have no titles at all.
         empty = file.stat().st_size == 0
-        tokens = np.zeros(0, manifest["dtype"]) if empty else np.memmap(file, manifest["dtype"], "r")
+        tokens = (
+            np.zeros(0, manifest["dtype"]) if empty else np.memmap(file, manifest["dtype"], "r")
+        )
         return Texts(tokens, np.load(folder / f"{name}.offsets.npy"))
 
     def ids(name):

@@ -4,6 +4,7 @@ Shape suffixes: Q queries, N passages, D vector size, K depth.
 """
 
 import json
+import math
 import pathlib
 import shutil
 
@@ -69,28 +70,37 @@ def exact(queries_QxD: np.ndarray, shards: list[np.ndarray], depth: int):
 def build_scann(shards: list[np.ndarray], settings, depth: int, folder: pathlib.Path, source: str):
     """A ScaNN searcher over the vectors, kept in `folder` and loaded from there the next time.
 
-    Leaves, searched leaves and reordering follow the corpus size: see `config.evaluate.scann`.
+    As ScaNN's guide advises, a small collection (`settings.brute_force_below` passages) is scored
+    whole. A larger one has `leaves_per_sqrt * sqrt(passages)` leaves, of which at least
+    `searched_share` is searched, and enough to see `seen` times the depth; `reorder` times the depth
+    is then scored exactly.
     """
     # Slow to import, and needed by few commands.
     import scann
 
     total = sum(map(len, shards))
+    depth = min(depth, total)
     leaves = max(1, min(round(settings.leaves_per_sqrt * total**0.5), total))
-    searched = max(1, round(settings.searched_share * leaves))
-    reorder = min(max(round(settings.reorder * depth), depth), total)
+    searched = max(settings.searched_share * leaves, settings.seen * depth * leaves / total)
+    searched = min(math.ceil(searched), leaves)
+    reorder = min(round(settings.reorder * depth), total)
     manifest = folder / "rqv2_jax.json"
-    wanted = json.dumps([source, leaves, searched, reorder, depth])
+    whole = total < settings.brute_force_below
+    wanted = json.dumps([source, whole, leaves, searched, reorder, depth])
     if manifest.is_file() and manifest.read_text() == wanted:
         return scann.scann_ops_pybind.load_searcher(str(folder))
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    searcher = (
-        scann.scann_ops_pybind.builder(np.concatenate(shards), min(depth, total), "dot_product")
-        .tree(leaves, searched, training_sample_size=min(total, 250_000), quantize_centroids=False)
-        .score_ah(2, anisotropic_quantization_threshold=0.2)
-        .reorder(reorder)
-        .build()
-    )
+    builder = scann.scann_ops_pybind.builder(np.concatenate(shards), depth, "dot_product")
+    if whole:
+        builder = builder.score_brute_force()
+    else:
+        builder = (
+            builder.tree(leaves, searched, training_sample_size=min(total, 250_000))
+            .score_ah(2, anisotropic_quantization_threshold=0.2)
+            .reorder(reorder)
+        )
+    searcher = builder.build()
     searcher.serialize(str(folder))
     manifest.write_text(wanted)
     return searcher

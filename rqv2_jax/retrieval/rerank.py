@@ -1,42 +1,52 @@
 """Re-ranker scores for retrieved candidates, batched across queries.
 
-Shape suffixes: Q queries, K candidates of a query.
+Shape suffixes: Q queries, K candidates of a query, N = Q * K pairs.
 """
 
 import numpy as np
 import tqdm
 
-from rqv2_jax.data.inputs import Inputs
 from rqv2_jax.data.tokens import Store, Texts
-from rqv2_jax.models import Models
-from rqv2_jax.retrieval import stream
-from rqv2_jax.sharding import Sharding
+from rqv2_jax.retrieval.stream import Forward
 
 
 def scores(
-    models: Models,
+    forward: Forward,
     params,
     store: Store,
     texts: Texts,
     query_rows_Q: np.ndarray,
     passages_QxK: np.ndarray,
-    inputs: Inputs,
-    sharding: Sharding,
-    batch_tokens: int,
 ) -> np.ndarray:
     """The re-ranker's logit of every candidate [Q, K], float32. `passages_QxK` are row numbers."""
     queries_N = np.repeat(query_rows_Q, passages_QxK.shape[1])
     passages_N = passages_QxK.reshape(-1)
-    lengths_N = inputs.pair_lengths(store, texts, queries_N, passages_N)
+    inputs = forward.inputs
     with tqdm.tqdm(desc="re-rank", total=len(queries_N), unit=" pairs") as bar:
-        scores_N = stream.run(
-            sharding.per_shard(models.reranker_scores),
+        scores_N = forward.run(
+            forward.reranker_scores,
             params,
-            sharding,
-            lengths_N=lengths_N,
-            widths=stream.row_widths(lengths_N),
+            lengths_N=inputs.pair_lengths(store, texts, queries_N, passages_N),
+            longest=inputs.pair_length,
             build=lambda part: inputs.pairs(store, texts, queries_N[part], passages_N[part]),
-            batch_tokens=batch_tokens,
             bar=bar,
         )
     return scores_N.reshape(passages_QxK.shape)
+
+
+def merge(top_QxR: np.ndarray, retriever_QxK: np.ndarray) -> np.ndarray:
+    """Scores that rank the first R candidates by the re-ranker and the others, unchanged, below.
+
+    Args:
+      top_QxR: re-ranker scores of the first R candidates.
+      retriever_QxK: the retriever's scores of all K candidates, best first.
+
+    Returns:
+      float32 [Q, K]; the tail keeps the retriever's order and its ties.
+    """
+    depth = top_QxR.shape[1]
+    tail = retriever_QxK[:, depth:]
+    if not tail.shape[1]:
+        return top_QxR
+    below = top_QxR.min(axis=1, keepdims=True) - 1
+    return np.concatenate([top_QxR, below - (tail[:, :1] - tail)], axis=1)
