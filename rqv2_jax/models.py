@@ -31,10 +31,9 @@ class Models:
         states = []
         for i, block in enumerate(packed.blocks):
             rngs = {} if key is None else {"dropout": jax.random.fold_in(key, i)}
-            states_RxTxD = encoder.apply(
-                {"params": params}, *block, deterministic=key is None, rngs=rngs
+            states.append(
+                encoder.apply({"params": params}, *block, deterministic=key is None, rngs=rngs)
             )
-            states.append(states_RxTxD.reshape(-1, states_RxTxD.shape[-1]))
         return jnp.concatenate(states)
 
     def vectors(self, params, packed: Packed, key=None):

@@ -416,7 +416,7 @@ def _train_stage(run: Run, store, name: str, params, lists, loss_fn, dev: Dev, *
         state,
         step_fn=train.make_step(loss_fn, optimizer, run.sharding),
         batches=lambda first: map(run.sharding.put_batch, batches.stream(first)),
-        dropout_key=jax.random.key(run.config.seed),
+        dropout_key=jax.random.key(run.config.seed, impl="rbg"),
         total_steps=batches.steps,
         stage=stage,
         hooks=train.Hooks(evaluate, checkpoints.save_last, write),
