@@ -20,16 +20,23 @@ def run(main: Callable[[], None], doc: str, required: tuple[str, ...]):
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     logging.set_verbosity(logging.WARNING)
     if {"--help", "-h", "-help"} & set(sys.argv[1:]):
-        print(f"{doc.strip()}\n\nFlags:\n{flags.FLAGS.main_module_help()}")
+        print(f"{doc.strip()}\n\nFlags:{flags.FLAGS.main_module_help()}")
         return
     try:
         rest = flags.FLAGS(sys.argv)[1:]
         if rest:
             raise InputError(f"unexpected argument {rest[0]!r}; --help shows an example")
         for name in required:
-            if flags.FLAGS[name].value is None:
+            value = getattr(flags.FLAGS, name)
+            # A config that could not be loaded raises OSError when it is first looked into.
+            getattr(value, "keys", None)
+            if value is None:
                 raise InputError(f"--{name} is missing; --help shows an example")
-    except (flags.Error, InputError, OSError, AttributeError, KeyError, TypeError, ValueError) as e:
+    except AttributeError as e:
+        # ml_collections wraps the KeyError of a key that the config file does not have.
+        key = " ".join(str(getattr(x, "args", [x])[0]) for x in e.args)
+        _fail(f"--config has no such setting: {key}", 2)
+    except (flags.Error, InputError, OSError, TypeError, ValueError) as e:
         _fail(e, 2)
     try:
         main()
@@ -40,6 +47,6 @@ def run(main: Callable[[], None], doc: str, required: tuple[str, ...]):
         sys.exit(130)
 
 
-def _fail(error: Exception, code: int):
+def _fail(error: Exception | str, code: int):
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     sys.exit(code)

@@ -83,6 +83,13 @@ class Tokenizer:
     cls: int
     sep: int
 
+    def texts(self, strings: list[str]) -> Texts:
+        """Texts tokenised in memory."""
+        tokens = self.encode(strings)
+        lengths = [len(t) for t in tokens]
+        flat = np.fromiter(itertools.chain.from_iterable(tokens), np.int32, sum(lengths))
+        return Texts(flat, np.cumsum([0, *lengths]))
+
 
 def load_tokenizer(folder: pathlib.Path, vocab_size: int) -> Tokenizer:
     """The tokenizer of a model folder.
