@@ -107,7 +107,9 @@ def default() -> ml_collections.ConfigDict:
             "reranker": _training(epochs=2.0, list_size=8),
             "mine": {
                 "queries": 1_000_000,  # at most this many training queries, drawn at random
-                "depth": 50,  # retrieved passages of each
+                "depth": 50,  # retrieved passages of each, negatives of the re-ranker's warm-up
+                "scored_queries": 1_000_000,  # at most this many of them head the joint lists
+                "scored_depth": 50,  # the first passages of each, scored, candidates of those lists
                 "negative_below": 0.1,  # probability of relevance, denoised negatives
                 "positive_above": 0.9,  # and extra positives
             },
@@ -143,6 +145,25 @@ def default() -> ml_collections.ConfigDict:
             },
         }
     )
+
+
+def two_cores(config: ml_collections.ConfigDict):
+    """Changes a config to a size that two CPU cores carry, starting from all-MiniLM-L6-v2."""
+    config.data.update({"passage_length": 48, "pair_length": 64})
+    config.model.update({"pooling": "mean", "passage_format": "title_text", "dropout": 0.0})
+    config.packing.blocks = 1
+    config.retriever.epochs = 0.0
+    config.mine.update({"queries": 1000, "depth": 50, "scored_queries": 500, "scored_depth": 12})
+    config.reranker.update(
+        {"epochs": 1.0, "batch": 16, "list_size": 4, "learning_rate": 2e-4, "warmup_steps": 10}
+        | {"schedule": "linear", "log_every": 10, "evaluate_every": 1000, "save_every": 20}
+    )
+    config.joint.update(
+        {"epochs": 1.5, "batch": 16, "list_size": 4, "learning_rate": 1e-4, "warmup_steps": 5}
+        | {"schedule": "linear", "log_every": 5, "evaluate_every": 24, "save_every": 20}
+    )
+    config.dev.update({"queries": 150, "depth": 10, "pool": 1000})
+    config.evaluate.update({"batch_tokens": 2048, "rerank_depth": 10})
 
 
 def _flat(config, prefix=""):

@@ -261,8 +261,8 @@ def _corpus_vectors(run: Run, store: tokens.Store, state: str) -> list[np.ndarra
 
 
 def _subset(count: int, most: int, seed: int) -> np.ndarray:
-    """At most `most` of the numbers below `count`, drawn at random, in ascending order."""
-    return np.sort(np.random.default_rng(seed).permutation(count)[:most])
+    """At most `most` of the numbers below `count`, drawn at random, in random order."""
+    return np.random.default_rng(seed).permutation(count)[:most]
 
 
 def retrieve(run: Run, store: tokens.Store) -> dict[str, lists_lib.Candidates]:
@@ -319,6 +319,9 @@ def mine(run: Run, store: tokens.Store, candidates: dict) -> dict[str, lists_lib
             parts.append(artifacts.cached(path, store.fingerprint, compute)["scores"])
         return dataclasses.replace(found, reranker_QxN=np.concatenate(parts))
 
+    settings = run.config.mine
+    joint = candidates["train"].first(settings.scored_queries, settings.scored_depth)
+    candidates = {**candidates, "train": joint}
     if run.config.joint.denoised_share == 0:
         return candidates
     return {split: scored(split, found) for split, found in candidates.items()}
@@ -334,7 +337,9 @@ class Dev:
     def __init__(self, run: Run, store: tokens.Store, candidates: lists_lib.Candidates | None):
         self.run, self.store, self.candidates = run, store, candidates
         self.queries = store.splits["dev"]
-        self.rows_Q = _subset(len(self.queries.ids), run.config.dev.queries, run.config.seed)
+        self.rows_Q = np.sort(
+            _subset(len(self.queries.ids), run.config.dev.queries, run.config.seed)
+        )
         query_N, passage_N, relevance_N = self.queries.qrels_3xN
         chosen_N = np.isin(query_N, self.rows_Q)
         self.qrels = (
@@ -367,7 +372,8 @@ class Dev:
 
     def reranker(self, params) -> float:
         """RR@10 of the re-ranker over each query's candidates."""
-        passages_QxK = self.candidates.passages_QxN
+        order_Q = np.argsort(self.candidates.query_rows_Q)
+        passages_QxK = self.candidates.passages_QxN[order_Q]
         scores_QxK = rerank.scores(
             self.run.forward, params, self.store, self.queries.texts, self.rows_Q, passages_QxK
         )

@@ -37,6 +37,16 @@ class Candidates:
     retriever_QxN: np.ndarray
     reranker_QxN: np.ndarray
 
+    def first(self, queries: int, depth: int) -> "Candidates":
+        """The first `depth` candidates of the first `queries` queries."""
+        return Candidates(
+            self.query_rows_Q[:queries],
+            *(
+                x[:queries, :depth]
+                for x in (self.passages_QxN, self.retriever_QxN, self.reranker_QxN)
+            ),
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class Lists:

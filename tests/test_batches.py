@@ -1,0 +1,301 @@
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from rqv2_jax.data import batches as batches_lib
+from rqv2_jax.data.batches import ListBatches, in_batch_labels
+from rqv2_jax.data.inputs import Inputs
+from rqv2_jax.data.lists import Lists, Provenance
+from rqv2_jax.data.packing import Packed
+from rqv2_jax.data.tokens import Queries, Store, Texts
+from rqv2_jax.errors import InputError
+
+BATCH, PASSAGES = 4, 3
+INPUTS = Inputs(
+    cls=1,
+    sep=2,
+    titles=True,
+    passage_format="title_sep_text",
+    query_length=12,
+    passage_length=40,
+    pair_length=48,
+)
+
+
+def texts_of(count, longest, rng, first):
+    """Texts of which no two share a token."""
+    offsets = np.concatenate([[0], np.cumsum(rng.integers(1, longest, count))])
+    return Texts(np.arange(first, first + offsets[-1]), offsets)
+
+
+def world(*, lists=18, passages_per_list=PASSAGES, seed=0):
+    """A store, queries with labels, and lists in which queries and passages come again."""
+    rng = np.random.default_rng(seed)
+    store = Store(
+        titles=texts_of(30, 8, rng, 1_000),
+        texts=texts_of(30, 60, rng, 10_000),
+        passage_ids=[str(i) for i in range(30)],
+        splits={},
+        fingerprint="",
+    )
+    qrels_3xN = np.array([(q, p, 1) for q in range(9) for p in rng.permutation(30)[:4]]).T
+    qrels_3xN = qrels_3xN[:, rng.permutation(qrels_3xN.shape[1])]
+    qrels_3xN[2, ::5] = 0
+    queries = Queries(texts_of(9, 15, rng, 100_000), [str(i) for i in range(9)], qrels_3xN)
+    passages_LxP = np.array([rng.permutation(30)[:passages_per_list] for _ in range(lists)])
+    provenance_LxP = np.full(passages_LxP.shape, Provenance.DENOISED_NEGATIVE)
+    provenance_LxP[:, 0] = rng.integers(0, 2, lists)
+    query_rows_L = rng.integers(0, 9, lists)
+    return store, queries, Lists(query_rows_L, passages_LxP, provenance_LxP)
+
+
+def batches_of(store, queries, lists, **changed):
+    given = dict(batch=BATCH, models=("retriever", "reranker"), in_batch=False, shards=1)
+    return ListBatches(store, queries, INPUTS, lists, **{**given, "max_blocks": 3, **changed})
+
+
+def leaves(batch):
+    """{name: array} of everything in a batch."""
+    flat = {}
+    for name, value in batch.items():
+        if isinstance(value, Packed):
+            flat[f"{name}.first"] = value.first_N
+            for b, block in enumerate(value.blocks):
+                flat |= {f"{name}.{b}.{x}": array for x, array in block._asdict().items()}
+        else:
+            flat[name] = value
+    return flat
+
+
+def assert_same(a, b):
+    a, b = leaves(a), leaves(b)
+    assert list(a) == list(b)
+    for name, array in a.items():
+        assert array.dtype == b[name].dtype, name
+        np.testing.assert_array_equal(array, b[name], err_msg=name)
+
+
+def recovered(packed):
+    """[shard][sequence] -> (tokens, types) as the model finds them, from the sequence's first token."""
+    shards = []
+    for shard, first_N in enumerate(packed.first_N):
+        flat = [
+            np.concatenate([getattr(block, x)[shard].reshape(-1) for block in packed.blocks])
+            for x in ("tokens_RxT", "types_RxT", "positions_RxT", "sequence_RxT")
+        ]
+        tokens, types, positions, sequence = flat
+        shards.append([])
+        for n, first in enumerate(first_N):
+            end = first + (sequence == n).sum()
+            assert (sequence[first:end] == n).all()
+            assert positions[first:end].tolist() == list(range(end - first))
+            shards[-1].append((tokens[first:end].tolist(), types[first:end].tolist()))
+    return shards
+
+
+def alone(ragged):
+    return ragged.tokens.tolist(), ragged.types.tolist()
+
+
+def expected_sequences(store, queries, query, passages):
+    """What one list is made of, each sequence built alone."""
+    query = np.array([query])
+    rows = [np.array([p]) for p in passages]
+    return {
+        "queries": [alone(INPUTS.queries(queries.texts, query))],
+        "passages": [alone(INPUTS.passages(store, row)) for row in rows],
+        "pairs": [alone(INPUTS.pairs(store, queries.texts, query, row)) for row in rows],
+    }
+
+
+@pytest.mark.parametrize("shards", [1, 2, 4])
+def test_every_passage_of_a_list_is_at_its_place(shards):
+    store, queries, lists = world()
+    batches = batches_of(store, queries, lists, shards=shards)
+    assert batches.steps == 4
+    seen = 0
+    for step in range(batches.steps):
+        batch = batches.make(step)
+        found = {kind: recovered(batch[kind]) for kind in ("queries", "passages", "pairs")}
+        per_shard = BATCH // shards
+        assert all(len(x) == shards for x in found.values())
+        for shard, b in itertools.product(range(shards), range(per_shard)):
+            row = step * BATCH + shard * per_shard + b
+            wanted = expected_sequences(
+                store, queries, lists.query_rows_L[row], lists.passages_LxP[row]
+            )
+            for kind, sequences in wanted.items():
+                here = slice(b * len(sequences), (b + 1) * len(sequences))
+                assert found[kind][shard][here] == sequences, (kind, row)
+            assert batch["positive"][shard, b].tolist() == [True, False, False]
+            assert batch["where"][shard, b].all()
+            seen += 1
+        for kind, count in (("queries", 1), ("passages", PASSAGES), ("pairs", PASSAGES)):
+            assert [len(x) for x in found[kind]] == [per_shard * count] * shards
+    assert seen == 16, "the last two lists make no whole batch"
+
+
+@pytest.mark.parametrize("in_batch", [False, True])
+@pytest.mark.parametrize("shards", [2, 4])
+def test_shards_share_the_same_lists_and_labels(shards, in_batch):
+    given = world()
+    whole = batches_of(*given, in_batch=in_batch)
+    split = batches_of(*given, in_batch=in_batch, shards=shards)
+    assert split.steps == whole.steps
+    for step in range(whole.steps):
+        one, many = whole.make(step), split.make(step)
+        for kind in ("queries", "passages", "pairs"):
+            joined = list(itertools.chain(*recovered(many[kind])))
+            assert joined == recovered(one[kind])[0]
+        for label in ("positive", "where"):
+            columns = BATCH * PASSAGES if in_batch else PASSAGES
+            assert many[label].shape == (shards, BATCH // shards, columns)
+            assert many[label].reshape(one[label].shape).tolist() == one[label].tolist()
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("order", [1, -1], ids=["longest last", "longest first"])
+def test_shapes_are_the_same_at_every_step(shards, order, monkeypatch):
+    store, queries, lists = world(lists=32, seed=4)
+    # Most batches know nothing of the longest texts.
+    length_L = INPUTS.passage_lengths(store, lists.passages_LxP).max(axis=1)
+    order_L = np.argsort(length_L)[::order]
+    lists = Lists(*(x[order_L] for x in vars(lists).values()))
+    batches = batches_of(store, queries, lists, shards=shards)
+    shapes = [
+        {name: (x.shape, x.dtype) for name, x in leaves(batches.make(step)).items()}
+        for step in range(batches.steps)
+    ]
+    assert len(shapes) == 8
+    assert all(x == shapes[0] for x in shapes)
+    assert all(shape[0] == shards for shape, _ in shapes[0].values())
+    # However many steps are planned at once.
+    for steps in (1, 3):
+        monkeypatch.setattr(batches_lib, "PLANNED_AT_ONCE", steps)
+        assert batches_of(store, queries, lists, shards=shards).shapes == batches.shapes
+
+
+@pytest.mark.parametrize("in_batch", [False, True])
+def test_a_stream_can_start_at_any_step(in_batch):
+    batches = batches_of(*world(lists=26), in_batch=in_batch, shards=2)
+    made = [batches.make(step) for step in range(batches.steps)]
+    assert len({batch["queries"].blocks[0].tokens_RxT.tobytes() for batch in made}) == 6
+    for first in (0, 1, 4, 5):
+        streamed = list(batches.stream(first))
+        assert len(streamed) == batches.steps - first
+        for step, batch in enumerate(streamed, first):
+            assert isinstance(batch["queries"], Packed)
+            assert_same(batch, made[step])
+
+
+def test_a_batch_is_a_function_of_its_step():
+    batches = batches_of(*world())
+    third = batches.make(3)
+    batches.make(0)
+    assert_same(batches.make(3), third)
+    assert_same(batches_of(*world()).make(3), third)
+
+
+@pytest.mark.parametrize(
+    ("models", "kinds"),
+    [
+        (("retriever",), {"queries", "passages"}),
+        (("reranker",), {"pairs"}),
+        (("retriever", "reranker"), {"queries", "passages", "pairs"}),
+    ],
+)
+def test_each_model_gets_its_own_inputs(models, kinds):
+    batches = batches_of(*world(), models=models)
+    assert set(batches.make(0)) == {*kinds, "positive", "where"}
+    assert set(batches.shapes) == kinds
+
+
+@pytest.mark.parametrize("max_blocks", [1, 2, 5])
+def test_no_more_blocks_than_allowed(max_blocks):
+    batches = batches_of(*world(), max_blocks=max_blocks)
+    counts = [len(x.blocks) for x in batches.make(0).values() if isinstance(x, Packed)]
+    assert max(counts) <= max_blocks
+    # Lengths of up to 48 in widths of 16: there are as many as three to choose from.
+    assert max(counts) == min(max_blocks, 3)
+
+
+def in_batch_by_hand(queries, passages, relevant):
+    """Labels in plain Python: `relevant` is the set of (query, passage)."""
+    flat = [(b, p) for b, row in enumerate(passages) for p in range(len(row))]
+    positive, where = [], []
+    for b, query in enumerate(queries):
+        own = passages[b][0]
+        positive.append([at == (b, 0) for at in flat])
+        where.append(
+            [
+                at == (b, 0)
+                or (
+                    passages[at[0]][at[1]] != own
+                    and (query, passages[at[0]][at[1]]) not in relevant
+                )
+                for at in flat
+            ]
+        )
+    return positive, where
+
+
+@given(
+    st.integers(1, 4).flatmap(
+        lambda p: st.lists(
+            st.tuples(st.integers(0, 4), st.lists(st.integers(0, 6), min_size=p, max_size=p)),
+            min_size=1,
+            max_size=5,
+        )
+    ),
+    st.sets(st.tuples(st.integers(0, 4), st.integers(0, 6)), max_size=20),
+)
+@settings(deadline=None, max_examples=300)
+# The same passage heads two lists; a query has two positives, one of them in another's list.
+@example([(0, [3]), (1, [3]), (2, [4])], {(0, 3), (1, 3), (0, 4), (2, 4)})
+# The same query twice.
+@example([(0, [3, 5]), (0, [4, 3])], {(0, 3), (0, 4)})
+# A head that no label names: a denoised positive.
+@example([(0, [3, 5]), (1, [4, 3])], {(1, 4)})
+def test_in_batch_labels_against_plain_python(lists, relevant):
+    queries, passages = zip(*lists)
+    pairs_2xN = np.array(sorted(relevant), np.int64).reshape(-1, 2).T
+    positive, where = in_batch_labels(np.array(queries), np.array(passages), pairs_2xN)
+    assert positive.dtype == where.dtype == bool
+    assert (positive.tolist(), where.tolist()) == in_batch_by_hand(queries, passages, relevant)
+
+
+def test_in_batch_labels_of_a_batch_use_the_relevant_pairs():
+    store, queries, lists = world(passages_per_list=2, lists=24)
+    # Heads are what the labels say, as in the retriever's warm-up.
+    pairs = {(q, p) for q, p, relevance in queries.qrels_3xN.T.tolist() if relevance > 0}
+    rng = np.random.default_rng(0)
+    query_rows_L, head_L = rng.permutation(sorted(pairs))[:24].T
+    lists = Lists(
+        query_rows_L, np.stack([head_L, lists.passages_LxP[:, 0]], axis=1), lists.provenance_LxP
+    )
+    batches = batches_of(store, queries, lists, batch=8, shards=2, in_batch=True)
+    masked = 0
+    for step in range(3):
+        part = slice(step * 8, (step + 1) * 8)
+        batch = batches.make(step)
+        positive, where = in_batch_by_hand(
+            query_rows_L[part].tolist(), lists.passages_LxP[part].tolist(), pairs
+        )
+        assert batch["positive"].reshape(8, 16).tolist() == positive
+        assert batch["where"].reshape(8, 16).tolist() == where
+        masked += np.sum(np.logical_not(where))
+    assert masked > 10
+
+
+def test_a_batch_must_split_over_the_devices():
+    with pytest.raises(InputError, match="4 lists cannot be split over 3 devices; make"):
+        batches_of(*world(), shards=3)
+
+
+def test_there_must_be_lists_for_one_batch():
+    with pytest.raises(InputError, match="3 lists, fewer than one batch of 4; lower"):
+        batches_of(*world(lists=3))
+    assert batches_of(*world(lists=4)).steps == 1

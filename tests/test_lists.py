@@ -1,0 +1,417 @@
+import collections
+import itertools
+
+import numpy as np
+import pytest
+import scipy.optimize
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from rqv2_jax.data.lists import (
+    Candidates,
+    Lists,
+    Provenance,
+    draw,
+    fit_probability,
+    known_positive,
+)
+from rqv2_jax.errors import InputError
+
+SLOPE, OFFSET = 1.5, -0.5
+HEADS = (Provenance.LABELLED_POSITIVE, Provenance.DENOISED_POSITIVE)
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-np.float64(x)))
+
+
+def problem(seed, *, queries, depth, passages, unlabelled=1, scored=True):
+    """Candidates of some of the queries, and labelled pairs of all of them, in no order."""
+    rng = np.random.default_rng(seed)
+    total = queries + 2
+    rows_Q = rng.permutation(total + 3)[:queries]
+    passages_QxN = np.stack([rng.permutation(passages)[:depth] for _ in rows_Q])
+    pairs = set()
+    for query in rng.permutation(total + 3)[: total - unlabelled].tolist():
+        # From the candidates or from anywhere.
+        pool = passages_QxN[rows_Q == query].reshape(-1) if rng.random() < 0.7 else []
+        pool = pool if len(pool) else np.arange(passages)
+        pairs |= {(query, int(p)) for p in rng.choice(pool, rng.integers(1, 4))}
+    pairs = rng.permutation(np.array(sorted(pairs)))
+    scores_QxN = np.sort(rng.normal(size=passages_QxN.shape))[:, ::-1].astype(np.float32)
+    # In steps of 1/4, of which no probability lies near a threshold: float32 decides as float64.
+    reranker_QxN = (rng.normal(scale=12, size=passages_QxN.shape).round() / 4).astype(np.float32)
+    if not scored:
+        reranker_QxN[:] = np.nan
+    return Candidates(rows_Q, passages_QxN, scores_QxN, reranker_QxN), pairs.T.copy()
+
+
+def drawn(candidates, positives_2xN, **changed) -> Lists:
+    given = dict(list_size=4, denoised_share=0.5, negative_below=0.3, positive_above=0.8)
+    numbers = dict(probability=(SLOPE, OFFSET), num_passages=1000, seed=1, epoch=0)
+    return draw(candidates, positives_2xN, **{**given, **numbers, **changed})
+
+
+def by_query(candidates, positives_2xN):
+    """{query: ({passage: probability of relevance}, {labelled passages})}."""
+    return {
+        query: (
+            {p: sigmoid(SLOPE * s + OFFSET) for p, s in zip(passages, scores)},
+            set(positives_2xN[1, positives_2xN[0] == query].tolist()),
+        )
+        for query, passages, scores in zip(
+            candidates.query_rows_Q.tolist(),
+            candidates.passages_QxN.tolist(),
+            candidates.reranker_QxN.tolist(),
+        )
+    }
+
+
+def check(lists, candidates, positives_2xN, *, list_size, below, above, num_passages):
+    """Everything that holds of every list, whatever was drawn."""
+    kinds = Provenance
+    facts = by_query(candidates, positives_2xN)
+    labelled_heads, found_heads = [], []
+    assert lists.passages_LxP.shape == lists.provenance_LxP.shape
+    assert lists.passages_LxP.shape[1] == list_size
+    assert lists.positive().tolist() == [
+        [True] + [False] * (list_size - 1) for _ in lists.query_rows_L
+    ]
+    for query, passages, provenance in zip(
+        lists.query_rows_L.tolist(), lists.passages_LxP.tolist(), lists.provenance_LxP.tolist()
+    ):
+        probability, known = facts[query]
+        head, *negatives = passages
+        assert len(set(passages)) == list_size, "no passage twice"
+        assert all(0 <= p < num_passages for p in passages)
+        assert provenance[0] in HEADS
+        assert not known & set(negatives), "known positives are no negatives"
+        count = collections.Counter(provenance[1:])
+        denoised = provenance[0] == kinds.DENOISED_POSITIVE or count[kinds.DENOISED_NEGATIVE] > 0
+        if provenance[0] == kinds.LABELLED_POSITIVE:
+            assert head in known
+            labelled_heads.append((query, head))
+        else:
+            assert head not in known
+            assert probability[head] > above
+            found_heads.append((query, head))
+        eligible = {p for p in probability if p not in known}
+        trusted = {p for p in eligible if probability[p] < below}
+        for passage, kind in zip(negatives, provenance[1:]):
+            if kind == kinds.UNDENOISED_NEGATIVE:
+                assert passage in eligible
+            elif kind == kinds.DENOISED_NEGATIVE:
+                assert passage in trusted
+            else:
+                assert kind == kinds.RANDOM_FILL
+        if count[kinds.UNDENOISED_NEGATIVE]:
+            assert not denoised, "a list is of one kind"
+            assert count[kinds.RANDOM_FILL] == max(0, list_size - 1 - len(eligible))
+        elif denoised:
+            assert count[kinds.RANDOM_FILL] == max(0, list_size - 1 - len(trusted))
+        else:
+            assert not trusted, "filled although there were candidates"
+    wanted = {(q, p) for q, (_, known) in facts.items() for p in known}
+    assert sorted(labelled_heads) == sorted(wanted), "each heads exactly one list"
+    assert len(set(found_heads)) == len(found_heads)
+
+
+@given(
+    st.integers(0, 2**32 - 1),
+    st.integers(1, 12),
+    st.integers(1, 9),
+    st.integers(2, 14),
+    st.sampled_from([0.0, 0.25, 0.5, 0.9, 1.0]),
+    st.sampled_from([(0.1, 0.9), (0.5, 0.5), (0.05, 0.2), (0.8, 0.95), (0.0, 1.0), (0.999, 0.999)]),
+    st.sampled_from([25, 200]),
+)
+@settings(deadline=None, max_examples=200)
+def test_every_list_keeps_the_rules(seed, queries, depth, size, share, thresholds, passages):
+    candidates, positives_2xN = problem(seed, queries=queries, depth=depth, passages=passages)
+    lists = drawn(
+        candidates,
+        positives_2xN,
+        list_size=size,
+        denoised_share=share,
+        negative_below=thresholds[0],
+        positive_above=thresholds[1],
+        num_passages=passages,
+        seed=seed,
+    )
+    check(
+        lists,
+        candidates,
+        positives_2xN,
+        list_size=size,
+        below=thresholds[0],
+        above=thresholds[1],
+        num_passages=passages,
+    )
+
+
+def easy(*, queries=40, depth=24):
+    """Every query has labelled passage 0, candidate 1 is relevant, 2.. are not, half of them surely."""
+    passages_QxN = np.tile(np.arange(1, depth + 1), (queries, 1))
+    reranker_QxN = np.where(passages_QxN % 2 == 0, -9.0, 0.0).astype(np.float32)
+    reranker_QxN[:, 0] = 9
+    rows_Q = np.arange(queries)
+    scores_QxN = -np.ones_like(passages_QxN).cumsum(axis=1).astype(np.float32)
+    positives_2xN = np.stack([rows_Q, np.zeros_like(rows_Q)])
+    return Candidates(rows_Q, passages_QxN, scores_QxN, reranker_QxN), positives_2xN
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.3, 0.5, 0.775, 1.0])
+def test_the_share_of_denoised_lists_is_exact(share):
+    lists = drawn(*easy(), denoised_share=share, list_size=12)
+    heads = lists.provenance_LxP[:, 0]
+    denoised = lists.provenance_LxP[:, 1:] == Provenance.DENOISED_NEGATIVE
+    assert (denoised.all(axis=1) | ~denoised.any(axis=1)).all()
+    labelled = heads == Provenance.LABELLED_POSITIVE
+    assert labelled.sum() == 40
+    assert denoised[labelled].all(axis=1).sum() == round(share * 40)
+    # One hidden positive for each query, of which the same share heads a list.
+    assert len(heads) == 40 + round(share * 40)
+    assert denoised[~labelled].all()
+    assert (lists.passages_LxP[~labelled, 0] == 1).all()
+    undenoised = ~denoised.any(axis=1)
+    assert set(lists.passages_LxP[~undenoised, 1:].reshape(-1).tolist()) <= set(range(2, 25, 2))
+    if share < 1:
+        # Undenoised lists know nothing of the re-ranker: the hidden positive is a negative in some.
+        assert (lists.passages_LxP[undenoised, 1:] == 1).any()
+
+
+def test_thresholds_are_strict():
+    candidates, positives_2xN = easy(queries=4, depth=3)
+    # At probability 1/2 exactly, neither below nor above.
+    even = Candidates(*list(vars(candidates).values())[:3], np.zeros((4, 3), np.float32))
+    settings = dict(probability=(1.0, 0.0), denoised_share=1.0, list_size=2)
+    lists = drawn(even, positives_2xN, negative_below=0.5, positive_above=0.5, **settings)
+    assert len(lists.query_rows_L) == 4
+    assert (lists.provenance_LxP[:, 1] == Provenance.RANDOM_FILL).all()
+
+
+def test_thresholds_that_overlap_are_an_error():
+    # A passage could head a list and be a negative in the same one.
+    with pytest.raises(InputError, match="negative_below"):
+        drawn(*easy(), negative_below=0.9, positive_above=0.4)
+
+
+def test_no_reranker_score_is_read_for_undenoised_lists():
+    candidates, positives_2xN = problem(3, queries=9, depth=6, passages=50, scored=False)
+    scored = problem(3, queries=9, depth=6, passages=50)[0]
+    one, other = (drawn(c, positives_2xN, denoised_share=0.0) for c in (candidates, scored))
+    np.testing.assert_array_equal(one.passages_LxP, other.passages_LxP)
+    assert set(np.unique(one.provenance_LxP)) <= {
+        Provenance.LABELLED_POSITIVE,
+        Provenance.UNDENOISED_NEGATIVE,
+        Provenance.RANDOM_FILL,
+    }
+
+
+def test_denoised_lists_need_reranker_scores():
+    candidates, positives_2xN = problem(3, queries=9, depth=6, passages=50, scored=False)
+    with pytest.raises(InputError, match=r"denoised_share .* mine stage"):
+        drawn(candidates, positives_2xN, denoised_share=0.01)
+    candidates, positives_2xN = easy()
+    candidates.reranker_QxN[-1, -1] = np.nan
+    with pytest.raises(InputError, match="mine stage"):
+        drawn(candidates, positives_2xN)
+
+
+def arrays(lists):
+    return [lists.query_rows_L, lists.passages_LxP, lists.provenance_LxP]
+
+
+def same(a, b):
+    return all(np.array_equal(x, y) for x, y in zip(arrays(a), arrays(b), strict=True))
+
+
+def test_lists_are_a_function_of_seed_and_epoch():
+    # List size above the number of candidates, so that the random fills are in it.
+    candidates, positives_2xN = problem(5, queries=30, depth=6, passages=300)
+    before = [x.copy() for x in [*vars(candidates).values(), positives_2xN]]
+    given = dict(list_size=9, num_passages=300)
+    first = drawn(candidates, positives_2xN, seed=1, epoch=2, **given)
+    np.random.default_rng(0)
+    assert same(first, drawn(candidates, positives_2xN, seed=1, epoch=2, **given))
+    for seed, epoch in ((1, 3), (2, 2), (2, 1)):
+        assert not same(first, drawn(candidates, positives_2xN, seed=seed, epoch=epoch, **given))
+    for array, copy in zip([*vars(candidates).values(), positives_2xN], before):
+        np.testing.assert_array_equal(array, copy)
+
+
+def test_every_epoch_mixes_anew():
+    candidates, positives_2xN = easy()
+    epochs = [drawn(candidates, positives_2xN, epoch=epoch) for epoch in range(100)]
+    heads = [
+        {
+            kind: lists.query_rows_L[
+                (lists.provenance_LxP[:, 0] == Provenance.LABELLED_POSITIVE)
+                & (lists.provenance_LxP[:, 1] == kind)
+            ]
+            for kind in (Provenance.DENOISED_NEGATIVE, Provenance.UNDENOISED_NEGATIVE)
+        }
+        for lists in epochs
+    ]
+    # Each of 40 positives heads a denoised list in about half of the epochs.
+    times = np.bincount(
+        np.concatenate([x[Provenance.DENOISED_NEGATIVE] for x in heads]), minlength=40
+    )
+    assert times.sum() == 2000
+    assert times.min() >= 25
+    assert times.max() <= 75
+    found = np.concatenate([x.query_rows_L[x.provenance_LxP[:, 0] == 1] for x in epochs])
+    assert np.bincount(found, minlength=40).min() >= 25
+    # Lists come in random order: kinds and queries are spread over the epoch.
+    places = np.concatenate([np.nonzero(x.provenance_LxP[:, 0] == 1)[0] for x in epochs])
+    assert 25 < places.mean() < 34
+    first = np.array([x.query_rows_L[0] for x in epochs])
+    assert len(set(first.tolist())) > 20
+
+
+def test_negatives_are_drawn_evenly_from_the_candidates():
+    candidates, positives_2xN = easy(queries=1, depth=12)
+    count = collections.Counter()
+    for epoch in range(600):
+        lists = drawn(candidates, positives_2xN, denoised_share=0.0, epoch=epoch)
+        count.update(lists.passages_LxP[0, 1:].tolist())
+    # 3 of 12 candidates each time: 150 expected of each, standard deviation 11.
+    assert set(count) == set(range(1, 13))
+    assert min(count.values()) > 100
+    assert max(count.values()) < 200
+
+
+def test_fills_come_evenly_from_the_whole_collection():
+    candidates, positives_2xN = easy(queries=1, depth=2)
+    count = collections.Counter()
+    for epoch in range(600):
+        lists = drawn(
+            candidates, positives_2xN, denoised_share=0.0, num_passages=13, epoch=epoch, list_size=5
+        )
+        assert sorted(lists.passages_LxP[0, 1:3]) == [1, 2], "candidates first"
+        assert (lists.provenance_LxP[0, 3:] == Provenance.RANDOM_FILL).all()
+        count.update(lists.passages_LxP[0, 3:].tolist())
+    # 2 of 10 passages each time: 120 expected of each, standard deviation 10.
+    assert set(count) == set(range(3, 13))
+    assert min(count.values()) > 75
+    assert max(count.values()) < 170
+
+
+def test_a_list_may_need_the_last_passage_of_the_collection():
+    candidates, positives_2xN = easy(queries=1, depth=2)
+    # Two labelled passages, of which only one can be in a list.
+    positives_2xN = np.array([[0, 0], [0, 5]])
+    given = dict(denoised_share=0.0, num_passages=6)
+    lists = drawn(candidates, positives_2xN, list_size=5, **given)
+    assert sorted(lists.passages_LxP[:, 0]) == [0, 5]
+    assert [sorted(row) for row in lists.passages_LxP[:, 1:].tolist()] == 2 * [[1, 2, 3, 4]]
+    with pytest.raises(InputError, match="list_size"):
+        drawn(candidates, positives_2xN, list_size=6, **given)
+
+
+def test_queries_without_candidates_have_no_lists():
+    candidates, _ = easy(queries=3)
+    positives_2xN = np.array([[7, 1, 9, 1], [3, 30, 2, 31]])
+    lists = drawn(candidates, positives_2xN, denoised_share=0.0)
+    assert lists.query_rows_L.tolist() == [1, 1]
+    assert sorted(lists.passages_LxP[:, 0]) == [30, 31]
+
+
+def test_provenance_says_which_passage_is_positive():
+    lists = Lists(np.array([0]), np.arange(5)[None], np.array([[1, 2, 3, 4, 0]], np.uint8))
+    assert lists.positive().tolist() == [[True, False, False, False, True]]
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 6), st.integers(1, 6))
+@settings(deadline=None)
+def test_known_positives_are_the_labelled_pairs(seed, queries, depth):
+    candidates, positives_2xN = problem(seed, queries=queries, depth=depth, passages=8)
+    known_QxN = known_positive(
+        positives_2xN, candidates.query_rows_Q, candidates.passages_QxN, num_passages=8
+    )
+    pairs = set(map(tuple, positives_2xN.T.tolist()))
+    assert known_QxN.tolist() == [
+        [(query, passage) in pairs for passage in row]
+        for query, row in zip(
+            candidates.query_rows_Q.tolist(), candidates.passages_QxN.tolist(), strict=True
+        )
+    ]
+
+
+def negative_log_likelihood(slope, offset, scores_N, relevant_N):
+    """Platt's, with his smoothed targets (Platt 1999, equation 2.2.1)."""
+    positives, negatives = relevant_N.sum(), (~relevant_N).sum()
+    target_N = np.where(relevant_N, (positives + 1) / (positives + 2), 1 / (negatives + 2))
+    logit_N = slope * scores_N.astype(np.float64) + offset
+    return np.sum(np.logaddexp(0, logit_N) - target_N * logit_N)
+
+
+def assert_most_likely(scores_N, relevant_N):
+    fitted = fit_probability(scores_N, relevant_N)
+    assert all(isinstance(x, float) and np.isfinite(x) for x in fitted)
+    mean, scale = float(scores_N.mean(dtype=np.float64)), max(float(scores_N.std()), 1e-6)
+
+    def loss(w):
+        slope = w[0] / scale
+        return negative_log_likelihood(slope, w[1] - slope * mean, scores_N, relevant_N)
+
+    best = scipy.optimize.minimize(loss, np.zeros(2), method="BFGS").fun
+    assert negative_log_likelihood(*fitted, scores_N, relevant_N) <= best + 1e-5 * (1 + best)
+    return fitted
+
+
+@given(
+    st.integers(0, 2**32 - 1),
+    st.integers(2, 400),
+    st.sampled_from([0.003, 0.05, 0.5, 0.95]),
+    st.sampled_from([-2.0, 0.0, 1.0, 4.0, 15.0, 40.0]),
+    st.sampled_from([0.01, 1.0, 10.0]),
+    st.sampled_from([-30.0, 0.0, 7.0]),
+)
+@settings(deadline=None, max_examples=100)
+# Separated by ten standard deviations, one relevant of a thousand: a whole Newton step overshoots.
+@example(0, 1000, 0.001, 10.0, 1.0, 0.0)
+@example(1, 400, 0.05, 40.0, 10.0, -30.0)
+def test_the_probability_is_the_most_likely(seed, count, share, gap, spread, offset):
+    rng = np.random.default_rng(seed)
+    relevant_N = np.arange(count) < max(1, round(share * count))
+    scores_N = (rng.normal(size=count) + gap * relevant_N) * spread + offset
+    assert_most_likely(scores_N.astype(np.float32), relevant_N)
+
+
+def test_the_fit_beats_a_brute_force_search():
+    rng = np.random.default_rng(0)
+    relevant_N = rng.random(300) < 0.2
+    scores_N = (2 * rng.normal(size=300) + 3 * relevant_N).astype(np.float32)
+    slope, offset = fit_probability(scores_N, relevant_N)
+    grid = itertools.product(np.linspace(0, 2, 81), np.linspace(-6, 2, 81))
+    best = min(grid, key=lambda w: negative_log_likelihood(*w, scores_N, relevant_N))
+    assert abs(slope - best[0]) < 0.03
+    assert abs(offset - best[1]) < 0.11
+
+
+@pytest.mark.parametrize("gap", [0.5, 3, 10, 30, 300])
+@pytest.mark.parametrize("positives", [1, 10, 450])
+def test_higher_scores_are_likelier_however_well_separated(gap, positives):
+    rng = np.random.default_rng(positives)
+    relevant_N = np.arange(2000) < positives
+    scores_N = rng.normal(size=2000).astype(np.float32)
+    scores_N[relevant_N] += gap + scores_N[~relevant_N].mean() - scores_N[relevant_N].mean()
+    slope, offset = assert_most_likely(scores_N, relevant_N)
+    assert slope > 0
+    if gap >= 30:
+        p_N = sigmoid(slope * scores_N + offset)
+        # The smoothed targets, and not 0 and 1, are what a perfect re-ranker is fitted to.
+        assert abs(p_N[relevant_N].mean() - (positives + 1) / (positives + 2)) < 0.02
+        assert abs(p_N[~relevant_N].mean() - 1 / (2000 - positives + 2)) < 0.001
+    slope_down, offset_down = fit_probability(-scores_N, relevant_N)
+    np.testing.assert_allclose([slope_down, offset_down], [-slope, offset], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("relevant", [0, 3, 10])
+def test_scores_that_are_all_the_same_give_the_prior(relevant):
+    relevant_N = np.arange(10) < relevant
+    scores_N = np.full(10, 4.0, np.float32)
+    slope, offset = fit_probability(scores_N, relevant_N)
+    target = (relevant * (relevant + 1) / (relevant + 2) + (10 - relevant) / (12 - relevant)) / 10
+    assert abs(sigmoid(slope * 4.0 + offset) - target) < 1e-3

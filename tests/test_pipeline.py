@@ -1,0 +1,362 @@
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import ir_measures
+import numpy as np
+import pytest
+
+from rqv2_jax import config as config_lib
+from rqv2_jax import pipeline, score, weights
+from rqv2_jax.data import tokens
+from rqv2_jax.errors import InputError
+
+ROOT = pathlib.Path(__file__).parent.parent
+WORDS = [
+    *("river", "stone", "engine", "garden", "winter", "copper", "letter", "market", "signal"),
+    *("forest", "bridge", "silver", "doctor", "island", "planet", "orange", "mirror", "castle"),
+]
+
+
+def write_beir(folder, *, passages=48, seed=0):
+    """A collection in which a query repeats words of its one relevant passage."""
+    rng = np.random.default_rng(seed)
+    texts = [" ".join(rng.choice(WORDS, 12)) for _ in range(passages)]
+    (folder / "qrels").mkdir(parents=True)
+    corpus = [
+        {"_id": f"p{i}", "title": " ".join(text.split()[:2]), "text": text}
+        for i, text in enumerate(texts)
+    ]
+    (folder / "corpus.jsonl").write_text("".join(json.dumps(p) + "\n" for p in corpus))
+    queries = []
+    for split, rows in (("train", range(32)), ("dev", range(32, 40)), ("test", range(40, 48))):
+        lines = ["query-id\tcorpus-id\tscore"]
+        for i in rows:
+            text = " ".join(rng.permutation(texts[i].split())[:5])
+            queries.append({"_id": f"q{i}", "text": text})
+            lines.append(f"q{i}\tp{i}\t1")
+        (folder / "qrels" / f"{split}.tsv").write_text("\n".join(lines) + "\n")
+    (folder / "queries.jsonl").write_text("".join(json.dumps(q) + "\n" for q in queries))
+    return folder
+
+
+def tiny_config(data, bert_folder):
+    config = config_lib.default()
+    config.data.path = str(data)
+    config.data.update({"query_length": 16, "passage_length": 16, "pair_length": 32})
+    config.model.update({"weights": str(bert_folder), "num_layers": 1, "pooling": "mean"})
+    config.packing.blocks = 1
+    for stage, list_size in (("retriever", None), ("reranker", 4), ("joint", 4)):
+        config[stage].update(
+            {"epochs": 1.5, "batch": 8, "learning_rate": 1e-3, "log_every": 2}
+            | {"evaluate_every": 3, "save_every": 2}
+        )
+        if list_size:
+            config[stage].list_size = list_size
+    config.mine.depth = 8
+    config.mine.negative_below = 0.5
+    config.dev.update({"queries": 8, "depth": 6, "pool": 20})
+    config.evaluate.update({"batch_tokens": 512, "retrieve_depth": 20, "rerank_depth": 6})
+    return config
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, bert_folder):
+    """A workdir in which the whole recipe has run once."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    config = tiny_config(write_beir(folder / "data"), bert_folder)
+    pipeline.main(config, folder / "workdir")
+    return config, folder / "workdir"
+
+
+def test_results_have_a_row_for_every_state_model_and_index(finished):
+    _, workdir = finished
+    report = json.loads((workdir / "results.json").read_text())
+    rows = [(row["state"], row["model"], row["index"]) for row in report["rows"]]
+    assert rows == [
+        ("zero_shot", "retriever", "exact"),
+        ("zero_shot", "retriever", "scann"),
+        ("retriever", "retriever", "exact"),
+        ("retriever", "retriever", "scann"),
+        ("reranker", "reranker", "exact"),
+        ("joint", "retriever", "exact"),
+        ("joint", "retriever", "scann"),
+        ("joint", "reranker", "exact"),
+    ]
+    assert all(row["queries"] == 8 and row["split"] == "test" for row in report["rows"])
+    compared = [(s["a"], s["b"]) for s in report["significance"]]
+    assert ("joint retriever", "zero_shot retriever") in compared
+    assert ("joint reranker", "joint retriever") in compared
+
+
+def test_results_agree_with_ir_measures_on_the_run_files(finished):
+    _, workdir = finished
+    report = json.loads((workdir / "results.json").read_text())
+    qrels = [ir_measures.Qrel(f"q{i}", f"p{i}", 1) for i in range(40, 48)]
+    for row in report["rows"]:
+        name = "test.{state}.{model}.{index}.trec".format(**row)
+        run = list(ir_measures.read_trec_run(str(workdir / "runs" / name)))
+        measures = [ir_measures.parse_measure(metric) for metric in row["metrics"]]
+        expected = ir_measures.calc_aggregate(measures, qrels, run)
+        for measure, value in expected.items():
+            assert row["metrics"][str(measure)] == pytest.approx(value, abs=1e-9)
+
+
+def test_scann_of_a_small_collection_is_exact(finished):
+    _, workdir = finished
+    rows = json.loads((workdir / "results.json").read_text())["rows"]
+    assert all(row["recall@10 against exact"] == 1.0 for row in rows if row["index"] == "scann")
+
+
+def test_reranked_run_keeps_the_retrievers_candidates_and_its_tail(finished):
+    config, workdir = finished
+
+    def ranked(model):
+        lines = (workdir / "runs" / f"test.joint.{model}.exact.trec").read_text().splitlines()
+        found = {}
+        for line in lines:
+            query, _, passage, *_ = line.split()
+            found.setdefault(query, []).append(passage)
+        return found
+
+    retriever, reranker = ranked("retriever"), ranked("reranker")
+    depth = config.evaluate.rerank_depth
+    for query, passages in retriever.items():
+        assert set(reranker[query][:depth]) == set(passages[:depth])
+        assert reranker[query][depth:] == passages[depth:]
+
+
+def test_joint_training_changes_both_models_and_starts_from_the_warm_ones(finished):
+    config, workdir = finished
+    run = pipeline.open_workdir(workdir)
+    for model in ("retriever", "reranker"):
+        warm = run.params("reranker", model)
+        joint = run.params("joint", model)
+        leaves = zip(*(map(np.asarray, _leaves(tree)) for tree in (warm, joint)))
+        moved = [float(np.abs(a - b).max()) for a, b in leaves]
+        assert max(moved) > 0
+        # Adam moves a weight by at most about the learning rate in a step.
+        steps = 6
+        assert max(moved) < 2 * steps * config.joint.learning_rate
+    assert run.trained_by("reranker", "retriever") == "retriever"
+
+
+def _leaves(tree):
+    if isinstance(tree, dict):
+        return [leaf for key in sorted(tree) for leaf in _leaves(tree[key])]
+    return [tree]
+
+
+def test_second_run_of_the_same_command_does_nothing_and_keeps_the_results(finished):
+    config, workdir = finished
+    before = (workdir / "results.json").read_text()
+    checkpoint = workdir / "joint" / "last"
+    stamps = {p: p.stat().st_mtime_ns for p in checkpoint.rglob("*") if p.is_file()}
+    pipeline.main(config, workdir)
+    assert (workdir / "results.json").read_text() == before
+    assert stamps == {p: p.stat().st_mtime_ns for p in checkpoint.rglob("*") if p.is_file()}
+
+
+def test_every_stage_leaves_tensorboard_events_and_a_best_checkpoint(finished):
+    _, workdir = finished
+    for stage in ("retriever", "reranker", "joint"):
+        assert list((workdir / stage).glob("events.out.tfevents.*"))
+        assert list((workdir / stage / "best").iterdir())
+    environment = json.loads((workdir / "environment.json").read_text())
+    assert environment["packages"]["jax"] == "0.10.2"
+
+
+def test_workdir_of_another_config_is_refused_and_left_alone(finished):
+    config, workdir = finished
+    changed = config_lib.loads(config_lib.dumps(config))
+    changed.joint.learning_rate = 0.5
+    before = (workdir / "config.json").read_text()
+    with pytest.raises(InputError, match=r"config\.json.*joint\.learning_rate: 0\.001 -> 0\.5"):
+        pipeline.main(changed, workdir)
+    assert (workdir / "config.json").read_text() == before
+
+
+def test_folder_with_other_files_is_not_taken_for_a_workdir(tmp_path, finished):
+    config, _ = finished
+    (tmp_path / "thesis.txt").write_text("do not touch")
+    with pytest.raises(InputError, match="other files"):
+        pipeline.main(config, tmp_path)
+
+
+def test_scorer_agrees_with_the_run_files(finished):
+    """The README's snippet: a checkpoint restored in Python scores as the pipeline did."""
+    config, workdir = finished
+    scorer = score.open_scorer(str(workdir), "joint")
+    data = pathlib.Path(config.data.path)
+    corpus = {p["_id"]: p for p in map(json.loads, (data / "corpus.jsonl").open())}
+    query = {q["_id"]: q["text"] for q in map(json.loads, (data / "queries.jsonl").open())}["q41"]
+    lines = (workdir / "runs" / "test.joint.retriever.exact.trec").read_text().splitlines()
+    rows = [line.split() for line in lines if line.startswith("q41 ")]
+    passages = [(corpus[row[2]]["title"], corpus[row[2]]["text"]) for row in rows]
+    retriever_P, reranker_P = scorer(query, passages)
+    np.testing.assert_allclose(retriever_P, [float(row[4]) for row in rows], rtol=1e-4, atol=1e-5)
+    lines = (workdir / "runs" / "test.joint.reranker.exact.trec").read_text().splitlines()
+    reranked = {r[2]: float(r[4]) for r in map(str.split, lines) if r[0] == "q41"}
+    depth = config.evaluate.rerank_depth
+    expected = [reranked[row[2]] for row in rows[:depth]]
+    np.testing.assert_allclose(reranker_P[:depth], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_unwarmed_retriever_is_the_starting_model(tmp_path, finished, bert_folder):
+    config, _ = finished
+    skipped = config_lib.loads(config_lib.dumps(config))
+    skipped.retriever.epochs = 0.0
+    run = pipeline.open_run(skipped, tmp_path / "w")
+    assert run.trained_by("joint", "retriever") == "joint"
+    assert run.trained_by("retriever", "retriever") == "zero_shot"
+    encoder = weights.load_encoder(pathlib.Path(bert_folder), run.models.config)
+    params = run.params("retriever", "retriever")
+    for tower in ("query", "passage"):
+        for ours, theirs in zip(_leaves(params[tower]), _leaves(encoder)):
+            np.testing.assert_array_equal(np.asarray(ours), theirs)
+
+
+def test_reranker_of_an_untrained_state_is_refused(finished):
+    run = pipeline.open_workdir(finished[1])
+    with pytest.raises(InputError, match="zero_shot"):
+        run.params("zero_shot", "reranker")
+
+
+def test_dev_pool_holds_positives_and_candidates_and_a_perfect_score_is_one(finished):
+    config, workdir = finished
+    run = pipeline.open_workdir(workdir)
+    store = tokens.open_store(workdir / "data" / "tokens")
+    candidates = pipeline.retrieve(run, store)["dev"]
+    dev = pipeline.Dev(run, store, candidates)
+    assert len(dev.pool_N) == config.dev.pool
+    assert set(candidates.passages_QxN.reshape(-1)) <= set(dev.pool_N)
+    positives = store.splits["dev"].positives()
+    assert set(positives[1]) <= set(dev.pool_N)
+    found_QxK = np.stack([positives[1], (positives[1] + 1) % 48], axis=1)
+    assert dev._score(found_QxK, np.array([[2.0, 1.0]] * 8)) == 1.0
+    assert dev._score(found_QxK, np.array([[1.0, 2.0]] * 8)) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("breakage", "message"),
+    [
+        (lambda d: (d / "qrels" / "train.tsv").unlink(), "train.tsv"),
+        (lambda d: _append(d / "corpus.jsonl", "{nonsense\n"), r"corpus\.jsonl:49: .*JSON"),
+        (
+            lambda d: _append(d / "corpus.jsonl", '{"_id": "p0", "text": "again"}\n'),
+            r"corpus\.jsonl:49: .*p0",
+        ),
+        (
+            lambda d: _append(d / "corpus.jsonl", '{"_id": "new", "text": "  "}\n'),
+            r"corpus\.jsonl:49: .*empty",
+        ),
+        (
+            lambda d: _append(d / "qrels" / "dev.tsv", "q33\tnowhere\t1\n"),
+            r"dev\.tsv:10: .*nowhere",
+        ),
+    ],
+)
+def test_bad_data_is_one_line_with_file_and_line(tmp_path, bert_folder, breakage, message):
+    data = write_beir(tmp_path / "data")
+    breakage(data)
+    with pytest.raises(InputError, match=message) as e:
+        pipeline.main(tiny_config(data, bert_folder), tmp_path / "workdir")
+    assert "\n" not in str(e.value)
+
+
+def _append(path, text):
+    with path.open("a") as f:
+        f.write(text)
+
+
+def run_program(module, *arguments):
+    return subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config.joint.epoch=3"], "no such setting: 'epoch'"),
+        (["--config.joint.epochs=many"], "could not convert string to float: 'many'"),
+        (["--config.seed=-1"], "config.seed is -1"),
+        (["surplus"], "unexpected argument 'surplus'"),
+        (["--confg=x"], "Unknown command line flag 'confg'"),
+        (["--config.data.path=/nowhere"], "/nowhere: no such folder"),
+    ],
+)
+def test_wrong_command_lines_end_in_one_line_and_a_failure(tmp_path, arguments, message):
+    base = ["--config=configs/beir.py", f"--workdir={tmp_path / 'w'}", "--config.data.path=x"]
+    ended = run_program("rqv2_jax.main", *base, *arguments)
+    assert ended.returncode in (1, 2)
+    errors = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert "Traceback" not in ended.stderr
+
+
+def test_help_shows_an_example():
+    ended = run_program("rqv2_jax.main", "--help")
+    assert ended.returncode == 0
+    assert "python -m rqv2_jax.main --config" in ended.stdout
+
+
+@pytest.mark.slow
+def test_killed_in_every_stage_it_ends_with_the_same_results(tmp_path, bert_folder, finished):
+    config = tiny_config(write_beir(tmp_path / "data"), bert_folder)
+    config_file = tmp_path / "config.py"
+    config_file.write_text(
+        "from rqv2_jax import config\n"
+        f"def get_config():\n    return config.loads({config_lib.dumps(config)!r})\n"
+    )
+    workdir = tmp_path / "workdir"
+    command = [
+        *(sys.executable, "-u", "-m", "rqv2_jax.main"),
+        *(f"--config={config_file}", f"--workdir={workdir}"),
+    ]
+    points = [
+        r"^prepare",
+        r"^  retriever 4/",
+        r"^retrieve:",
+        r"^  reranker 4/",
+        r"^mine:",
+        r"^  joint 2/",
+        r"^  joint 4/",
+        r"^evaluate:",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for point in points:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        seen = False
+        for line in process.stdout:
+            if re.match(point, line):
+                seen = True
+                time.sleep(0.2)
+                process.send_signal(signal.SIGKILL)
+                break
+        process.wait()
+        assert seen, f"never reached {point}"
+    ended = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    killed = json.loads((workdir / "results.json").read_text())
+    whole = json.loads((finished[1] / "results.json").read_text())
+    assert killed == whole
