@@ -203,6 +203,11 @@ def check(config: ml_collections.ConfigDict):
         raise InputError(
             "config.data.path is empty; give the BEIR folder as --config.data.path=DIR"
         )
+    if given["mine.negative_below"] > given["mine.positive_above"]:
+        raise InputError(
+            "config.mine.negative_below is above config.mine.positive_above, so a passage could be "
+            "both; lower it"
+        )
     if given["data.pair_length"] < given["data.query_length"] + 8:
         raise InputError(
             "config.data.pair_length must exceed config.data.query_length by 8 or more"

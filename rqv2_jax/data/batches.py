@@ -62,6 +62,7 @@ class ListBatches:
             )
         self.store, self.queries, self.inputs, self.lists = store, queries, inputs, lists
         self.positives_2xN = queries.positives()
+        self.positive_LxP = lists.positive()
         self.batch, self.models, self.in_batch, self.shards = batch, models, in_batch, shards
         self.steps = len(lists.query_rows_L) // batch
         self.shapes = {
@@ -113,7 +114,7 @@ class ListBatches:
         if self.in_batch:
             positive, where = in_batch_labels(queries_B, passages_BxP, self.positives_2xN)
         else:
-            positive = self.lists.positive()[part]
+            positive = self.positive_LxP[part]
             where = np.ones_like(positive)
         labels = (self.shards, per_shard, -1)
         return {**batch, "positive": positive.reshape(labels), "where": where.reshape(labels)}

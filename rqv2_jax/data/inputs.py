@@ -75,9 +75,9 @@ class Inputs:
         text_N = store.texts.lengths(rows_N)
         title_N = store.titles.lengths(rows_N) if self.titles else np.zeros_like(text_N)
         half_N = budget_N // 2
-        # On equal lengths the text loses a token first, as in transformers' longest_first.
-        most_title_N = np.where(text_N <= half_N, budget_N - text_N, budget_N - half_N)
-        kept_title_N = np.minimum(title_N, most_title_N)
+        # The longer keeps an odd token; on equal lengths the text, as in tokenizers' longest_first.
+        share_N = np.where(title_N > text_N, budget_N - half_N, half_N)
+        kept_title_N = np.minimum(title_N, np.maximum(share_N, budget_N - text_N))
         kept_text_N = np.minimum(text_N, budget_N - kept_title_N)
         return (
             Piece(store.titles.tokens, store.titles.offsets[rows_N], kept_title_N, types[0]),

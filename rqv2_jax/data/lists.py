@@ -78,14 +78,25 @@ def fit_probability(scores_N: np.ndarray, relevant_N: np.ndarray) -> tuple[float
     """
     positives, negatives = relevant_N.sum(), (~relevant_N).sum()
     target_N = np.where(relevant_N, (positives + 1) / (positives + 2), 1 / (negatives + 2))
-    scale = max(float(scores_N.std()), 1e-6)
-    x_Nx2 = np.stack([scores_N / scale, np.ones_like(scores_N)], axis=1).astype(np.float64)
+    scores_N = scores_N.astype(np.float64)
+    centre, scale = scores_N.mean(), max(scores_N.std(), 1e-6)
+    x_Nx2 = np.stack([(scores_N - centre) / scale, np.ones_like(scores_N)], axis=1)
+
+    def loss(w):
+        logit_N = x_Nx2 @ w
+        return np.sum(np.logaddexp(0, logit_N) - target_N * logit_N)
+
     w = np.array([0.0, np.log((positives + 1) / (negatives + 1))])
     for _ in range(50):
         p_N = _sigmoid(x_Nx2 @ w)
         hessian = (x_Nx2 * (p_N * (1 - p_N))[:, None]).T @ x_Nx2 + 1e-6 * np.eye(2)
-        w = w + np.linalg.solve(hessian, x_Nx2.T @ (target_N - p_N))
-    return float(w[0] / scale), float(w[1])
+        step = np.linalg.solve(hessian, x_Nx2.T @ (target_N - p_N))
+        # A whole step overshoots, and then diverges, where the classes hardly overlap.
+        while loss(w + step) > loss(w):
+            step = step / 2
+        w = w + step
+    slope = w[0] / scale
+    return float(slope), float(w[1] - slope * centre)
 
 
 def _sigmoid(x):
@@ -130,6 +141,11 @@ def draw(
                 "config.joint.denoised_share is above 0, but the candidates have no re-ranker "
                 "scores; run the mine stage first"
             )
+        if negative_below > positive_above:
+            raise InputError(
+                f"config.mine.negative_below ({negative_below}) is above positive_above "
+                f"({positive_above}), so a passage could be both; lower it"
+            )
         slope, offset = probability
         p_QxN = _sigmoid(slope * candidates.reranker_QxN + offset)
         trusted_QxN = ~known_QxN & (p_QxN < negative_below)
@@ -171,7 +187,11 @@ def draw(
     ).repeat(list_size, axis=1)
     provenance_LxP[:, 0] = head_kind_L
     provenance_LxP[passages_LxP < 0] = Provenance.RANDOM_FILL
-    _fill(passages_LxP, candidates.query_rows_Q[query_L], positives_2xN, num_passages, rng)
+    found_query_F, found_passage_F = np.nonzero(found_QxN)[0], candidates.passages_QxN[found_QxN]
+    relevant_2xN = np.concatenate(
+        [positives_2xN, [candidates.query_rows_Q[found_query_F], found_passage_F]], axis=1
+    )
+    _fill(passages_LxP, candidates.query_rows_Q[query_L], relevant_2xN, num_passages, rng)
 
     order_L = rng.permutation(len(query_L))
     return Lists(
@@ -181,14 +201,14 @@ def draw(
     )
 
 
-def _fill(passages_LxP, query_rows_L, positives_2xN, num_passages, rng):
-    """Replaces every -1 by a random passage that is neither in the list nor a known positive."""
+def _fill(passages_LxP, query_rows_L, relevant_2xN, num_passages, rng):
+    """Replaces every -1 by a random passage neither in the list nor taken for relevant."""
     short = np.nonzero((passages_LxP < 0).any(axis=1))[0]
-    order = np.argsort(positives_2xN[0], kind="stable")
-    sorted_queries = positives_2xN[0][order]
+    order = np.argsort(relevant_2xN[0], kind="stable")
+    sorted_queries = relevant_2xN[0][order]
     for row in short:
         first, last = np.searchsorted(sorted_queries, [query_rows_L[row], query_rows_L[row] + 1])
-        excluded = {*passages_LxP[row].tolist(), *positives_2xN[1][order[first:last]].tolist()}
+        excluded = {*passages_LxP[row].tolist(), *relevant_2xN[1][order[first:last]].tolist()}
         if num_passages - len(excluded - {-1}) < (passages_LxP[row] < 0).sum():
             raise InputError(
                 f"a list of {passages_LxP.shape[1]} passages cannot be filled from a collection of "
