@@ -1,6 +1,5 @@
 """How every command line starts and fails: one line on standard error, a non-zero exit."""
 
-import ctypes
 import os
 import sys
 from collections.abc import Callable
@@ -17,7 +16,6 @@ def run(main: Callable[[], None], doc: str, required: tuple[str, ...]):
       doc: the program's docstring, printed by --help and with an example in it.
       required: names of flags that must be given.
     """
-    _keep_freed_memory()
     # TensorFlow's greeting would bury what the program has to say.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     logging.set_verbosity(logging.WARNING)
@@ -47,20 +45,6 @@ def run(main: Callable[[], None], doc: str, required: tuple[str, ...]):
     except KeyboardInterrupt:
         print("\ninterrupted; the same command resumes", file=sys.stderr)
         sys.exit(130)
-
-
-def _keep_freed_memory():
-    """Tells glibc's malloc to keep what is freed.
-
-    XLA's CPU backend takes and frees its large buffers at every step; fresh pages for them cost a
-    fifth of the CPU time.
-    """
-    trim_threshold, mmap_max, arena_max = -1, -4, -8
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(mmap_max, 0)
-        mallopt(trim_threshold, -1)
-        mallopt(arena_max, 1)
 
 
 def _fail(error: Exception | str, code: int):

@@ -35,7 +35,9 @@ def passages(forward: Forward, tower, store: Store, rows_N: np.ndarray, bar=None
 
     Progress goes to `bar` if there is one, else to a bar of its own.
     """
-    own = tqdm.tqdm(desc="encode passages", total=len(rows_N), unit=" passages", disable=bar)
+    own = tqdm.tqdm(
+        desc="encode passages", total=len(rows_N), unit=" passages", disable=bar is not None
+    )
     with own:
         return forward.run(
             forward.vectors,

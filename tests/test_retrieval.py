@@ -1,0 +1,168 @@
+import types
+
+import numpy as np
+import pytest
+import tqdm
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rqv2_jax import sharding as sharding_lib
+from rqv2_jax.retrieval import encode, index, rerank, stream
+
+SCANN = types.SimpleNamespace(
+    brute_force_below=20_000, leaves_per_sqrt=1.0, searched_share=0.1, seen=10.0, reorder=4.0
+)
+
+
+@given(seed=st.integers(0, 2**31), total=st.integers(1, 60), depth=st.integers(1, 70))
+@settings(max_examples=20, deadline=None)
+def test_exact_search_finds_what_brute_force_finds(seed, total, depth):
+    rng = np.random.default_rng(seed)
+    passages = rng.normal(size=(total, 8)).astype(np.float32)
+    queries = rng.normal(size=(5, 8)).astype(np.float32)
+    cuts = np.sort(rng.integers(0, total + 1, 2))
+    shards = [part for part in np.split(passages, cuts) if len(part)]
+    rows, scores = index.exact(queries, shards, depth)
+    expected = queries @ passages.T
+    order = np.argsort(-expected, axis=1)[:, :depth]
+    np.testing.assert_array_equal(rows, order)
+    np.testing.assert_allclose(scores, np.take_along_axis(expected, order, 1), rtol=1e-5, atol=1e-5)
+
+
+def test_exact_search_over_several_tiles_of_queries_and_passages(monkeypatch):
+    monkeypatch.setattr(index, "PASSAGES_PER_TILE", 16)
+    monkeypatch.setattr(index, "QUERIES_PER_TILE", 4)
+    rng = np.random.default_rng(0)
+    passages = rng.normal(size=(50, 8)).astype(np.float32)
+    queries = rng.normal(size=(9, 8)).astype(np.float32)
+    rows, _ = index.exact(queries, [passages[:37], passages[37:]], 20)
+    np.testing.assert_array_equal(rows, np.argsort(-(queries @ passages.T), axis=1)[:, :20])
+
+
+def test_negative_scores_never_lose_to_padding():
+    rows, scores = index.exact(np.ones((1, 2), np.float32), [-np.ones((3, 2), np.float32)], 3)
+    assert sorted(rows[0]) == [0, 1, 2]
+    np.testing.assert_array_equal(scores, -2)
+
+
+def test_merge_keeps_the_rerankers_order_on_top_and_the_retrievers_below():
+    top = np.array([[0.5, 3.0], [-7.0, -9.0]], np.float32)
+    retriever = np.array([[9.0, 8.0, 7.0, 7.0, 1.0], [5.0, 4.0, 3.0, 2.0, 1.0]], np.float32)
+    merged = rerank.merge(top, retriever)
+    np.testing.assert_array_equal(merged[:, :2], top)
+    np.testing.assert_array_equal(np.argsort(-merged, axis=1, kind="stable")[0], [1, 0, 2, 3, 4])
+    np.testing.assert_array_equal(np.argsort(-merged, axis=1, kind="stable")[1], [0, 1, 2, 3, 4])
+    assert merged[0, 2] == merged[0, 3]
+    np.testing.assert_array_equal(rerank.merge(top, retriever[:, :2]), top)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_scann_is_built_once_loaded_again_and_close_to_exact(tmp_path, whole):
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(40, 16)) * 3
+    passages = (centres[rng.integers(0, 40, 3000)] + rng.normal(size=(3000, 16))).astype(np.float32)
+    queries = (centres[:20] + rng.normal(size=(20, 16))).astype(np.float32)
+    settings = types.SimpleNamespace(**{**vars(SCANN), "brute_force_below": 10**6 if whole else 10})
+    exact, _ = index.exact(queries, [passages], 20)
+    found = []
+    for _ in range(2):
+        searcher = index.build_scann([passages], settings, 20, tmp_path / "index", "source")
+        found.append(index.scann_search(searcher, queries, 20)[0])
+    np.testing.assert_array_equal(found[0], found[1])
+    assert index.recall(found[0], exact) >= (1.0 if whole else 0.9)
+    stamp = (tmp_path / "index" / "rqv2_jax.json").stat().st_mtime_ns
+    index.build_scann([passages], settings, 20, tmp_path / "index", "source")
+    assert (tmp_path / "index" / "rqv2_jax.json").stat().st_mtime_ns == stamp
+    index.build_scann([passages], settings, 20, tmp_path / "index", "other source")
+    assert (tmp_path / "index" / "rqv2_jax.json").stat().st_mtime_ns != stamp
+
+
+def test_recall_in_closed_form():
+    exact = np.array([[1, 2], [3, 4]])
+    assert index.recall(np.array([[2, 1], [3, 9]]), exact) == 0.75
+    assert index.recall(np.array([[-1, -1], [-1, -1]]), exact) == 0.0
+
+
+@pytest.fixture(scope="module")
+def forward(world):
+    sharding = sharding_lib.make(1, 1)
+    return stream.make_forward(world.models, world.inputs, sharding, 64)
+
+
+def test_streamed_vectors_come_in_order_and_equal_those_of_one_batch(world, forward):
+    rows = np.random.default_rng(1).permutation(24)
+    tower = world.params["retriever"]["passage"]
+    streamed = encode.passages(forward, tower, world.store, rows)
+    each = [encode.passages(forward, tower, world.store, rows[i : i + 1])[0] for i in range(24)]
+    np.testing.assert_allclose(streamed, each, atol=1e-5)
+
+
+def test_streaming_over_several_devices_changes_nothing(world, forward):
+    tower = world.params["retriever"]["passage"]
+    rows = np.arange(24)
+    expected = encode.passages(forward, tower, world.store, rows)
+    sharding = sharding_lib.make(2, 2)
+    several = stream.make_forward(world.models, world.inputs, sharding, 64)
+    found = encode.passages(several, sharding.put_params(tower), world.store, rows)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_corpus_resumes_at_the_first_missing_shard_and_forgets_other_sources(
+    world, forward, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(encode, "PASSAGES_PER_SHARD", 10)
+    tower = world.params["retriever"]["passage"]
+    whole = np.concatenate(encode.corpus(forward, tower, world.store, tmp_path / "v", "a"))
+    np.testing.assert_allclose(
+        whole, encode.passages(forward, tower, world.store, np.arange(24)), atol=1e-5
+    )
+    kept, lost = tmp_path / "v" / "00000.npy", tmp_path / "v" / "00001.npy"
+    stamp = kept.stat().st_mtime_ns
+    lost.unlink()
+    again = np.concatenate(encode.corpus(forward, tower, world.store, tmp_path / "v", "a"))
+    np.testing.assert_array_equal(again, whole)
+    assert kept.stat().st_mtime_ns == stamp
+    encode.corpus(forward, tower, world.store, tmp_path / "v", "b")
+    assert kept.stat().st_mtime_ns != stamp
+
+
+def test_reranker_scores_stand_where_their_candidates_stand(world, forward):
+    params, texts = world.params["reranker"], world.store.splits["train"].texts
+    queries = np.array([3, 0])
+    passages = np.array([[1, 5, 7], [2, 0, 9]])
+    scores = rerank.scores(forward, params, world.store, texts, queries, passages)
+    for i in range(2):
+        for j in range(3):
+            one = rerank.scores(
+                forward,
+                params,
+                world.store,
+                texts,
+                queries[i : i + 1],
+                passages[i : i + 1, j : j + 1],
+            )
+            assert scores[i, j] == pytest.approx(one[0, 0], abs=1e-5)
+
+
+def test_query_tower_and_passage_tower_are_not_swapped(world, forward):
+    texts = world.store.splits["train"].texts
+    towers = world.params["retriever"]
+    ours = encode.queries(forward, towers["query"], texts, np.arange(4))
+    other = encode.queries(forward, towers["passage"], texts, np.arange(4))
+    assert np.abs(ours - other).max() > 0.1
+
+
+@given(longest=st.integers(8, 512))
+def test_row_widths_reach_the_longest_sequence_in_few_shapes(longest):
+    widths = stream.row_widths(longest)
+    assert len(widths) <= 4
+    assert longest <= widths[-1] < longest + 16
+    assert all(width % 16 == 0 for width in widths)
+
+
+def test_progress_counts_every_sequence(world, forward):
+    with tqdm.tqdm(total=24, disable=False) as bar:
+        encode.passages(
+            forward, world.params["retriever"]["passage"], world.store, np.arange(24), bar
+        )
+        assert bar.n == 24
