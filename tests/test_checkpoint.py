@@ -1,0 +1,230 @@
+"""Checkpoints: there and back on any mesh, the best beside the last, and clear refusals."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from rqv2_jax import sharding as sharding_lib
+from rqv2_jax import train
+from rqv2_jax.checkpoint import Checkpoints, restore_best
+from rqv2_jax.errors import InputError
+
+
+def params(seed=0):
+    rng = np.random.default_rng(seed)
+    return {
+        "retriever": {
+            "query": {"kernel": rng.normal(size=(8, 4)).astype(np.float32)},
+            "passage": {"kernel": rng.normal(size=(8, 4)).astype(np.float32)},
+        },
+        "reranker": {
+            "head": {"bias": np.array(rng.normal(), np.float32), "odd": np.float32([1, 2, seed])}
+        },
+    }
+
+
+def state_on(data, fsdp, seed=0, step=0):
+    """A training state whose every number comes from the seed."""
+    sharding = sharding_lib.make(data, fsdp)
+    state = train.init_state(params(seed), optax.adam(0.1), sharding)
+    rng = np.random.default_rng(seed)
+    opt_state = jax.tree.map(
+        lambda x: jax.device_put(jnp.asarray(rng.integers(0, 99, x.shape), x.dtype), x.sharding),
+        state.opt_state,
+    )
+    step = jax.device_put(jnp.int32(step), state.step.sharding)
+    return train.TrainState(step, state.params, opt_state)
+
+
+def assert_same(tree, other):
+    assert jax.tree.structure(tree) == jax.tree.structure(other)
+    for leaf, expected in zip(jax.tree.leaves(tree), jax.tree.leaves(other)):
+        assert leaf.dtype == expected.dtype
+        np.testing.assert_array_equal(leaf, expected)
+
+
+def line(call, *names):
+    with pytest.raises(InputError) as raised:
+        call()
+    message = str(raised.value)
+    assert "\n" not in message
+    for name in names:
+        assert str(name) in message, message
+
+
+def saved(folder, *states):
+    checkpoints = Checkpoints(folder)
+    for state in states:
+        checkpoints.save_last(int(state.step), state)
+    checkpoints.close()
+
+
+@pytest.mark.parametrize("mesh", [(2, 2), (1, 1), (1, 4)], ids="{0[0]}x{0[1]}".format)
+def test_state_comes_back_on_any_mesh(tmp_path, mesh):
+    state = state_on(2, 2, seed=1, step=7)
+    saved(tmp_path / "joint", state)
+    target = state_on(*mesh, seed=2)
+    checkpoints = Checkpoints(tmp_path / "joint")
+    assert checkpoints.last_step() == 7
+    restored = checkpoints.restore_last(target)
+    checkpoints.close()
+    assert_same(restored, state)
+    for leaf, place in zip(jax.tree.leaves(restored), jax.tree.leaves(target)):
+        assert leaf.sharding.is_equivalent_to(place.sharding, leaf.ndim)
+
+
+def test_no_checkpoint_leaves_the_state_as_it_is(tmp_path):
+    state = state_on(1, 1)
+    checkpoints = Checkpoints(tmp_path / "joint")
+    assert checkpoints.last_step() is None
+    assert checkpoints.best_score() is None
+    assert checkpoints.restore_last(state) is state
+    checkpoints.close()
+
+
+def test_only_the_last_state_is_kept(tmp_path):
+    saved(tmp_path, *(state_on(1, 1, seed=step, step=step) for step in (3, 6, 9)))
+    assert [path.name for path in (tmp_path / "last").iterdir()] == ["9"]
+    checkpoints = Checkpoints(tmp_path)
+    assert_same(checkpoints.restore_last(state_on(1, 1)), state_on(1, 1, seed=9, step=9))
+    # A resumed run saves on from there, and saving the same step once more does no harm.
+    checkpoints.save_last(9, state_on(1, 1, step=9))
+    checkpoints.save_last(12, state_on(1, 1, seed=12, step=12))
+    checkpoints.close()
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.last_step() == 12
+    assert_same(checkpoints.restore_last(state_on(1, 1)), state_on(1, 1, seed=12, step=12))
+    checkpoints.close()
+
+
+def test_saving_goes_on_while_the_donated_state_is_overwritten(tmp_path):
+    """`save_last` returns early; the steps after it must not change what is written."""
+    sharding = sharding_lib.make(2, 1)
+    step = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
+    state = sharding.put_params({"w": np.zeros((512, 1024), np.float32), "step": np.int32(0)})
+    checkpoints = Checkpoints(tmp_path)
+    for number in range(40):
+        if number == 20:
+            checkpoints.save_last(number, state)
+        state = step(state)
+    jax.block_until_ready(state)
+    target = sharding.put_params({"w": np.ones((512, 1024), np.float32), "step": np.int32(1)})
+    checkpoints.close()
+    checkpoints = Checkpoints(tmp_path)
+    restored = checkpoints.restore_last(target)
+    checkpoints.close()
+    assert int(restored["step"]) == 20
+    np.testing.assert_array_equal(restored["w"], 20)
+
+
+def test_best_gives_way_only_to_a_higher_score(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    for step, score, best in (
+        (0, 0.3, 0),
+        (10, 0.3, 0),
+        (20, 0.2, 0),
+        (30, 0.4, 30),
+        (40, 0.39, 30),
+    ):
+        checkpoints.save_best(step, params(step), "RR@10", score)
+        assert [path.name for path in (tmp_path / "best").iterdir()] == [str(best)]
+        assert checkpoints.best_score() == {0: 0.3, 30: 0.4}[best]
+        for model in ("retriever", "reranker"):
+            assert_same(restore_best(tmp_path, model, params(99)[model]), params(best)[model])
+    checkpoints.close()
+
+
+def test_best_score_survives_the_manager(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save_best(10, params(10), "RR@10", 0.5)
+    checkpoints.close()
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.best_score() == 0.5
+    checkpoints.save_best(20, params(20), "RR@10", 0.45)
+    assert checkpoints.best_score() == 0.5
+    # A run resumed on other devices may do better at a step before that of the best so far.
+    checkpoints.save_best(5, params(5), "RR@10", 0.6)
+    checkpoints.close()
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.best_score() == 0.6
+    checkpoints.close()
+    head = params(99)["reranker"]
+    assert_same(restore_best(tmp_path, "reranker", head), params(5)["reranker"])
+    written = json.loads((tmp_path / "best/5/score/metadata").read_text())
+    assert written == {"metric": "RR@10", "score": 0.6}
+
+
+def test_best_of_one_model_comes_back_on_any_mesh(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save_best(4, sharding_lib.make(2, 2).put_params(params(4)), "RR@10", 0.5)
+    checkpoints.close()
+    target = sharding_lib.make(1, 4).put_params(params(0)["retriever"])
+    restored = restore_best(tmp_path, "retriever", target)
+    assert_same(restored, params(4)["retriever"])
+    for leaf, place in zip(jax.tree.leaves(restored), jax.tree.leaves(target)):
+        assert leaf.sharding.is_equivalent_to(place.sharding, leaf.ndim)
+
+
+def test_best_that_is_not_there(tmp_path):
+    line(lambda: restore_best(tmp_path / "joint", "retriever", params()), tmp_path / "joint")
+    assert not (tmp_path / "joint").exists()
+    saved(tmp_path / "joint", state_on(1, 1, step=3))
+    line(lambda: restore_best(tmp_path / "joint", "retriever", params()), tmp_path / "joint")
+    checkpoints = Checkpoints(tmp_path / "joint")
+    only = {"retriever": params()["retriever"]}
+    checkpoints.save_best(4, only, "RR@10", 0.5)
+    checkpoints.close()
+    head = params()["reranker"]
+    line(lambda: restore_best(tmp_path / "joint", "reranker", head), "best/4/reranker")
+
+
+def other_shapes(tree):
+    """The ways in which a checkpoint of another model differs."""
+    kernel = tree["retriever"]["query"]["kernel"]
+
+    def with_query(query):
+        return {**tree, "retriever": {**tree["retriever"], "query": query}}
+
+    return {
+        "wider": with_query({"kernel": np.zeros((8, 6), np.float32)}),
+        "narrower": with_query({"kernel": np.zeros((8, 2), np.float32)}),
+        "flat": with_query({"kernel": np.zeros(32, np.float32)}),
+        "leaf more": with_query({"kernel": kernel, "bias": np.zeros(4, np.float32)}),
+        "leaf less": with_query({}),
+    }
+
+
+# What orbax was still reading when it gave up.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("case", other_shapes(params()))
+def test_other_shapes(tmp_path, case):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save_last(3, sharding_lib.make(1, 1).put_params(params()))
+    checkpoints.save_best(3, params(), "RR@10", 0.5)
+    other = sharding_lib.make(1, 1).put_params(other_shapes(params())[case])
+    line(lambda: checkpoints.restore_last(other), tmp_path / "last/3", "delete")
+    checkpoints.close()
+    line(
+        lambda: restore_best(tmp_path, "retriever", other["retriever"]),
+        tmp_path / "best/3/retriever",
+        "delete",
+    )
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_files_that_cannot_be_read(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save_best(3, params(), "RR@10", 0.5)
+    checkpoints.close()
+    saved(tmp_path, state_on(1, 1, step=3))
+    for path in [*(tmp_path / "last/3").rglob("*"), *(tmp_path / "best/3/retriever").rglob("*")]:
+        if path.is_file():
+            path.write_bytes(b"\x00")
+    line(lambda: restore_best(tmp_path, "retriever", params()["retriever"]), "best/3/retriever")
+    checkpoints = Checkpoints(tmp_path)
+    line(lambda: checkpoints.restore_last(state_on(1, 1)), "last/3")
+    checkpoints.close()

@@ -1,0 +1,224 @@
+"""The check of a config, its way through JSON, and the differences between two."""
+
+import json
+import math
+
+import ml_collections
+import pytest
+
+from rqv2_jax import config as config_lib
+from rqv2_jax import losses
+from rqv2_jax.errors import InputError
+
+
+def usable(**changes):
+    """The defaults with a data path; `changes` are keyed by dotted name."""
+    config = config_lib.default()
+    config.data.path = "folder"
+    return changed(config, changes)
+
+
+def changed(config, changes):
+    """Sets, or with "drop" removes, whatever the types: the check has to see it."""
+    values = config.to_dict()
+    for key, value in changes.items():
+        *groups, last = key.split(".")
+        group = values
+        for name in groups:
+            group = group.setdefault(name, {})
+        if value == "drop":
+            del group[last]
+        else:
+            group[last] = value
+    return ml_collections.ConfigDict(values)
+
+
+def message(**changes):
+    with pytest.raises(InputError) as raised:
+        config_lib.check(usable(**changes))
+    text = str(raised.value)
+    assert "\n" not in text
+    return text
+
+
+def test_defaults_pass_once_they_have_a_path():
+    config_lib.check(usable())
+    with pytest.raises(InputError, match=r"config\.data\.path"):
+        config_lib.check(config_lib.default())
+    config_lib.check(usable(**{"data.dataset": "docstrings", "data.path": ""}))
+
+
+def test_check_does_not_change_the_config():
+    config = usable(**{"joint.learning_rate": 1})
+    before = config.to_dict()
+    config_lib.check(config)
+    assert config.to_dict() == before
+
+
+@pytest.mark.parametrize(
+    "key", ["learning_rate", "joint.dropout", "model.wieghts", "joint.loss.margin", "new.group.key"]
+)
+def test_unknown_key(key):
+    text = message(**{key: 1})
+    assert text.startswith(f"config.{key}: no such setting")
+
+
+@pytest.mark.parametrize("key", ["seed", "model.weights", "joint.loss.temperature", "data.titles"])
+def test_missing_key(key):
+    assert message(**{key: "drop"}).startswith(f"config.{key}: missing")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "wanted"),
+    [
+        ("joint.batch", 8.0, "int"),
+        ("joint.batch", "8", "int"),
+        ("joint.batch", True, "int"),
+        ("joint.batch", None, "int"),
+        ("joint.learning_rate", "1e-5", "float"),
+        ("joint.learning_rate", True, "float"),
+        ("data.titles", 1, "bool"),
+        ("data.titles", "no", "bool"),
+        ("data.path", 3, "str"),
+        ("model.pooling", None, "str"),
+        ("evaluate.metrics", "RR@10", "tuple"),
+    ],
+)
+def test_wrong_type(key, value, wanted):
+    text = message(**{key: value})
+    assert text.startswith(f"config.{key} is {value!r}")
+    assert text.endswith(wanted)
+
+
+@pytest.mark.parametrize("key", ["joint.learning_rate", "model.dropout", "optimizer.clip_norm"])
+def test_int_is_a_float(key):
+    config_lib.check(usable(**{key: 1 if key != "model.dropout" else 0}))
+
+
+@pytest.mark.parametrize("key", sorted(config_lib.CHOICES))
+def test_bad_choice(key):
+    text = message(**{key: "neither"})
+    assert text.startswith(f"config.{key} is 'neither'")
+    for choice in config_lib.CHOICES[key]:
+        assert repr(choice) in text
+        config_lib.check(usable(**{key: choice}))
+
+
+def test_choices_of_the_loss_are_those_the_loss_knows():
+    assert config_lib.CHOICES["joint.loss.kl_direction"] == losses.KL_DIRECTIONS
+    assert config_lib.CHOICES["joint.loss.kl_reduction"] == losses.KL_REDUCTIONS
+    assert config_lib.CHOICES["joint.loss.reranker_loss"] == losses.RERANKER_LOSSES
+
+
+@pytest.mark.parametrize("key", sorted(config_lib.RANGES))
+def test_range(key):
+    low, high = config_lib.RANGES[key]
+    apart = {"mine.negative_below": 0.0, "mine.positive_above": 1.0}
+    for inside in (low, high):
+        config_lib.check(usable(**{**apart, key: inside}))
+    step = 1 if isinstance(low, int) else 0.01
+    for outside in (low - step, high + step):
+        assert message(**{key: outside}).startswith(f"config.{key} is {outside}")
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["joint.batch", "mesh.data", "packing.blocks", "joint.log_every", "model.num_layers"],
+)
+@pytest.mark.parametrize("value", [0, -1])
+def test_other_numbers_are_above_0(key, value):
+    assert message(**{key: value}).startswith(f"config.{key} is {value}")
+
+
+@pytest.mark.parametrize("key", ["joint.learning_rate", "model.dropout", "joint.loss.temperature"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -0.5])
+def test_numbers_that_are_none(key, value):
+    assert message(**{key: value}).startswith(f"config.{key} is {value}")
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"data.query_length": 32, "data.pair_length": 39}, "pair_length"),
+        ({"data.query_length": 2}, "query_length"),
+        ({"data.passage_length": 7}, "passage_length"),
+    ],
+)
+def test_lengths(changes, named):
+    assert named in message(**changes)
+    config_lib.check(usable(**{"data.query_length": 3, "data.pair_length": 11}))
+    config_lib.check(usable(**{"data.passage_length": 8}))
+
+
+def test_thresholds_do_not_cross():
+    crossed = {"mine.negative_below": 0.6, "mine.positive_above": 0.5}
+    assert "mine.negative_below is above config.mine.positive_above" in message(**crossed)
+    config_lib.check(usable(**{**crossed, "mine.negative_below": 0.5}))
+
+
+def test_presets_have_the_settings_of_the_loss():
+    default = config_lib.default()
+    assert default.joint.loss.to_dict() == config_lib.LOSSES["paper"]
+    for preset in config_lib.LOSSES.values():
+        config_lib.check(usable(**{f"joint.loss.{key}": value for key, value in preset.items()}))
+    assert config_lib.LOSSES["paper"] == {
+        "kl_direction": "retriever_to_reranker",
+        "kl_reduction": "sum",
+        "teacher_gradient": True,
+        "temperature": 1.0,
+        "reranker_loss": "listwise",
+    }
+    assert config_lib.LOSSES["official_code"] == {
+        "kl_direction": "reranker_to_retriever",
+        "kl_reduction": "mean_per_candidate",
+        "teacher_gradient": False,
+        "temperature": 1.0,
+        "reranker_loss": "listwise",
+    }
+
+
+def test_size_for_two_cores_is_a_usable_config():
+    config = usable()
+    config_lib.two_cores(config)
+    config_lib.check(config)
+    assert config_lib.differences(usable(), config)
+
+
+def test_defaults_are_made_anew():
+    config_lib.default().joint.loss.kl_direction = "reranker_to_retriever"
+    assert config_lib.default().joint.loss.kl_direction == "retriever_to_reranker"
+    assert config_lib.LOSSES["paper"]["kl_direction"] == "retriever_to_reranker"
+
+
+def test_there_and_back_through_json():
+    config = usable(
+        **{"joint.learning_rate": 1 / 3, "data.path": 'ä "folder"', "data.titles": False}
+    )
+    text = config_lib.dumps(config)
+    assert text.endswith("}\n")
+    back = config_lib.loads(text)
+    assert config_lib.differences(config, back) == []
+    assert isinstance(back.evaluate.metrics, tuple)
+    assert back.to_dict() == config.to_dict()
+    assert config_lib.dumps(back) == text
+    config_lib.check(back)
+    assert json.loads(text)["joint"]["learning_rate"] == 1 / 3
+
+
+def test_differences():
+    a = usable()
+    b = usable(**{"joint.loss.temperature": 2.0, "seed": 7})
+    assert config_lib.differences(a, usable()) == []
+    assert config_lib.differences(a, b) == ["joint.loss.temperature: 1.0 -> 2.0", "seed: 0 -> 7"]
+    assert config_lib.differences(b, a) == ["joint.loss.temperature: 2.0 -> 1.0", "seed: 7 -> 0"]
+    shorter = usable(**{"evaluate.metrics": ("RR@10",)})
+    assert [d.split(":")[0] for d in config_lib.differences(a, shorter)] == ["evaluate.metrics"]
+
+
+def test_differences_see_settings_that_only_one_has():
+    a = usable()
+    b = usable(**{"joint.epochs": "drop", "joint.passes": 2.0})
+    assert config_lib.differences(a, b) == [
+        "joint.epochs: 2.0 -> None",
+        "joint.passes: None -> 2.0",
+    ]

