@@ -642,10 +642,14 @@ def _search(run: Run, store: tokens.Store, split: str, state: str, name: str):
         rows_Q = np.arange(len(queries.ids))
         return encode.queries(run.forward, tower, queries.texts, rows_Q)
 
+    def ranked(passages_QxK, scores_QxK):
+        # By the tie rule, so that the re-ranker's cut does not depend on the order of the corpus.
+        passages_QxK, scores_QxK = metrics.sort_run(passages_QxK, scores_QxK, store.passage_ids)
+        return {"passages": passages_QxK, "scores": scores_QxK}
+
     def exact():
         shards = _corpus_vectors(run, store, state)
-        passages, scores = index.exact(vectors(), shards, settings.retrieve_depth)
-        return {"passages": passages, "scores": scores}
+        return ranked(*index.exact(vectors(), shards, settings.retrieve_depth))
 
     folder = run.workdir / "eval"
     found = artifacts.cached(folder / f"{split}.{stage}.exact.npz", source, exact)
@@ -657,8 +661,7 @@ def _search(run: Run, store: tokens.Store, split: str, state: str, name: str):
         searcher = index.build_scann(
             shards, settings.scann, settings.retrieve_depth, run.workdir / "index" / stage, source
         )
-        passages, scores = index.scann_search(searcher, vectors(), settings.retrieve_depth)
-        return {"passages": passages, "scores": scores}
+        return ranked(*index.scann_search(searcher, vectors(), settings.retrieve_depth))
 
     approximate = artifacts.cached(folder / f"{split}.{stage}.scann.npz", source, scann)
     recalls = {

@@ -109,7 +109,7 @@ def train_step(state: TrainState, batch, dropout_key, *, grad_fn, optimizer):
     (_, terms), grads = grad_fn(state.params, batch, key)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    terms = {**terms, "gradient_norm": optax.global_norm(grads)}
+    terms = {**terms, "gradient_norm": optax.tree.norm(grads)}
     return TrainState(state.step + 1, params, opt_state), terms
 
 

@@ -14,7 +14,11 @@ XLA_FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization
 os.environ["XLA_FLAGS"] = f"{XLA_FLAGS} {os.environ.get('XLA_FLAGS', '')}".strip()
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-WORDS = ("the", "of", "a", "and", "in", "to", "is", "what", "how", "river", "city", "stone", "king")
+# Other words are spelled letter by letter.
+WORDS = [
+    *("river", "stone", "engine", "garden", "winter", "copper", "letter", "market", "signal"),
+    *("forest", "bridge", "silver", "doctor", "island", "planet", "orange", "mirror", "castle"),
+]
 VOCAB = [
     *("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"),
     *string.ascii_lowercase,
