@@ -235,10 +235,11 @@ def test_dev_pool_holds_positives_and_candidates_and_a_perfect_score_is_one(fini
     store = tokens.open_store(workdir / "data" / "tokens")
     candidates = pipeline.retrieve(run, store)["dev"]
     dev = pipeline.Dev(run, store, candidates)
-    assert len(dev.pool_N) == config.dev.pool
-    assert set(candidates.passages_QxN.reshape(-1)) <= set(dev.pool_N)
     positives = store.splits["dev"].positives()
-    assert set(positives[1]) <= set(dev.pool_N)
+    needed = {*candidates.passages_QxN.reshape(-1).tolist(), *positives[1].tolist()}
+    assert needed <= set(dev.pool_N.tolist())
+    assert len(dev.pool_N) == len(set(dev.pool_N.tolist())) == max(config.dev.pool, len(needed))
+    assert len(pipeline.Dev(run, store, None).pool_N) == config.dev.pool
     found_QxK = np.stack([positives[1], (positives[1] + 1) % 48], axis=1)
     assert dev._score(found_QxK, np.array([[2.0, 1.0]] * 8)) == 1.0
     assert dev._score(found_QxK, np.array([[1.0, 2.0]] * 8)) == 0.5
