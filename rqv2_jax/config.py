@@ -5,6 +5,7 @@ A config file in `configs/` starts from `default()`, overrides what differs, and
 """
 
 import json
+import math
 
 import ml_collections
 
@@ -202,8 +203,8 @@ def check(config: ml_collections.ConfigDict):
             raise InputError(f"config.{key} is {value!r}; choose one of {CHOICES[key]}")
         if number:
             low, high = RANGES.get(key, (None, None))
-            if low is None and not value > 0:
-                raise InputError(f"config.{key} is {value}; it must be above 0")
+            if low is None and not 0 < value < math.inf:
+                raise InputError(f"config.{key} is {value}; it must be above 0 and finite")
             if low is not None and not low <= value <= high:
                 raise InputError(f"config.{key} is {value}; it must lie in [{low}, {high}]")
     if given["data.dataset"] == "beir" and not given["data.path"]:

@@ -101,6 +101,7 @@ def joint_distillation(
         if value not in known:
             raise ValueError(f"{name} is {value!r}; choose one of {known}")
 
+    retriever_BxP, reranker_BxP = (x.astype(jnp.float32) for x in (retriever_BxP, reranker_BxP))
     retriever_log_BxP = _log_softmax(retriever_BxP / temperature, where_BxP)
     reranker_log_BxP = _log_softmax(reranker_BxP / temperature, where_BxP)
     teacher_log_BxP = (

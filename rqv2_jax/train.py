@@ -154,10 +154,11 @@ def train(
 
     def flush(step, terms):
         nonlocal window, started
-        rate = len(terms) * stage.batch / (time.monotonic() - started)
         means = jax.tree.map(lambda *x: float(np.mean(x)), *jax.device_get(terms))
-        hooks.log(step, {**means, "lists_per_second": rate})
-        started = time.monotonic()
+        # Only now have the steps been computed; before, they had been dispatched.
+        now = time.monotonic()
+        hooks.log(step, {**means, "lists_per_second": len(terms) * stage.batch / (now - started)})
+        started = now
 
     pending: tuple[int, list[dict]] | None = None
     stream = batches(first) if first < total_steps else iter(())

@@ -82,6 +82,10 @@ def read_config(
         hf = json.loads(path.read_text())
     except json.JSONDecodeError as e:
         raise InputError(f"{path}:{e.lineno}: not JSON ({e.msg}); restore the model's file") from e
+    except UnicodeDecodeError as e:
+        raise InputError(f"{path}: not UTF-8 ({e}); restore the model's file") from e
+    if not isinstance(hf, dict):
+        raise InputError(f"{path}: holds no JSON object; restore the model's file")
     if hf.get("model_type") not in ("bert", "ernie"):
         raise InputError(
             f"{path}: model_type is {hf.get('model_type')!r}; only 'bert' and 'ernie' are understood"
@@ -106,6 +110,11 @@ def read_config(
         available = hf["num_hidden_layers"]
     except KeyError as e:
         raise InputError(f"{path}: has no key {e}; restore the model's own config.json") from e
+    if config.hidden_size % config.num_heads:
+        raise InputError(
+            f"{path}: hidden_size {config.hidden_size} cannot be split over num_attention_heads "
+            f"{config.num_heads}; restore the model's own config.json"
+        )
     if config.activation not in bert.ACTIVATIONS:
         raise InputError(
             f"{path}: hidden_act {config.activation!r} is not one of {sorted(bert.ACTIVATIONS)}"
@@ -129,7 +138,13 @@ def _read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
     for name, tensor in tensors.items():
         name = re.sub(r"^(bert|ernie)\.", "", name)
         name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
-        named[name.replace("LayerNorm.beta", "LayerNorm.bias")] = tensor
+        name = name.replace("LayerNorm.beta", "LayerNorm.bias")
+        if name in named:
+            raise InputError(
+                f"{path}: tensor {name!r} is there twice, with and without a prefix or by its old "
+                "name; give the file of one model"
+            )
+        named[name] = tensor
     return named
 
 

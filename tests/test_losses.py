@@ -301,6 +301,15 @@ def test_masked_entries_take_no_probability_however_low_the_others_are(low):
         assert float(terms[reading]["kl"]) == pytest.approx(0, abs=1e-5)
 
 
+def test_kl_and_entropy_count_valid_passages_alone():
+    p, q = np.log([[0.5, 0.3, 0.2]]), np.log([[0.25, 0.25, 0.5]])
+    where = np.array([[True, False, True]])
+    kl = losses.kl(p, q, where_BxP=where)
+    assert kl == pytest.approx(0.5 * math.log(2) + 0.2 * math.log(0.4), rel=1e-5)
+    entropy = losses.entropy(p, where_BxP=where)
+    assert entropy == pytest.approx(-0.5 * math.log(0.5) - 0.2 * math.log(0.2), rel=1e-5)
+
+
 def test_a_list_of_nothing_changes_nothing():
     scores = np.random.default_rng(9).normal(0, 2, (2, 5, 5)).astype(np.float32)
     where = WHERE.copy()
