@@ -140,7 +140,7 @@ def default() -> ml_collections.ConfigDict:
                 "scann": {
                     "brute_force_below": 20_000,  # passages; fewer are not worth a tree
                     "leaves_per_sqrt": 1.0,  # leaves = this * sqrt(passages)
-                    "searched_share": 0.1,  # of the leaves
+                    "searched_share": 0.2,  # of the leaves
                     "seen": 10.0,  # times the depth: passages in the searched leaves, at least
                     "reorder": 4.0,  # times the depth is scored exactly
                 },

@@ -10,7 +10,7 @@ from rqv2_jax import sharding as sharding_lib
 from rqv2_jax.retrieval import encode, index, rerank, stream
 
 SCANN = types.SimpleNamespace(
-    brute_force_below=20_000, leaves_per_sqrt=1.0, searched_share=0.1, seen=10.0, reorder=4.0
+    brute_force_below=20_000, leaves_per_sqrt=1.0, searched_share=0.3, seen=10.0, reorder=4.0
 )
 
 
