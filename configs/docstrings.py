@@ -1,7 +1,6 @@
 """The embedded data: documentation of the installed Python packages, from all-MiniLM-L6-v2.
 
-Aims at: showing a retriever and a re-ranker improve each other on real text in a quarter of an hour
-on two CPU cores, so inputs are short, lists small and the starting model, a retriever already, is not
+Aims at: showing a retriever and a re-ranker learn from each other on real text on two CPU cores, so inputs are short, lists small and the starting model, a retriever already, is not
 warmed up.
 Command:
   python -m rqv2_jax.main --config configs/docstrings.py --workdir workdir/docstrings

@@ -109,8 +109,7 @@ def default() -> ml_collections.ConfigDict:
             "mine": {
                 "queries": 1_000_000,  # at most this many training queries, drawn at random
                 "depth": 50,  # retrieved passages of each, negatives of the re-ranker's warm-up
-                "scored_queries": 1_000_000,  # at most this many of them head the joint lists;
-                # where that leaves others, the re-ranker is warmed up on those alone
+                "scored_queries": 1_000_000,  # at most this many of them head the joint lists
                 "scored_depth": 50,  # the first passages of each, scored, candidates of joint lists
                 "negative_below": 0.1,  # probability of relevance, denoised negatives
                 "positive_above": 0.9,  # and extra positives
@@ -160,17 +159,17 @@ def two_cores(config: ml_collections.ConfigDict):
     config.model.update({"pooling": "mean", "passage_format": "title_text", "dropout": 0.0})
     config.packing.blocks = 1
     config.retriever.epochs = 0.0
-    config.mine.update({"queries": 2160, "depth": 50, "scored_queries": 560, "scored_depth": 10})
+    config.mine.update({"queries": 1000, "depth": 50, "scored_queries": 500, "scored_depth": 12})
     config.reranker.update(
         {"epochs": 1.0, "batch": 16, "list_size": 4, "learning_rate": 2e-4, "warmup_steps": 10}
         | {"schedule": "linear", "log_every": 10, "evaluate_every": 1000, "save_every": 20}
     )
     config.joint.update(
-        {"epochs": 1.0, "batch": 16, "list_size": 4, "learning_rate": 1e-4, "warmup_steps": 5}
-        | {"schedule": "linear", "log_every": 5, "evaluate_every": 18, "save_every": 10}
+        {"epochs": 1.5, "batch": 16, "list_size": 4, "learning_rate": 1e-4, "warmup_steps": 5}
+        | {"schedule": "linear", "log_every": 5, "evaluate_every": 24, "save_every": 20}
         | {"loss": LOSSES["official_code"]}
     )
-    config.dev.update({"queries": 120, "depth": 10, "pool": 800})
+    config.dev.update({"queries": 150, "depth": 10, "pool": 1000})
     config.evaluate.update({"batch_tokens": 2048, "rerank_depth": 10})
 
 

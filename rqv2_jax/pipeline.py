@@ -320,17 +320,11 @@ def mine(run: Run, store: tokens.Store, candidates: dict) -> dict[str, lists_lib
         return dataclasses.replace(found, reranker_QxN=np.concatenate(parts))
 
     settings = run.config.mine
-    start = _first_scored(run, candidates["train"])
-    joint = candidates["train"].part(slice(start, None), settings.scored_depth)
+    joint = candidates["train"].first(settings.scored_queries, settings.scored_depth)
     candidates = {**candidates, "train": joint}
     if run.config.joint.denoised_share == 0:
         return candidates
     return {split: scored(split, found) for split, found in candidates.items()}
-
-
-def _first_scored(run: Run, train: lists_lib.Candidates) -> int:
-    """The joint lists are headed by the training queries from this one on."""
-    return max(len(train.query_rows_Q) - run.config.mine.scored_queries, 0)
 
 
 class Dev:
@@ -514,20 +508,13 @@ def draw_lists(run: Run, store: tokens.Store, candidates: dict, stage: str) -> l
 
 
 def train_reranker(run: Run, store: tokens.Store, candidates: dict):
-    """Warm-up of the re-ranker on undenoised lists.
-
-    Queries that will head joint lists are left out, unless all will: the re-ranker then judges their
-    candidates without having been trained on them.
-    """
-    found = candidates["train"]
-    others = _first_scored(run, found) or len(found.query_rows_Q)
-    warm_up = {**candidates, "train": found.part(slice(others), run.config.mine.depth)}
+    """Warm-up of the re-ranker on undenoised lists."""
     _train_stage(
         run,
         store,
         "reranker",
         {"reranker": run.initial("reranker")},
-        draw_lists(run, store, warm_up, "reranker"),
+        draw_lists(run, store, candidates, "reranker"),
         partial(train.reranker_loss, run.models),
         Dev(run, store, candidates["dev"]),
     )

@@ -37,13 +37,13 @@ class Candidates:
     retriever_QxN: np.ndarray
     reranker_QxN: np.ndarray
 
-    def part(self, queries: slice, depth: int) -> "Candidates":
-        """The first `depth` candidates of some of the queries."""
+    def first(self, queries: int, depth: int) -> "Candidates":
+        """The first `depth` candidates of the first `queries` queries."""
         return Candidates(
-            self.query_rows_Q[queries],
-            self.passages_QxN[queries, :depth],
-            self.retriever_QxN[queries, :depth],
-            self.reranker_QxN[queries, :depth],
+            self.query_rows_Q[:queries],
+            self.passages_QxN[:queries, :depth],
+            self.retriever_QxN[:queries, :depth],
+            self.reranker_QxN[:queries, :depth],
         )
 
 
