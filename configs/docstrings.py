@@ -1,7 +1,7 @@
 """The embedded data: documentation of the installed Python packages, from all-MiniLM-L6-v2.
 
-Aims at: showing a retriever and a re-ranker learn from each other on real text on two CPU cores, so inputs are short, lists small and the starting model, a retriever already, is not
-warmed up.
+Aims at: showing a retriever and a re-ranker learn from each other on real text on two CPU cores, so
+inputs are short, lists small and the starting model, a retriever already, is not warmed up.
 Command:
   python -m rqv2_jax.main --config configs/docstrings.py --workdir workdir/docstrings
 Time and scores: the README's first table.
