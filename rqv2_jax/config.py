@@ -56,6 +56,9 @@ RANGES = {
     "reranker.list_size": (2, 10**6),
     "joint.list_size": (2, 10**6),
     "joint.denoised_share": (0.0, 1.0),
+    "joint.refresh_every": (0, 10**9),
+    "joint.kl_weight": (0.0, 1e6),
+    "joint.in_batch_weight": (0.0, 1e6),
     "mine.negative_below": (0.0, 1.0),
     "mine.positive_above": (0.0, 1.0),
 }
@@ -108,14 +111,24 @@ def default() -> ml_collections.ConfigDict:
             "reranker": _training(epochs=2.0, list_size=8),
             "mine": {
                 "queries": 1_000_000,  # at most this many training queries, drawn at random
-                "depth": 50,  # retrieved passages of each, negatives of the re-ranker's warm-up
-                "scored_queries": 1_000_000,  # at most this many of them head the joint lists
-                "scored_depth": 50,  # the first passages of each, scored, candidates of joint lists
+                "depth": 50,  # retrieved passages of each, candidates of undenoised lists
+                "scored_queries": 1_000_000,  # at most this many have denoised lists
+                "scored_depth": 50,  # the first passages of each, scored, their candidates
                 "negative_below": 0.1,  # probability of relevance, denoised negatives
                 "positive_above": 0.9,  # and extra positives
             },
             "joint": _training(
-                epochs=2.0, list_size=32, denoised_share=0.5, loss=dict(LOSSES["paper"])
+                epochs=2.0,
+                list_size=32,
+                denoised_share=0.5,
+                loss=dict(LOSSES["paper"]),
+                kl_weight=1.0,
+                # Of the retriever's own cross-entropy over its list and all others of the batch.
+                in_batch_weight=0.0,
+                # False is static distillation: the re-ranker teaches and does not learn.
+                train_reranker=True,
+                # Steps between new candidates by the models as they are; 0 keeps those of `mine`.
+                refresh_every=0,
             ),
             "dev": {
                 "queries": 500,  # at most, drawn at random, measured during training
@@ -159,17 +172,17 @@ def two_cores(config: ml_collections.ConfigDict):
     config.model.update({"pooling": "mean", "passage_format": "title_text", "dropout": 0.0})
     config.packing.blocks = 1
     config.retriever.epochs = 0.0
-    config.mine.update({"queries": 1000, "depth": 50, "scored_queries": 500, "scored_depth": 12})
+    config.mine.update({"queries": 1600, "depth": 50, "scored_queries": 320, "scored_depth": 12})
     config.reranker.update(
-        {"epochs": 1.0, "batch": 16, "list_size": 4, "learning_rate": 2e-4, "warmup_steps": 10}
-        | {"schedule": "linear", "log_every": 10, "evaluate_every": 1000, "save_every": 20}
+        {"epochs": 1.0, "batch": 8, "list_size": 4, "learning_rate": 2e-4, "warmup_steps": 10}
+        | {"schedule": "linear", "log_every": 20, "evaluate_every": 1000, "save_every": 40}
     )
     config.joint.update(
-        {"epochs": 1.5, "batch": 16, "list_size": 4, "learning_rate": 1e-4, "warmup_steps": 5}
-        | {"schedule": "linear", "log_every": 5, "evaluate_every": 24, "save_every": 20}
-        | {"loss": LOSSES["official_code"]}
+        {"epochs": 0.5, "batch": 16, "list_size": 4, "learning_rate": 1e-4, "warmup_steps": 5}
+        | {"schedule": "linear", "log_every": 5, "evaluate_every": 25, "save_every": 20}
+        | {"denoised_share": 1.0, "loss": LOSSES["official_code"]}
     )
-    config.dev.update({"queries": 150, "depth": 10, "pool": 1000})
+    config.dev.update({"queries": 100, "depth": 10, "pool": 500})
     config.evaluate.update({"batch_tokens": 2048, "rerank_depth": 10})
 
 

@@ -265,22 +265,20 @@ def _subset(count: int, most: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).permutation(count)[:most]
 
 
-def retrieve(run: Run, store: tokens.Store) -> dict[str, lists_lib.Candidates]:
-    """The warmed-up retriever's top passages for the training and dev queries, in `lists/`."""
+def _retrieve(run: Run, store: tokens.Store, folder: pathlib.Path, tower, shards):
+    """The top passages of the training and dev queries, by split; `tower()` and `shards()` give the
+    params of the query tower and the passages' vectors."""
 
     def candidates(split, most, depth):
         queries = store.splits[split]
 
         def compute():
             rows_Q = _subset(len(queries.ids), most, run.config.seed)
-            tower = run.params("retriever", "retriever")["query"]
-            vectors_QxD = encode.queries(run.forward, tower, queries.texts, rows_Q)
-            shards = _corpus_vectors(run, store, "retriever")
-            passages_QxN, scores_QxN = index.exact(vectors_QxD, shards, depth)
+            vectors_QxD = encode.queries(run.forward, tower(), queries.texts, rows_Q)
+            passages_QxN, scores_QxN = index.exact(vectors_QxD, shards(), depth)
             return {"query_rows": rows_Q, "passages": passages_QxN, "scores": scores_QxN}
 
-        path = run.workdir / "lists" / f"{split}.retrieved.npz"
-        found = artifacts.cached(path, store.fingerprint, compute)
+        found = artifacts.cached(folder / f"{split}.retrieved.npz", store.fingerprint, compute)
         return lists_lib.Candidates(
             found["query_rows"],
             found["passages"],
@@ -295,14 +293,16 @@ def retrieve(run: Run, store: tokens.Store) -> dict[str, lists_lib.Candidates]:
     }
 
 
-def mine(run: Run, store: tokens.Store, candidates: dict) -> dict[str, lists_lib.Candidates]:
-    """The candidates with the warmed-up re-ranker's scores, in `lists/`.
+def _score(run: Run, store: tokens.Store, candidates: dict, folder: pathlib.Path, reranker):
+    """The candidates with scores of the re-ranker, whose params `reranker()` gives.
 
-    Training candidates are scored only if the joint lists are to be denoised.
+    Those of `config.mine` and all of the dev queries get one, the others keep NaN; none does unless
+    joint lists are to be denoised.
     """
     params = None
 
-    def scored(split, found):
+    def scored(split, candidates, queries, depth):
+        found = candidates.first(queries, depth)
         texts = store.splits[split].texts
         parts = []
         for first in range(0, len(found.query_rows_Q), MINED_AT_ONCE):
@@ -311,20 +311,53 @@ def mine(run: Run, store: tokens.Store, candidates: dict) -> dict[str, lists_lib
 
             def compute(rows_Q=rows_Q, passages_QxN=passages_QxN):
                 nonlocal params
-                params = run.params("reranker", "reranker") if params is None else params
+                params = reranker() if params is None else params
                 scores = rerank.scores(run.forward, params, store, texts, rows_Q, passages_QxN)
                 return {"scores": scores}
 
-            path = run.workdir / "lists" / f"{split}.scores" / f"{first // MINED_AT_ONCE:05}.npz"
+            path = folder / f"{split}.scores" / f"{first // MINED_AT_ONCE:05}.npz"
             parts.append(artifacts.cached(path, store.fingerprint, compute)["scores"])
-        return dataclasses.replace(found, reranker_QxN=np.concatenate(parts))
+        reranker_QxN = candidates.reranker_QxN.copy()
+        reranker_QxN[:queries, :depth] = np.concatenate(parts)
+        return dataclasses.replace(candidates, reranker_QxN=reranker_QxN)
 
-    settings = run.config.mine
-    joint = candidates["train"].first(settings.scored_queries, settings.scored_depth)
-    candidates = {**candidates, "train": joint}
     if run.config.joint.denoised_share == 0:
         return candidates
-    return {split: scored(split, found) for split, found in candidates.items()}
+    most = {
+        "train": (run.config.mine.scored_queries, run.config.mine.scored_depth),
+        "dev": (run.config.dev.queries, run.config.dev.depth),
+    }
+    return {split: scored(split, found, *most[split]) for split, found in candidates.items()}
+
+
+def retrieve(run: Run, store: tokens.Store) -> dict[str, lists_lib.Candidates]:
+    """The warmed-up retriever's top passages for the training and dev queries, in `lists/`."""
+    return _retrieve(
+        run,
+        store,
+        run.workdir / "lists",
+        lambda: run.params("retriever", "retriever")["query"],
+        lambda: _corpus_vectors(run, store, "retriever"),
+    )
+
+
+def mine(run: Run, store: tokens.Store, candidates: dict) -> dict[str, lists_lib.Candidates]:
+    """The candidates with the warmed-up re-ranker's scores, in `lists/`."""
+    folder = run.workdir / "lists"
+    return _score(run, store, candidates, folder, lambda: run.params("reranker", "reranker"))
+
+
+def refresh(run: Run, store: tokens.Store, step: int, params) -> dict[str, lists_lib.Candidates]:
+    """Candidates by both models as joint training has made them by some step, in `lists/`."""
+    folder = run.workdir / "lists" / f"joint.{step:07}"
+
+    def shards():
+        source = f"joint {step} {store.fingerprint}"
+        tower = params["retriever"]["passage"]
+        return encode.corpus(run.forward, tower, store, run.workdir / "vectors/refreshed", source)
+
+    found = _retrieve(run, store, folder, lambda: params["retriever"]["query"], shards)
+    return _score(run, store, found, folder, lambda: params["reranker"])
 
 
 class Dev:
@@ -380,27 +413,49 @@ class Dev:
         return self._score(passages_QxK, scores_QxK)
 
 
-def _train_stage(run: Run, store, name: str, params, lists, loss_fn, dev: Dev, *, in_batch=False):
-    """Runs one training stage to its end, from its last checkpoint if there is one."""
+def _train_stage(
+    run: Run,
+    store: tokens.Store,
+    name: str,
+    params,
+    lists: lists_lib.Lists,
+    loss_fn,
+    dev: Dev,
+    *,
+    in_batch: bool = False,
+    frozen: tuple[str, ...] = (),
+    refresh_every: int = 0,
+    redraw=None,
+):
+    """Runs one training stage to its end, from its last checkpoint if there is one.
+
+    Every `refresh_every` steps (0: never), `redraw(step, params, number)` gives that many lists, of
+    which the next steps are made.
+    """
     stage = run.config[name]
-    batches = ListBatches(
-        store,
-        store.splits["train"],
-        run.inputs,
-        lists,
-        batch=stage.batch,
-        models=tuple(params),
-        in_batch=in_batch,
-        shards=run.sharding.shards,
-        max_blocks=run.config.packing.blocks,
-    )
+
+    def make_batches(lists):
+        return ListBatches(
+            store,
+            store.splits["train"],
+            run.inputs,
+            lists,
+            batch=stage.batch,
+            models=tuple(params),
+            in_batch=in_batch,
+            shards=run.sharding.shards,
+            max_blocks=run.config.packing.blocks,
+        )
+
+    batches = make_batches(lists)
+    steps = batches.steps
     folder = run.workdir / name
     checkpoints = Checkpoints(folder)
-    if checkpoints.last_step() == batches.steps:
+    if checkpoints.last_step() == steps:
         _say("  done")
         checkpoints.close()
         return
-    optimizer = train.make_optimizer(run.config.optimizer, stage, batches.steps)
+    optimizer = train.make_optimizer(run.config.optimizer, stage, steps, frozen)
     state = checkpoints.restore_last(train.init_state(params, optimizer, run.sharding))
     events = tf.summary.create_file_writer(str(folder))
 
@@ -410,7 +465,7 @@ def _train_stage(run: Run, store, name: str, params, lists, loss_fn, dev: Dev, *
                 tf.summary.scalar(key, value)
         events.flush()
         shown = "  ".join(f"{key} {value:.4g}" for key, value in terms.items())
-        _say(f"  {name} {step}/{batches.steps}  {shown}")
+        _say(f"  {name} {step}/{steps}  {shown}")
 
     def evaluate(step, params):
         scores = {model: getattr(dev, model)(tree) for model, tree in params.items()}
@@ -418,24 +473,35 @@ def _train_stage(run: Run, store, name: str, params, lists, loss_fn, dev: Dev, *
         mean = sum(scores.values()) / len(scores)
         checkpoints.save_best(step, params, f"dev {DEV_METRIC}, mean of models", mean)
 
-    train.train(
-        state,
-        step_fn=train.make_step(loss_fn, optimizer, run.sharding),
-        batches=lambda first: map(run.sharding.put_batch, batches.stream(first)),
-        dropout_key=jax.random.key(run.config.seed, impl="rbg"),
-        total_steps=batches.steps,
-        stage=stage,
-        hooks=train.Hooks(evaluate, checkpoints.save_last, write),
-        name=name,
-    )
+    step_fn = train.make_step(loss_fn, optimizer, run.sharding)
+    every = refresh_every or steps
+    for first in range(int(state.step) // every * every, steps, every):
+        stop = min(first + every, steps)
+        if first > 0:
+            # The checkpoint at `first` was written before, so a run that resumes later than that has
+            # these lists' candidates on disk, and the newer params are not read.
+            batches = make_batches(redraw(first, state.params, (stop - first) * stage.batch))
+        state = train.train(
+            state,
+            step_fn=step_fn,
+            batches=lambda step, b=batches, first=first: map(
+                run.sharding.put_batch, b.stream(step - first)
+            ),
+            dropout_key=jax.random.key(run.config.seed, impl="rbg"),
+            total_steps=steps,
+            stop=stop,
+            stage=stage,
+            hooks=train.Hooks(evaluate, checkpoints.save_last, write),
+            name=name,
+        )
     checkpoints.close()
     events.close()
 
 
-def _epochs_of_lists(draw, epochs: float) -> lists_lib.Lists:
-    """The lists of `epochs` passes, one epoch's draw after the other; `draw(epoch)` gives one."""
+def _epochs_of_lists(draw, *, epochs: float = 0.0, number: int = 0) -> lists_lib.Lists:
+    """So many passes, or so many lists, one epoch's draw after the other; `draw(epoch)` gives one."""
     first = draw(0)
-    wanted = round(epochs * len(first.query_rows_L))
+    wanted = number or round(epochs * len(first.query_rows_L))
     parts, count = [first], len(first.query_rows_L)
     while count < wanted:
         parts.append(draw(len(parts)))
@@ -462,15 +528,20 @@ def train_retriever(run: Run, store: tokens.Store):
         store,
         "retriever",
         {"retriever": run.initial("retriever")},
-        _epochs_of_lists(draw, run.config.retriever.epochs),
+        _epochs_of_lists(draw, epochs=run.config.retriever.epochs),
         partial(train.retriever_loss, run.models),
         Dev(run, store, None),
         in_batch=True,
     )
 
 
-def draw_lists(run: Run, store: tokens.Store, candidates: dict, stage: str) -> lists_lib.Lists:
-    """All lists of the re-ranker's warm-up or of joint training, in the order of training."""
+def draw_lists(
+    run: Run, store: tokens.Store, candidates: dict, stage: str, *, number: int = 0, step: int = 0
+) -> lists_lib.Lists:
+    """Lists of the re-ranker's warm-up or of joint training, in the order of training.
+
+    All of the stage's, or `number` of them for the steps from `step` on.
+    """
     settings = run.config[stage]
     share = settings.denoised_share if stage == "joint" else 0.0
     probability = (1.0, 0.0)
@@ -496,11 +567,12 @@ def draw_lists(run: Run, store: tokens.Store, candidates: dict, stage: str) -> l
             negative_below=run.config.mine.negative_below,
             positive_above=run.config.mine.positive_above,
             num_passages=len(store.passage_ids),
-            seed=run.config.seed,
-            epoch=epoch,
+            # The two stages draw apart, and so do all refreshes.
+            seed=2 * run.config.seed + (stage == "joint"),
+            epoch=(step << 20) + epoch,
         )
 
-    lists = _epochs_of_lists(draw, settings.epochs)
+    lists = _epochs_of_lists(draw, epochs=settings.epochs, number=number)
     kinds = np.bincount(lists.provenance_LxP.reshape(-1), minlength=len(lists_lib.Provenance))
     counts = ", ".join(f"{n} {k.name.lower()}" for k, n in zip(lists_lib.Provenance, kinds) if n)
     _say(f"  {len(lists.query_rows_L)} lists of {settings.list_size}: {counts}")
@@ -522,6 +594,13 @@ def train_reranker(run: Run, store: tokens.Store, candidates: dict):
 
 def train_joint(run: Run, store: tokens.Store, candidates: dict):
     """Joint training of both warmed-up models on hybrid lists."""
+    settings = run.config.joint
+
+    def redraw(step, params, number):
+        _say(f"  refresh: candidates by the models of step {step}")
+        found = refresh(run, store, step, params)
+        return draw_lists(run, store, found, "joint", number=number, step=step)
+
     _train_stage(
         run,
         store,
@@ -531,8 +610,12 @@ def train_joint(run: Run, store: tokens.Store, candidates: dict):
             "reranker": run.params("reranker", "reranker"),
         },
         draw_lists(run, store, candidates, "joint"),
-        partial(train.joint_loss, run.models, run.config.joint.loss.to_dict()),
+        partial(train.joint_loss, run.models, settings.to_dict()),
         Dev(run, store, candidates["dev"]),
+        in_batch=settings.in_batch_weight > 0,
+        frozen=() if settings.train_reranker else ("reranker",),
+        refresh_every=settings.refresh_every,
+        redraw=redraw,
     )
 
 

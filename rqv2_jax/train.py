@@ -28,14 +28,25 @@ class TrainState(NamedTuple):
     opt_state: Any
 
 
+def _vectors(models: Models, params, batch, query_key, passage_key):
+    """The batch's queries [B, D] and passages [B*P, D] by the two towers."""
+    queries_BxD = models.vectors(params["query"], batch["queries"], query_key)
+    return queries_BxD, models.vectors(params["passage"], batch["passages"], passage_key)
+
+
+def _in_batch(queries_BxD, passages_NxD, batch, gather):
+    """Listwise cross-entropy of each query over all passages of the global batch."""
+    return losses.listwise(
+        gather(queries_BxD) @ gather(passages_NxD).T,
+        gather(batch["in_batch_positive"]),
+        where_BxP=gather(batch["in_batch_where"]),
+    )
+
+
 def retriever_loss(models: Models, params, batch, key, gather):
     """In-batch negatives: every passage of the global batch that is not a positive of the query."""
-    query_key, passage_key = jax.random.split(key)
-    queries_BxD = models.vectors(params["retriever"]["query"], batch["queries"], query_key)
-    passages_NxD = models.vectors(params["retriever"]["passage"], batch["passages"], passage_key)
-    scores_BxN = gather(queries_BxD) @ gather(passages_NxD).T
-    where_BxN, positive_BxN = gather(batch["where"]), gather(batch["positive"])
-    loss = losses.listwise(scores_BxN, positive_BxN, where_BxP=where_BxN)
+    vectors = _vectors(models, params["retriever"], batch, *jax.random.split(key))
+    loss = _in_batch(*vectors, batch, gather)
     return loss, {"loss": loss}
 
 
@@ -48,23 +59,43 @@ def reranker_loss(models: Models, params, batch, key, gather):
 
 
 def joint_loss(models: Models, settings, params, batch, key, gather):
-    """Both models score the same lists (paper eq. 6); `settings` choose the reading of the loss."""
+    """Both models score the same lists: weighted KL, supervised and in-batch terms.
+
+    Paper eq. 6 is weight 1 for the KL term and 0 for the in-batch one, the retriever's own listwise
+    cross-entropy over all passages of the batch.
+
+    Args:
+      settings: the joint stage's (`loss`, the reading of the loss; `kl_weight`; `in_batch_weight`;
+        `train_reranker`, without which the re-ranker gets no gradient).
+    """
     query_key, passage_key, pair_key = jax.random.split(key, 3)
-    queries_BxD = models.vectors(params["retriever"]["query"], batch["queries"], query_key)
-    passages_NxD = models.vectors(params["retriever"]["passage"], batch["passages"], passage_key)
-    retriever_BxP = gather(retriever_scores(queries_BxD, passages_NxD))
-    pairs_N = gather(models.reranker_scores(params["reranker"], batch["pairs"], pair_key))
-    return losses.joint_distillation(
+    vectors = _vectors(models, params["retriever"], batch, query_key, passage_key)
+    reranker = params["reranker"]
+    if not settings["train_reranker"]:
+        reranker, pair_key = jax.lax.stop_gradient(reranker), None
+    pairs_N = gather(models.reranker_scores(reranker, batch["pairs"], pair_key))
+    retriever_BxP = gather(retriever_scores(*vectors))
+    _, terms = losses.joint_distillation(
         retriever_BxP,
         pairs_N.reshape(retriever_BxP.shape),
         gather(batch["positive"]),
         where_BxP=gather(batch["where"]),
-        **settings,
+        **settings["loss"],
     )
+    loss = settings["kl_weight"] * terms["kl"] + terms["supervised"]
+    if settings["in_batch_weight"] > 0:
+        terms["in_batch"] = _in_batch(*vectors, batch, gather)
+        loss += settings["in_batch_weight"] * terms["in_batch"]
+    return loss, {**terms, "loss": loss}
 
 
-def make_optimizer(settings, stage, total_steps: int) -> optax.GradientTransformation:
-    """Adam with decoupled weight decay (none on biases and norms) after clipping the global norm."""
+def make_optimizer(
+    settings, stage, total_steps: int, frozen: tuple[str, ...] = ()
+) -> optax.GradientTransformation:
+    """Adam with decoupled weight decay (none on biases and norms) after clipping the global norm.
+
+    Models named in `frozen` stay as they are and have no optimizer state.
+    """
     if stage.schedule == "linear":
         decay_steps = max(total_steps - stage.warmup_steps, 1)
         schedule = optax.linear_schedule(stage.learning_rate, 0.0, decay_steps)
@@ -79,7 +110,7 @@ def make_optimizer(settings, stage, total_steps: int) -> optax.GradientTransform
             lambda path, _: path[-1].key not in ("bias", "scale"), params
         )
 
-    return optax.chain(
+    optimizer = optax.chain(
         optax.clip_by_global_norm(settings.clip_norm),
         optax.adamw(
             schedule,
@@ -88,6 +119,12 @@ def make_optimizer(settings, stage, total_steps: int) -> optax.GradientTransform
             weight_decay=settings.weight_decay,
             mask=decayed,
         ),
+    )
+    if not frozen:
+        return optimizer
+    return optax.partition(
+        {"trained": optimizer, "frozen": optax.set_to_zero()},
+        lambda params: {model: "frozen" if model in frozen else "trained" for model in params},
     )
 
 
@@ -137,8 +174,11 @@ def train(
     stage,
     hooks: Hooks,
     name: str,
+    stop: int | None = None,
 ) -> TrainState:
     """Runs to `total_steps` from wherever `state` stands: evaluate, save, draw a batch, step.
+
+    With `stop`, it saves there and returns; another call goes on from that state.
 
     Steps are dispatched ahead: the terms of a step are read after the next one was dispatched, so
     the host never waits for the step it has just started.
@@ -148,7 +188,7 @@ def train(
       stage: the stage's settings (`log_every`, `evaluate_every`, `save_every`, `batch`).
       name: shown on the progress bar.
     """
-    first = int(state.step)
+    first, stop = int(state.step), total_steps if stop is None else stop
     window: list[dict] = []
     started = time.monotonic()
 
@@ -161,9 +201,9 @@ def train(
         started = now
 
     pending: tuple[int, list[dict]] | None = None
-    stream = batches(first) if first < total_steps else iter(())
+    stream = batches(first) if first < stop else iter(())
     with tqdm.tqdm(total=total_steps, initial=first, desc=name, unit="step", smoothing=0.1) as bar:
-        for step in range(first, total_steps):
+        for step in range(first, stop):
             if step % stage.evaluate_every == 0:
                 pause = time.monotonic()
                 hooks.evaluate(step, state.params)
@@ -184,8 +224,9 @@ def train(
         if pending is not None:
             flush(*pending)
         if window:
-            flush(total_steps, window)
-        if first < total_steps:
-            hooks.evaluate(total_steps, state.params)
-            hooks.save(total_steps, state)
+            flush(stop, window)
+        if first < stop:
+            if stop == total_steps:
+                hooks.evaluate(stop, state.params)
+            hooks.save(stop, state)
     return state

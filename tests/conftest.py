@@ -77,6 +77,14 @@ def bert_folder(make_bert):
     return make_bert()[0]
 
 
+# Joint losses of the paper's preset with these settings changed.
+JOINT = {
+    "in batch": {"kl_weight": 0.5, "in_batch_weight": 0.7},
+    "static": {"train_reranker": False},
+    "no kl": {"kl_weight": 0.0},
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class World:
     """A tiny problem: passages, queries and lists as tokens; both models and their torch twins."""
@@ -105,7 +113,10 @@ class World:
         )
 
     def loss(self, name, models=None):
-        """(loss_fn, models it trains, in_batch) of "retriever", "reranker" or a preset of LOSSES."""
+        """(loss_fn, models it trains, in_batch) of "retriever", "reranker" or a joint loss.
+
+        A joint loss is a preset of LOSSES, or one of JOINT, which changes other settings.
+        """
         from rqv2_jax import config, train
 
         models = models or self.models
@@ -113,8 +124,10 @@ class World:
             return partial(train.retriever_loss, models), ("retriever",), True
         if name == "reranker":
             return partial(train.reranker_loss, models), ("reranker",), False
-        settings = config.LOSSES[name]
-        return partial(train.joint_loss, models, settings), ("retriever", "reranker"), False
+        settings = {"kl_weight": 1.0, "in_batch_weight": 0.0, "train_reranker": True}
+        settings |= {"loss": config.LOSSES.get(name, config.LOSSES["paper"])} | JOINT.get(name, {})
+        loss_fn = partial(train.joint_loss, models, settings)
+        return loss_fn, ("retriever", "reranker"), settings["in_batch_weight"] > 0
 
 
 @pytest.fixture(scope="session")
@@ -234,7 +247,7 @@ def first_batch(world):
     def batch(name, shards):
         _, models, in_batch = world.loss(name)
         made = world.batches(models=models, in_batch=in_batch, shards=shards).make(0)
-        if not in_batch:
+        if name != "retriever":
             where = made["where"].reshape(8, -1).copy()
             where[[1, 4, 6], [1, 2, 2]] = False
             made["where"] = where.reshape(made["where"].shape)

@@ -150,9 +150,11 @@ def test_shards_share_the_same_lists_and_labels(shards, in_batch):
         for kind in ("queries", "passages", "pairs"):
             joined = list(itertools.chain(*recovered(many[kind])))
             assert joined == recovered(one[kind])[0]
-        for label in ("positive", "where"):
-            columns = BATCH * PASSAGES if in_batch else PASSAGES
-            assert many[label].shape == (shards, BATCH // shards, columns)
+        columns = {"positive": PASSAGES, "where": PASSAGES}
+        if in_batch:
+            columns |= dict.fromkeys(("in_batch_positive", "in_batch_where"), BATCH * PASSAGES)
+        for label, count in columns.items():
+            assert many[label].shape == (shards, BATCH // shards, count)
             assert many[label].reshape(one[label].shape).tolist() == one[label].tolist()
 
 
@@ -284,8 +286,8 @@ def test_in_batch_labels_of_a_batch_use_the_relevant_pairs():
         positive, where = in_batch_by_hand(
             query_rows_L[part].tolist(), lists.passages_LxP[part].tolist(), pairs
         )
-        assert batch["positive"].reshape(8, 16).tolist() == positive
-        assert batch["where"].reshape(8, 16).tolist() == where
+        assert batch["in_batch_positive"].reshape(8, 16).tolist() == positive
+        assert batch["in_batch_where"].reshape(8, 16).tolist() == where
         masked += np.sum(np.logical_not(where))
     assert masked > 10
 

@@ -124,10 +124,16 @@ def check(lists, candidates, positives_2xN, *, list_size, below, above, num_pass
     st.sampled_from([0.0, 0.25, 0.5, 0.9, 1.0]),
     st.sampled_from([(0.1, 0.9), (0.5, 0.5), (0.05, 0.2), (0.8, 0.95), (0.0, 1.0), (0.999, 0.999)]),
     st.sampled_from([25, 200]),
+    st.booleans(),
 )
 @settings(deadline=None, max_examples=200)
-def test_every_list_keeps_the_rules(seed, queries, depth, size, share, thresholds, passages):
+def test_every_list_keeps_the_rules(
+    seed, queries, depth, size, share, thresholds, passages, partly
+):
     candidates, positives_2xN = problem(seed, queries=queries, depth=depth, passages=passages)
+    if partly:
+        candidates.reranker_QxN[(queries + 1) // 2 :] = np.nan
+        candidates.reranker_QxN[:, (depth + 1) // 2 :] = np.nan
     lists = drawn(
         candidates,
         positives_2xN,
@@ -212,10 +218,20 @@ def test_denoised_lists_need_reranker_scores():
     candidates, positives_2xN = problem(3, queries=9, depth=6, passages=50, scored=False)
     with pytest.raises(InputError, match=r"denoised_share .* mine stage"):
         drawn(candidates, positives_2xN, denoised_share=0.01)
+
+
+def test_only_scored_candidates_of_scored_queries_are_denoised():
     candidates, positives_2xN = easy()
-    candidates.reranker_QxN[-1, -1] = np.nan
-    with pytest.raises(InputError, match="mine stage"):
-        drawn(candidates, positives_2xN)
+    candidates.reranker_QxN[10:] = np.nan
+    candidates.reranker_QxN[:, 12:] = np.nan
+    lists = drawn(candidates, positives_2xN, denoised_share=0.5, list_size=5)
+    denoised = lists.provenance_LxP[:, 1] == Provenance.DENOISED_NEGATIVE
+    labelled = lists.provenance_LxP[:, 0] == Provenance.LABELLED_POSITIVE
+    assert (denoised & labelled).sum() == 5
+    assert lists.query_rows_L[denoised].max() < 10
+    assert lists.passages_LxP[denoised].max() <= 12
+    assert lists.passages_LxP[~denoised].max() > 12, "undenoised lists take any candidate"
+    assert set(lists.query_rows_L[labelled].tolist()) == set(range(40))
 
 
 def arrays(lists):

@@ -2,6 +2,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,8 @@ import numpy as np
 import pytest
 
 from rqv2_jax import config as config_lib
-from rqv2_jax import pipeline, score, weights
+from rqv2_jax import pipeline, score, train, weights
+from rqv2_jax.checkpoint import Checkpoints
 from rqv2_jax.data import tokens
 from rqv2_jax.errors import InputError
 
@@ -136,9 +138,9 @@ def test_reranked_run_keeps_the_retrievers_candidates_and_its_tail(finished):
 def test_joint_training_changes_both_models_and_starts_from_the_warm_ones(finished):
     config, workdir = finished
     run = pipeline.open_workdir(workdir)
-    for model in ("retriever", "reranker"):
+    last = last_joint_params(run)
+    for model, joint in last.items():
         warm = run.params("reranker", model)
-        joint = run.params("joint", model)
         leaves = zip(*(map(np.asarray, _leaves(tree)) for tree in (warm, joint)))
         moved = [float(np.abs(a - b).max()) for a, b in leaves]
         assert max(moved) > 0
@@ -146,6 +148,18 @@ def test_joint_training_changes_both_models_and_starts_from_the_warm_ones(finish
         steps = 6
         assert max(moved) < 2 * steps * config.joint.learning_rate
     assert run.trained_by("reranker", "retriever") == "retriever"
+
+
+def last_joint_params(run):
+    """The params of both models after the last joint step, whether they are the best or not."""
+    params = {model: run.initial(model) for model in ("retriever", "reranker")}
+    frozen = () if run.config.joint.train_reranker else ("reranker",)
+    optimizer = train.make_optimizer(run.config.optimizer, run.config.joint, 6, frozen)
+    checkpoints = Checkpoints(run.workdir / "joint")
+    state = checkpoints.restore_last(train.init_state(params, optimizer, run.sharding))
+    checkpoints.close()
+    assert int(state.step) == 6
+    return state.params
 
 
 def _leaves(tree):
@@ -207,6 +221,80 @@ def test_scorer_agrees_with_the_run_files(finished):
     depth = config.evaluate.rerank_depth
     expected = [reranked[row[2]] for row in rows[:depth]]
     np.testing.assert_allclose(reranker_P[:depth], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def joint_again(finished, tmp_path_factory):
+    """`train_joint(**settings)` trains jointly with other settings from the same warm models.
+
+    With `stop`, a pattern of a printed line, it stops there and starts again.
+    """
+    config, workdir = finished
+    store = tokens.open_store(workdir / "data" / "tokens")
+
+    def train_joint(*, stop=None, **settings):
+        changed = config_lib.loads(config_lib.dumps(config))
+        changed.joint.update(settings)
+        folder = tmp_path_factory.mktemp("joint")
+        for kept in ("retriever", "reranker", "vectors", "lists"):
+            shutil.copytree(workdir / kept, folder / kept)
+        run = pipeline.open_run(changed, folder)
+        candidates = pipeline.mine(run, store, pipeline.retrieve(run, store))
+        printed = []
+        with pytest.MonkeyPatch.context() as patch:
+            say = pipeline._say
+
+            def listen(text):
+                first = stop and not any(re.match(stop, line) for line in printed)
+                printed.append(text)
+                if first and re.match(stop, text):
+                    raise InterruptedError
+                say(text)
+
+            patch.setattr(pipeline, "_say", listen)
+            if stop:
+                with pytest.raises(InterruptedError):
+                    pipeline.train_joint(run, store, candidates)
+            pipeline.train_joint(run, store, candidates)
+        return last_joint_params(run), folder, printed
+
+    return train_joint
+
+
+def test_refreshed_lists_come_from_the_models_as_they_are(finished, joint_again):
+    _, folder, printed = joint_again(refresh_every=2)
+    store = tokens.open_store(finished[1] / "data" / "tokens")
+    assert [line for line in printed if "refresh" in line] == [
+        f"  refresh: candidates by the models of step {step}" for step in (2, 4)
+    ]
+    found = {}
+    for name in ("", "joint.0000002/", "joint.0000004/"):
+        with np.load(folder / "lists" / f"{name}train.retrieved.npz") as file:
+            found[name] = dict(file)
+    assert len({arrays["scores"].tobytes() for arrays in found.values()}) == 3
+    (warm_Q, *_) = (arrays["query_rows"] for arrays in found.values())
+    assert all((arrays["query_rows"] == warm_Q).all() for arrays in found.values())
+    with np.load(folder / "lists" / "joint.0000004" / "train.scores" / "00000.npz") as file:
+        assert file["scores"].shape == found[""]["passages"].shape
+    assert len(store.passage_ids) == 48
+    # The last line of training counts steps through all segments.
+    assert any(line.startswith("  joint 6/6") for line in printed)
+
+
+@pytest.mark.parametrize("stop", [r"  joint 2/6 ", r"  refresh: .* step 3", r"  joint 6/6 .*loss"])
+def test_refreshing_resumes_with_the_same_models(joint_again, stop):
+    whole, _, _ = joint_again(refresh_every=3)
+    again, _, _ = joint_again(refresh_every=3, stop=stop)
+    for a, b in zip(_leaves(whole), _leaves(again)):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_static_distillation_leaves_the_reranker_alone(finished, joint_again):
+    params, _, _ = joint_again(train_reranker=False)
+    warm = pipeline.open_workdir(finished[1])
+    for model, same in (("reranker", True), ("retriever", False)):
+        pairs = zip(_leaves(params[model]), _leaves(warm.params("reranker", model)))
+        assert all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in pairs) == same
 
 
 def test_unwarmed_retriever_is_the_starting_model(tmp_path, finished, bert_folder):

@@ -60,14 +60,16 @@ def torch_loss(world, name, batch):
     def first_is_positive(scores_BxP):
         return F.cross_entropy(scores_BxP, torch.zeros(8, dtype=torch.long))
 
-    if name == "retriever":
-        queries_BxD, passages_NxD = retriever()
+    def in_batch(queries_BxD, passages_NxD):
         scores_BxN = queries_BxD @ passages_NxD.T
         relevant = {tuple(pair) for pair in world.store.splits["train"].qrels_3xN[:2].T.tolist()}
         for b, n in np.ndindex(8, 24):
             if n != 3 * b and (queries_B[b], passages_BxP.reshape(-1)[n]) in relevant:
                 scores_BxN[b, n] = -torch.inf
-        loss = F.cross_entropy(scores_BxN, torch.arange(8) * 3)
+        return F.cross_entropy(scores_BxN, torch.arange(8) * 3)
+
+    if name == "retriever":
+        loss = in_batch(*retriever())
     elif name == "reranker":
         loss = first_is_positive(reranker())
     else:
@@ -77,11 +79,13 @@ def torch_loss(world, name, batch):
         scores_BxP = reranker()
         teacher = scores_BxP.log_softmax(-1)
         student_N, teacher_N = student[where_BxP], teacher[where_BxP]
-        if name == "paper":
-            kl = (student_N.exp() * (student_N - teacher_N)).sum()
-        else:
+        if name == "official_code":
             kl = (teacher_N.detach().exp() * (teacher_N.detach() - student_N)).mean()
+        else:
+            kl = (student_N.exp() * (student_N - teacher_N)).sum()
         loss = kl + first_is_positive(scores_BxP)
+        if name == "in batch":
+            loss = loss - 0.5 * kl + 0.7 * in_batch(queries_BxD, passages_NxD)
     loss.backward()
     return loss.item(), head
 
@@ -94,7 +98,7 @@ def gradients_of(model, config, folder):
     return weights.load_encoder(folder, config)
 
 
-@pytest.mark.parametrize("name", ["retriever", "reranker", "paper", "official_code"])
+@pytest.mark.parametrize("name", ["retriever", "reranker", "paper", "official_code", "in batch"])
 def test_loss_and_gradients_are_those_of_pytorch(world, first_batch, first_step, name, tmp_path):
     ours = first_step(name, 1, 1)
     loss, head = torch_loss(world, name, first_batch(name, 1))
@@ -240,26 +244,48 @@ def test_joint_training_teaches_both_models(world, stepper):
     assert last["loss"] < 0.3 * first["loss"]
 
 
-def test_without_kl_the_retriever_stays_at_its_start(
-    world, first_batch, optimizer_settings, stage_settings, monkeypatch
+def leaves(tree):
+    return {jax.tree_util.keystr(k): v for k, v in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+@pytest.mark.parametrize(
+    ("name", "still", "moving"),
+    [("no kl", "retriever", "reranker"), ("static", "reranker", "retriever")],
+)
+def test_a_model_without_a_teacher_stays_at_its_start(
+    world, first_batch, optimizer_settings, stage_settings, name, still, moving
 ):
-    monkeypatch.setattr(losses, "kl", lambda p, q, where_BxP: jnp.zeros(len(p)))
+    """Without KL nothing reaches the retriever, and in static distillation nothing the re-ranker."""
     sharding = sharding_lib.make(1, 1)
-    settings = ConfigDict({**optimizer_settings, "weight_decay": 0.0})
-    optimizer = train.make_optimizer(settings, stage_settings(), 10)
-    step = train.make_step(world.loss("paper")[0], optimizer, sharding)
+    # A frozen model does not even decay; the one that is merely without a gradient does.
+    frozen = (still,) if name == "static" else ()
+    decay = 0.3 if frozen else 0.0
+    settings = ConfigDict({**optimizer_settings, "weight_decay": decay})
+    optimizer = train.make_optimizer(settings, stage_settings(), 10, frozen)
+    step = train.make_step(world.loss(name)[0], optimizer, sharding)
     state = train.init_state(world.params, optimizer, sharding)
-    batch = sharding.put_batch(first_batch("paper", 1))
+    batch = sharding.put_batch(first_batch(name, 1))
     for _ in range(3):
-        state, terms = step(state, batch, KEY)
-    assert float(terms["kl"]) == 0
-    retriever, start = state.params["retriever"], world.params["retriever"]
-    for leaf, expected in zip(jax.tree.leaves(retriever), jax.tree.leaves(start)):
-        np.testing.assert_array_equal(leaf, expected)
-    (moments,) = optax.tree.get_all_with_path(state.opt_state, "mu")
-    assert not any(np.any(leaf) for leaf in jax.tree.leaves(moments[1]["retriever"]))
-    kernel = state.params["reranker"]["head"]["kernel"]
-    assert np.abs(kernel - world.params["reranker"]["head"]["kernel"]).max() > 1e-3
+        state, _ = step(state, batch, KEY)
+    start, end = leaves(world.params[still]), leaves(state.params[still])
+    for path, leaf in end.items():
+        np.testing.assert_array_equal(leaf, start[path], err_msg=path)
+    start, end = leaves(world.params[moving]), leaves(state.params[moving])
+    moved = [np.abs(end[path] - start[path]).max() > 1e-3 for path in end if "kernel" in path]
+    assert all(moved)
+    moments = {path for path in leaves(state.opt_state) if f"'{still}'" in path}
+    assert bool(moments) != bool(frozen)
+
+
+def test_static_distillation_gives_the_reranker_no_gradient(first_step):
+    static = first_step("static", 1, 1)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(static.gradients["reranker"]))
+    dynamic = first_step("paper", 1, 1)
+    for leaf, expected in zip(
+        jax.tree.leaves(static.gradients["retriever"]),
+        jax.tree.leaves(dynamic.gradients["retriever"]),
+    ):
+        np.testing.assert_allclose(leaf, expected, rtol=1e-5, atol=1e-7)
 
 
 def small_params():

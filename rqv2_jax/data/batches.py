@@ -29,12 +29,13 @@ class ListBatches:
     Args:
       lists: all lists of the run; those beyond the last whole batch are left out.
       models: which inputs to build: "retriever" (queries and passages), "reranker" (pairs), or both.
-      in_batch: labels over all passages of the batch [S, B, S*B*P] in place of each list's own
-        [S, B, P]; other positives of a query are masked out.
+      in_batch: also labels over all passages of the batch, other positives of a query masked out.
       shards: device shards; must divide `batch`.
       max_blocks: most shapes that one kind of input is laid into.
 
-    A batch is a dict: `queries`, `passages`, `pairs` (`packing.Packed`), `positive` and `where`.
+    A batch is a dict: `queries`, `passages`, `pairs` (`packing.Packed`), `positive` and `where`
+    [S, B, P], and with `in_batch` the same two over the whole batch, `in_batch_positive` and
+    `in_batch_where` [S, B, S*B*P].
     """
 
     def __init__(
@@ -111,13 +112,13 @@ class ListBatches:
                 ragged = self._ragged(kind, queries_B[own], passages_BxP[own])
                 packed[kind].append(packing.pack(ragged, self.shapes[kind]))
         batch = {kind: packing.stack(parts) for kind, parts in packed.items()}
+        positive_BxP = self.positive_LxP[part]
+        labels = {"positive": positive_BxP, "where": np.ones_like(positive_BxP)}
         if self.in_batch:
-            positive, where = in_batch_labels(queries_B, passages_BxP, self.positives_2xN)
-        else:
-            positive = self.positive_LxP[part]
-            where = np.ones_like(positive)
-        labels = (self.shards, per_shard, -1)
-        return {**batch, "positive": positive.reshape(labels), "where": where.reshape(labels)}
+            positive_BxN, where_BxN = in_batch_labels(queries_B, passages_BxP, self.positives_2xN)
+            labels |= {"in_batch_positive": positive_BxN, "in_batch_where": where_BxN}
+        shape = (self.shards, per_shard, -1)
+        return batch | {name: label.reshape(shape) for name, label in labels.items()}
 
     def _ragged(self, kind, queries_B, passages_BxP):
         if kind == "queries":

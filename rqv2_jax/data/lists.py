@@ -29,7 +29,7 @@ class Candidates:
     """What the retriever found for each query, best first.
 
     `query_rows_Q` and `passages_QxN` are row numbers, `retriever_QxN` and `reranker_QxN` scores in
-    float32 (the latter NaN until the re-ranker has seen them).
+    float32 (the latter NaN where the re-ranker has not seen them).
     """
 
     query_rows_Q: np.ndarray
@@ -117,9 +117,10 @@ def draw(
 ) -> Lists:
     """One epoch of lists, in random order: a pure function of its arguments.
 
-    Every labelled positive of the candidates' queries heads one list. A share of these lists is
-    denoised; in the same proportion, the denoised positives head further lists, denoised too. Where
-    fewer than `list_size - 1` candidates qualify, random passages fill the list (`RANDOM_FILL`).
+    Every labelled positive of the candidates' queries heads one list. A share of the lists of queries
+    with re-ranker scores is denoised; in the same proportion, the denoised positives head further
+    lists, denoised too. Where fewer than `list_size - 1` candidates qualify, random passages fill the
+    list (`RANDOM_FILL`).
 
     Args:
       positives_2xN: the labelled pairs of the split: query row, passage row.
@@ -134,8 +135,9 @@ def draw(
     known_QxN = known_positive(
         positives_2xN, candidates.query_rows_Q, candidates.passages_QxN, num_passages
     )
+    scored_Q = ~np.isnan(candidates.reranker_QxN).all(axis=1)
     if denoised_share > 0:
-        if np.isnan(candidates.reranker_QxN).any():
+        if not scored_Q.any():
             raise InputError(
                 "config.joint.denoised_share is above 0, but the candidates have no re-ranker "
                 "scores; run the mine stage first"
@@ -146,6 +148,7 @@ def draw(
                 f"({positive_above}), so a passage could be both; lower it"
             )
         slope, offset = probability
+        # NaN where there is no score, which is on neither side of a threshold.
         p_QxN = _sigmoid(slope * candidates.reranker_QxN + offset)
         trusted_QxN = ~known_QxN & (p_QxN < negative_below)
         found_QxN = ~known_QxN & (p_QxN > positive_above)
@@ -160,7 +163,9 @@ def draw(
     ]
     heads_Hx2 = np.array(heads, np.int64).reshape(-1, 2)
     denoised_H = np.zeros(len(heads_Hx2), bool)
-    denoised_H[rng.permutation(len(heads_Hx2))[: round(denoised_share * len(heads_Hx2))]] = True
+    order_H = rng.permutation(len(heads_Hx2))
+    scored_S = order_H[scored_Q[heads_Hx2[order_H, 0]]]
+    denoised_H[scored_S[: round(denoised_share * len(scored_S))]] = True
     found_2xF = np.array(np.nonzero(found_QxN))
     taken = rng.permutation(found_2xF.shape[1])[: round(denoised_share * found_2xF.shape[1])]
     found_2xF = found_2xF[:, taken]
