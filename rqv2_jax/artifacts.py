@@ -28,11 +28,16 @@ def cached(
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as e:
             raise InputError(f"{path}: not readable ({e}); delete it to make it again") from e
     arrays = compute()
+    write_arrays(path, {"source": np.array(source), **arrays})
+    return arrays
+
+
+def write_arrays(path: pathlib.Path, arrays: dict[str, np.ndarray]):
+    """Writes an .npz file in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.stem}.partial.npz")
-    np.savez(partial, source=np.array(source), **arrays)
+    np.savez(partial, **arrays)
     os.replace(partial, path)
-    return arrays
 
 
 def write_text(path: pathlib.Path, text: str):

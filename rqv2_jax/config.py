@@ -127,6 +127,8 @@ def default() -> ml_collections.ConfigDict:
                 in_batch_weight=0.0,
                 # False is static distillation: the re-ranker teaches and does not learn.
                 train_reranker=True,
+                # File of lists in the authors' joint TSV format, in place of drawn ones.
+                lists="",
                 # Steps between new candidates by the models as they are; 0 keeps those of `mine`.
                 refresh_every=0,
             ),
@@ -227,6 +229,10 @@ def check(config: ml_collections.ConfigDict):
         raise InputError(
             "config.mine.negative_below is above config.mine.positive_above, so a passage could be "
             "both; lower it"
+        )
+    if given["joint.lists"] and given["joint.refresh_every"]:
+        raise InputError(
+            "config.joint.lists gives the lists, so none can be refreshed; set refresh_every to 0"
         )
     if given["data.pair_length"] < given["data.query_length"] + 8:
         raise InputError(

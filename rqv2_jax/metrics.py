@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import scipy.stats
 
 from rqv2_jax.errors import InputError
 
@@ -253,6 +254,30 @@ def paired_test(
         bits = rng.integers(0, 256, shape, np.uint8)
         extreme += count_extreme(np.unpackbits(bits, axis=1, count=num_moving))
     return mean, (1 + extreme) / (1 + permutations)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values corrected for their number, family-wise, by the step-down rule of Holm (1979)."""
+    corrected, largest = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        largest = max(largest, (len(p_values) - rank) * p_values[i])
+        corrected[i] = min(largest, 1.0)
+    return corrected
+
+
+def interval(difference_Q: np.ndarray, *, resamples: int, seed: int) -> tuple[float, float]:
+    """95% bootstrap interval (percentiles) of the mean over queries."""
+    if not np.any(difference_Q != difference_Q[0]):
+        return float(difference_Q[0]), float(difference_Q[0])
+    found = scipy.stats.bootstrap(
+        (difference_Q,),
+        np.mean,
+        n_resamples=resamples,
+        batch=100,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    )
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
 def write_trec_run(

@@ -23,7 +23,7 @@ from rqv2_jax import config as config_lib
 from rqv2_jax import models as models_lib
 from rqv2_jax import sharding as sharding_lib
 from rqv2_jax.checkpoint import Checkpoints, restore_best
-from rqv2_jax.data import collection, docstrings, tokens
+from rqv2_jax.data import collection, denoise, docstrings, joint_tsv, tokens
 from rqv2_jax.data import lists as lists_lib
 from rqv2_jax.data.batches import ListBatches
 from rqv2_jax.data.inputs import Inputs
@@ -197,6 +197,18 @@ def main(config: ml_collections.ConfigDict, workdir: pathlib.Path):
     """
     run = open_run(config, workdir)
     claim(run)
+    report = finish(run, *warm_up(run))
+    _say(render(report))
+    _say(
+        f"results: {workdir / 'results.json'}   run files: {workdir / 'runs'}\n"
+        f"next:    python -m rqv2_jax.evaluate --workdir {workdir} --split dev --index exact\n"
+        f"         tensorboard --logdir {workdir}"
+    )
+
+
+def warm_up(run: Run) -> tuple[tokens.Store, dict[str, lists_lib.Candidates]]:
+    """All stages before joint training: the token store and the candidates of the joint lists."""
+    config = run.config
     _say("prepare: tokenise the collection")
     store = prepare(run)
     if config.retriever.epochs > 0:
@@ -206,34 +218,57 @@ def main(config: ml_collections.ConfigDict, workdir: pathlib.Path):
     candidates = retrieve(run, store)
     _say("reranker: warm-up on lists of retrieved negatives")
     train_reranker(run, store, candidates)
-    _say("mine: the re-ranker scores the candidates")
-    candidates = mine(run, store, candidates)
+    if not config.joint.lists:
+        _say("mine: the re-ranker scores the candidates")
+        candidates = mine(run, store, candidates)
+    return store, candidates
+
+
+def finish(run: Run, store: tokens.Store, candidates: dict, indexes=("exact", "scann")) -> dict:
+    """Joint training and the evaluation of every state on test; returns what results.json holds."""
     _say("joint: dynamic listwise distillation")
     train_joint(run, store, candidates)
     _say("evaluate: every model state on the test queries")
-    report = evaluate(run, store, "test", ("exact", "scann"))
-    artifacts.write_text(workdir / "results.json", json.dumps(report, indent=1) + "\n")
-    _say(render(report))
-    _say(
-        f"results: {workdir / 'results.json'}   run files: {workdir / 'runs'}\n"
-        f"next:    python -m rqv2_jax.evaluate --workdir {workdir} --split dev --index exact\n"
-        f"         tensorboard --logdir {workdir}"
-    )
+    report = evaluate(run, store, "test", indexes)
+    artifacts.write_text(run.workdir / "results.json", json.dumps(report, indent=1) + "\n")
+    return report
+
+
+def branch(run: Run, warm: Run):
+    """Makes a claimed workdir stand where another one stood before joint training.
+
+    What that one made until then, and its evaluation of the states before, are linked, not copied.
+    """
+    warm_folder = warm.workdir.resolve()
+    for pattern in (
+        *("data", "retriever", "reranker", "vectors/zero_shot", "vectors/retriever"),
+        *("lists/*.retrieved.npz", "lists/*.scores", "eval/test.zero_shot.*.npz"),
+        *("eval/test.retriever.*.npz", "eval/test.reranker.*.npz"),
+    ):
+        for path in warm_folder.glob(pattern):
+            link = run.workdir / path.relative_to(warm_folder)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            if not link.is_symlink():
+                link.symlink_to(path)
 
 
 def _say(text: str):
     tqdm.tqdm.write(text)
 
 
-def prepare(run: Run) -> tokens.Store:
-    """The collection as a token store in `data/`."""
+def open_collection(run: Run) -> collection.Collection:
+    """The texts and labels the config names; the embedded ones are extracted into `data/tfds`."""
     data = run.config.data
     if data.dataset == "docstrings":
-        texts = docstrings.docstrings(run.workdir / "data" / "tfds", preset=data.preset)
-    else:
-        texts = collection.beir(
-            pathlib.Path(data.path), train_qrels=data.train_qrels, eval_qrels=data.eval_qrels
-        )
+        return docstrings.docstrings(run.workdir / "data" / "tfds", preset=data.preset)
+    return collection.beir(
+        pathlib.Path(data.path), train_qrels=data.train_qrels, eval_qrels=data.eval_qrels
+    )
+
+
+def prepare(run: Run) -> tokens.Store:
+    """The collection as a token store in `data/`."""
+    texts = open_collection(run)
     missing = {"train", "dev", "test"} - set(texts.splits)
     if missing:
         raise InputError(
@@ -370,9 +405,11 @@ class Dev:
     def __init__(self, run: Run, store: tokens.Store, candidates: lists_lib.Candidates | None):
         self.run, self.store, self.candidates = run, store, candidates
         self.queries = store.splits["dev"]
-        self.rows_Q = np.sort(
-            _subset(len(self.queries.ids), run.config.dev.queries, run.config.seed)
-        )
+        if candidates is None:
+            rows_Q = _subset(len(self.queries.ids), run.config.dev.queries, run.config.seed)
+        else:
+            rows_Q = candidates.query_rows_Q
+        self.rows_Q = np.sort(rows_Q)
         query_N, passage_N, relevance_N = self.queries.qrels_3xN
         chosen_N = np.isin(query_N, self.rows_Q)
         self.qrels = (
@@ -535,6 +572,85 @@ def train_retriever(run: Run, store: tokens.Store):
     )
 
 
+def fit_probability(store: tokens.Store, dev: lists_lib.Candidates) -> tuple[float, float]:
+    """Slope and offset from the re-ranker's score to the probability of relevance, by dev labels."""
+    positives_2xN = store.splits["dev"].positives()
+    relevant_QxN = lists_lib.known_positive(
+        positives_2xN, dev.query_rows_Q, dev.passages_QxN, len(store.passage_ids)
+    )
+    return lists_lib.fit_probability(dev.reranker_QxN.reshape(-1), relevant_QxN.reshape(-1))
+
+
+def _scored(run: Run) -> tuple[tokens.Store, dict[str, lists_lib.Candidates]]:
+    """The token store and the scored candidates of a workdir.
+
+    Raises:
+      InputError: the candidates have not been scored.
+    """
+    if not (run.workdir / "lists" / "dev.scores").is_dir():
+        raise InputError(
+            f"{run.workdir / 'lists'}: no candidates with re-ranker scores; run rqv2_jax.main with "
+            "config.joint.denoised_share above 0 up to the joint stage"
+        )
+    store = tokens.open_store(run.workdir / "data" / "tokens")
+    return store, mine(run, store, retrieve(run, store))
+
+
+def export_lists(run: Run, path: pathlib.Path):
+    """Writes the lists of joint training, in the order of training, as a joint TSV file.
+
+    Raises:
+      InputError: the candidates have not been scored.
+    """
+    lists = draw_lists(run, *_scored(run), "joint")
+    joint_tsv.write(path, lists, open_collection(run))
+
+
+def denoise_report(run: Run, labels: str, samples: int) -> tuple[dict, list[dict]]:
+    """What denoising does with the scored candidates of a workdir, and some untrusted ones as text.
+
+    Args:
+      labels: qrels folder with more complete training labels, or "" where there are none.
+
+    Raises:
+      InputError: the candidates have not been scored, or there are no such labels.
+    """
+    store, candidates = _scored(run)
+    train, probability = candidates["train"], fit_probability(store, candidates["dev"])
+    queries, texts = store.splits["train"], open_collection(run)
+    positives_2xN = queries.positives()
+    fuller_2xN = None
+    if labels:
+        fuller = collection.beir(
+            pathlib.Path(run.config.data.path), train_qrels=labels, eval_qrels=labels
+        )
+        rows = (dict(zip(ids, range(len(ids)))) for ids in (queries.ids, store.passage_ids))
+        query_N, passage_N, relevance_N = collection.check_qrels(fuller.qrels("train"), *rows)
+        fuller_2xN = np.stack([query_N, passage_N])[:, relevance_N > 0]
+    below, above = run.config.mine.negative_below, run.config.mine.positive_above
+    known = (train, positives_2xN, probability, len(store.passage_ids))
+    report = denoise.table(*known, chosen=(below, above), fuller_2xN=fuller_2xN)
+    shown = denoise.rejected(*known, negative_below=below, count=samples, seed=run.config.seed)
+    labelled = {query: passage for query, passage in positives_2xN.T[::-1].tolist()}
+    wanted = {row for query, passage, _ in shown for row in (passage, labelled[query])}
+    passages = {
+        row: f"{p.title}: {p.text}" if p.title else p.text
+        for row, p in enumerate(texts.passages())
+        if row in wanted
+    }
+    asked = {query for query, _, _ in shown}
+    asked = {row: q.text for row, q in enumerate(texts.queries("train")) if row in asked}
+    return report, [
+        {
+            "query": asked[query],
+            "labelled": passages[labelled[query]],
+            "candidate": passages[passage],
+            "probability": p,
+        }
+        for query, passage, p in shown
+    ]
+
+
 def draw_lists(
     run: Run, store: tokens.Store, candidates: dict, stage: str, *, number: int = 0, step: int = 0
 ) -> lists_lib.Lists:
@@ -544,18 +660,7 @@ def draw_lists(
     """
     settings = run.config[stage]
     share = settings.denoised_share if stage == "joint" else 0.0
-    probability = (1.0, 0.0)
-    if share > 0:
-        dev = candidates["dev"]
-        relevant_QxN = lists_lib.known_positive(
-            store.splits["dev"].positives(),
-            dev.query_rows_Q,
-            dev.passages_QxN,
-            len(store.passage_ids),
-        )
-        probability = lists_lib.fit_probability(
-            dev.reranker_QxN.reshape(-1), relevant_QxN.reshape(-1)
-        )
+    probability = fit_probability(store, candidates["dev"]) if share > 0 else (1.0, 0.0)
 
     def draw(epoch):
         return lists_lib.draw(
@@ -572,11 +677,35 @@ def draw_lists(
             epoch=(step << 20) + epoch,
         )
 
-    lists = _epochs_of_lists(draw, epochs=settings.epochs, number=number)
+    return _counted(_epochs_of_lists(draw, epochs=settings.epochs, number=number))
+
+
+def _counted(lists: lists_lib.Lists) -> lists_lib.Lists:
     kinds = np.bincount(lists.provenance_LxP.reshape(-1), minlength=len(lists_lib.Provenance))
     counts = ", ".join(f"{n} {k.name.lower()}" for k, n in zip(lists_lib.Provenance, kinds) if n)
-    _say(f"  {len(lists.query_rows_L)} lists of {settings.list_size}: {counts}")
+    _say(f"  {len(lists.query_rows_L)} lists of {lists.passages_LxP.shape[1]}: {counts}")
     return lists
+
+
+def read_lists(run: Run) -> tuple[tokens.Store, lists_lib.Lists]:
+    """The joint lists of the file the config names, with a token store of their own in `lists/`.
+
+    Raises:
+      InputError: the file cannot be used.
+    """
+    settings = run.config.joint
+    texts, given = joint_tsv.read(pathlib.Path(settings.lists), settings.list_size)
+    folder = run.workdir / "lists" / "given"
+    tokens.prepare(texts, run.tokenizer, folder)
+
+    def draw(epoch):
+        rng = np.random.default_rng([run.config.seed, epoch])
+        order_L = rng.permutation(len(given.query_rows_L))
+        return lists_lib.Lists(
+            given.query_rows_L[order_L], given.passages_LxP[order_L], given.provenance_LxP[order_L]
+        )
+
+    return tokens.open_store(folder), _counted(_epochs_of_lists(draw, epochs=settings.epochs))
 
 
 def train_reranker(run: Run, store: tokens.Store, candidates: dict):
@@ -601,15 +730,19 @@ def train_joint(run: Run, store: tokens.Store, candidates: dict):
         found = refresh(run, store, step, params)
         return draw_lists(run, store, found, "joint", number=number, step=step)
 
+    if settings.lists:
+        source, lists = read_lists(run)
+    else:
+        source, lists = store, draw_lists(run, store, candidates, "joint")
     _train_stage(
         run,
-        store,
+        source,
         "joint",
         {
             "retriever": run.params("retriever", "retriever"),
             "reranker": run.params("reranker", "reranker"),
         },
-        draw_lists(run, store, candidates, "joint"),
+        lists,
         partial(train.joint_loss, run.models, settings.to_dict()),
         Dev(run, store, candidates["dev"]),
         in_batch=settings.in_batch_weight > 0,
@@ -623,7 +756,8 @@ def evaluate(run: Run, store: tokens.Store, split: str, indexes: tuple[str, ...]
     """Retrieval and re-ranking of every model state on a split, as `results.json` describes it.
 
     Retrieves with exact search and, if asked for, with ScaNN; the re-ranker re-ranks what its own
-    state's retriever found by the first of `indexes`. Writes `runs/*.trec` and `eval/<split>.json`.
+    state's retriever found by the first of `indexes`. Writes `runs/*.trec`, `eval/<split>.json` and,
+    as `<state>.<model>.<index>.<metric>`, the values of all queries in `eval/<split>.per_query.npz`.
 
     Raises:
       InputError: the split is not there, or a stage has not been run.
@@ -696,8 +830,12 @@ def evaluate(run: Run, store: tokens.Store, split: str, indexes: tuple[str, ...]
         names = {"a": " ".join(a), "b": " ".join(b), "metric": DEV_METRIC}
         significance.append({**names, "difference": difference, "p_value": p_value})
     report = {"rows": rows, "significance": significance}
-    path = run.workdir / "eval" / f"{split}.json"
-    artifacts.write_text(path, json.dumps(report, indent=1) + "\n")
+    folder = run.workdir / "eval"
+    arrays = {
+        f"{'.'.join(key)}.{m}": v for key, found in per_query.items() for m, v in found.items()
+    }
+    artifacts.write_arrays(folder / f"{split}.per_query.npz", arrays)
+    artifacts.write_text(folder / f"{split}.json", json.dumps(report, indent=1) + "\n")
     return report
 
 

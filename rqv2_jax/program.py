@@ -18,6 +18,9 @@ def run(main: Callable[[], None], doc: str, required: tuple[str, ...]):
     """
     # TensorFlow's greeting would bury what the program has to say.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    if not sys.stderr.isatty():
+        # In a file every update of a progress bar is a line.
+        os.environ.setdefault("TQDM_MININTERVAL", "10")
     logging.set_verbosity(logging.WARNING)
     if {"--help", "-h", "-help"} & set(sys.argv[1:]):
         print(f"{doc.strip()}\n\nFlags:{flags.FLAGS.main_module_help()}")

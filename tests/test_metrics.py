@@ -484,3 +484,34 @@ def test_bad_lines_are_named(tmp_path, line, message):
 def test_run_file_that_is_not_there(tmp_path):
     with pytest.raises(InputError, match=r"no\.trec: cannot be read \(No such file"):
         metrics.read_trec_run(tmp_path / "no.trec")
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
+@settings(deadline=None, max_examples=200)
+def test_holm_against_its_definition(p_values):
+    """Corrected p-values are at or below a level exactly where Holm's rule rejects at that level."""
+    corrected = metrics.holm(p_values)
+    for level in {*corrected, 0.05, 0.5} - {1.0}:
+        rejected = set()
+        for rank, i in enumerate(np.argsort(p_values, kind="stable").tolist()):
+            if p_values[i] * (len(p_values) - rank) > level:
+                break
+            rejected.add(i)
+        assert rejected == {i for i, p in enumerate(corrected) if p <= level}
+
+
+def test_holm_by_hand():
+    assert metrics.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert metrics.holm([0.5, 0.9]) == [1.0, 1.0]
+    assert metrics.holm([]) == []
+
+
+def test_interval_is_that_of_the_normal_approximation():
+    rng = np.random.default_rng(3)
+    difference_Q = rng.normal(0.2, 1.0, 2000)
+    low, high = metrics.interval(difference_Q, resamples=4000, seed=0)
+    half = 1.96 * difference_Q.std() / 2000**0.5
+    assert low == pytest.approx(difference_Q.mean() - half, abs=0.1 * half)
+    assert high == pytest.approx(difference_Q.mean() + half, abs=0.1 * half)
+    assert (low, high) == metrics.interval(difference_Q, resamples=4000, seed=0)
+    assert metrics.interval(np.zeros(9), resamples=99, seed=0) == (0.0, 0.0)

@@ -297,6 +297,78 @@ def test_static_distillation_leaves_the_reranker_alone(finished, joint_again):
         assert all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in pairs) == same
 
 
+def test_exported_lists_can_be_trained_on(finished, joint_again, tmp_path):
+    config, workdir = finished
+    path = tmp_path / "lists.tsv.gz"
+    ended = run_program(
+        "rqv2_jax.export", f"--workdir={workdir}", "--format=joint-tsv", f"--to={path}"
+    )
+    assert ended.returncode == 0, ended.stderr
+    run = pipeline.open_workdir(workdir)
+    store = tokens.open_store(workdir / "data" / "tokens")
+    candidates = pipeline.mine(run, store, pipeline.retrieve(run, store))
+    drawn = pipeline.draw_lists(run, store, candidates, "joint")
+    params, folder, printed = joint_again(lists=str(path), epochs=1.0)
+    assert any(line.startswith(f"  {len(drawn.query_rows_L)} lists of 4: ") for line in printed)
+    given = tokens.open_store(folder / "lists" / "given")
+    changed = config_lib.loads(config_lib.dumps(config))
+    changed.joint.update({"lists": str(path), "epochs": 1.0})
+    _, read = pipeline.read_lists(pipeline.open_run(changed, folder))
+
+    def words(lists, store):
+        texts = store.splits["train"].texts
+        return sorted(
+            (
+                tuple(texts.tokens[texts.offsets[query] : texts.offsets[query + 1]]),
+                *(
+                    tuple(store.texts.tokens[store.texts.offsets[p] : store.texts.offsets[p + 1]])
+                    for p in passages
+                ),
+            )
+            for query, passages in zip(lists.query_rows_L, lists.passages_LxP)
+        )
+
+    assert words(read, given) == words(drawn, store)
+    assert set(params) == {"retriever", "reranker"}
+
+
+def test_denoise_report_of_a_workdir(finished):
+    config, workdir = finished
+    data = pathlib.Path(config.data.path)
+    (data / "fuller").mkdir(exist_ok=True)
+    for split in ("train", "dev", "test"):
+        text = (data / "qrels" / f"{split}.tsv").read_text()
+        if split == "train":
+            text += "".join(f"q{i}\tp{(i + 7) % 48}\t1\n" for i in range(32))
+        (data / "fuller" / f"{split}.tsv").write_text(text)
+    ended = run_program("rqv2_jax.check", f"--workdir={workdir}", "--labels=fuller", "--samples=3")
+    assert ended.returncode == 0, ended.stderr
+    assert "32 queries with scored candidates" in ended.stdout
+    report = json.loads((workdir / "eval" / "denoise.json").read_text())
+    assert report["labelled"] + report["unlabelled"] == 32 * config.mine.depth
+    assert 0 < report["hidden"] <= 32
+    corpus = {f"{p['title']}: {p['text']}" for p in map(json.loads, (data / "corpus.jsonl").open())}
+    for sample in report["samples"]:
+        assert {sample["labelled"], sample["candidate"]} <= corpus
+        assert sample["labelled"] != sample["candidate"]
+        # A query is five words of its labelled passage.
+        assert set(sample["query"].split()) <= set(sample["labelled"].split())
+        assert sample["probability"] >= config.mine.negative_below
+    ended = run_program("rqv2_jax.check", f"--workdir={workdir}", "--labels=nowhere")
+    assert ended.returncode == 1
+    assert "nowhere: no such qrels folder" in ended.stderr
+
+
+def test_candidates_without_scores_have_no_denoise_report(finished, tmp_path):
+    _, workdir = finished
+    shutil.copytree(workdir, tmp_path / "w", ignore=shutil.ignore_patterns("*.scores"))
+    run = pipeline.open_workdir(tmp_path / "w")
+    with pytest.raises(InputError, match="no candidates with re-ranker scores; run"):
+        pipeline.denoise_report(run, "", 1)
+    with pytest.raises(InputError, match="no candidates with re-ranker scores; run"):
+        pipeline.export_lists(run, tmp_path / "lists.tsv")
+
+
 def test_unwarmed_retriever_is_the_starting_model(tmp_path, finished, bert_folder):
     config, _ = finished
     skipped = config_lib.loads(config_lib.dumps(config))

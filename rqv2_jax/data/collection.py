@@ -98,7 +98,7 @@ def beir(path, *, train_qrels: str, eval_qrels: str) -> Collection:
 
     return Collection(
         name=root.resolve().name,
-        fingerprint=_content_hash([corpus, *queries.values(), *qrels.values()]),
+        fingerprint=content_hash([corpus, *queries.values(), *qrels.values()]),
         splits=tuple(qrels),
         passages=functools.partial(_read_passages, corpus),
         queries=lambda split: _read_queries(file_of(split, queries), file_of(split, qrels)),
@@ -151,7 +151,8 @@ def _required(folder: Path, name: str) -> Path:
     return file
 
 
-def _content_hash(files: list[Path]) -> str:
+def content_hash(files: list[Path]) -> str:
+    """A hash of the files' names and bytes."""
     digests = {}
     for file in set(files):
         with file.open("rb") as stream:
@@ -160,8 +161,12 @@ def _content_hash(files: list[Path]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def _lines(file: Path) -> Iterator[tuple[int, str]]:
-    """(line number from 1, text without its line end) of every line that is not blank."""
+def lines(file: Path) -> Iterator[tuple[int, str]]:
+    """(line number from 1, text without its line end) of every line that is not blank.
+
+    Raises:
+      InputError: the file is not UTF-8, or a gzipped one is broken.
+    """
     number = 0
     try:
         with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
@@ -182,7 +187,7 @@ def _lines(file: Path) -> Iterator[tuple[int, str]]:
 def _objects(file: Path) -> Iterator[tuple[str, str, dict]]:
     """(`path:line`, id, object) of a JSON-lines file whose objects each have their own `_id`."""
     first_lines = {}
-    for number, line in _lines(file):
+    for number, line in lines(file):
         source = f"{file}:{number}"
         try:
             value = json.loads(line)
@@ -246,7 +251,7 @@ def _read_queries(file: Path, qrels_file: Path) -> Iterator[Query]:
 
 def _read_qrels(file: Path) -> Iterator[Qrel]:
     seen = {}
-    for number, line in _lines(file):
+    for number, line in lines(file):
         source = f"{file}:{number}"
         columns = tuple(line.split("\t"))
         if number == 1 and columns == QRELS_HEADER:

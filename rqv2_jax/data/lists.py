@@ -22,6 +22,7 @@ class Provenance(enum.IntEnum):
     UNDENOISED_NEGATIVE = 2
     DENOISED_NEGATIVE = 3
     RANDOM_FILL = 4
+    GIVEN_NEGATIVE = 5  # of a list that came in a file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +103,12 @@ def _sigmoid(x):
     return 0.5 * (1 + np.tanh(0.5 * x))
 
 
+def relevance(scores, probability: tuple[float, float]) -> np.ndarray:
+    """P(relevant) of re-ranker scores by slope and offset of `fit_probability`; NaN stays NaN."""
+    slope, offset = probability
+    return _sigmoid(slope * scores + offset)
+
+
 def draw(
     candidates: Candidates,
     positives_2xN: np.ndarray,
@@ -147,9 +154,8 @@ def draw(
                 f"config.mine.negative_below ({negative_below}) is above positive_above "
                 f"({positive_above}), so a passage could be both; lower it"
             )
-        slope, offset = probability
         # NaN where there is no score, which is on neither side of a threshold.
-        p_QxN = _sigmoid(slope * candidates.reranker_QxN + offset)
+        p_QxN = relevance(candidates.reranker_QxN, probability)
         trusted_QxN = ~known_QxN & (p_QxN < negative_below)
         found_QxN = ~known_QxN & (p_QxN > positive_above)
     else:

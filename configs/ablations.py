@@ -1,0 +1,21 @@
+"""The paper's ablations at a size that two CPU cores carry, on the embedded data or a BEIR folder.
+
+Aims at: the differences between the rows, not the best scores; every row trains on as many lists.
+Command:
+  launch/ablations.sh docstrings
+  launch/ablations.sh FOLDER
+Time and scores: not run in full yet.
+"""
+
+from rqv2_jax import config as config_lib
+
+
+def get_config(preset: str = "docstrings"):
+    """Presets: docstrings or beir."""
+    config = config_lib.default()
+    config_lib.two_cores(config)
+    config.data.dataset = preset
+    # Half of the lists are denoised, so that leaving these out is a change to be seen.
+    config.mine.update({"scored_queries": config.mine.queries})
+    config.joint.denoised_share = 0.5
+    return config

@@ -1,0 +1,199 @@
+"""Runs the paper's ablations of joint training from one shared warm start, over several seeds.
+
+Rows: the paper's Table 4 (static distillation, a pointwise re-ranker, no denoised lists), both presets
+of the loss, the teacher's gradient, list sizes (Figure 4), and what goes beyond the paper. Each row
+changes `full`, the config as given, in one place. Finished rows are kept, so the same command resumes.
+Writes ablations.json and ablations.md into the workdir; rqv2_jax.report draws the figures.
+
+Example:
+  python -m rqv2_jax.ablations --config configs/docstrings.py --workdir workdir/ablations --seeds 3
+"""
+
+import json
+import pathlib
+
+from absl import flags
+from ml_collections import config_flags
+
+from rqv2_jax import program
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, as configs/nq.py[:preset].")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of everything these runs write.")
+_SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds of joint training, from 0.", lower_bound=1)
+_ROWS = flags.DEFINE_list("rows", None, "Only these rows and full; all if not given.")
+
+METRICS = ("RR@10", "Success@50")
+
+
+def rows(config) -> dict[str, dict]:
+    """What each row changes of `config`, as dotted keys."""
+    from rqv2_jax import config as config_lib
+
+    joint = config.joint
+
+    def preset(name):
+        return {f"joint.loss.{key}": value for key, value in config_lib.LOSSES[name].items()}
+
+    found = {
+        "full": {},
+        "static distillation": {"joint.train_reranker": False},
+        "pointwise re-ranker": {"joint.loss.reranker_loss": "pointwise"},
+        "without denoised lists": {"joint.denoised_share": 0.0},
+        "preset paper": preset("paper"),
+        "preset official_code": preset("official_code"),
+        "teacher gradient " + ("off" if joint.loss.teacher_gradient else "on"): {
+            "joint.loss.teacher_gradient": not joint.loss.teacher_gradient
+        },
+        "temperature 2": {"joint.loss.temperature": 2 * joint.loss.temperature},
+        "in-batch negatives": {"joint.in_batch_weight": 1.0},
+        "refreshed candidates": {"joint.refresh_every": REFRESHED},
+    }
+    for size in (joint.list_size // 2, joint.list_size * 2):
+        if size >= 2:
+            found[f"list size {size}"] = {"joint.list_size": size}
+    # A preset that the config already has is `full` itself.
+    current = {f"joint.loss.{key}": value for key, value in joint.loss.items()}
+    return {name: change for name, change in found.items() if not change or change != current}
+
+
+# Half-way through joint training: the number of steps is known once the lists are.
+REFRESHED = "half of the steps"
+
+
+def run_all(config, workdir: pathlib.Path, seeds: int, only: list[str] | None) -> list[dict]:
+    """Warm start, then every row and seed; returns what each has measured.
+
+    Raises:
+      InputError: a row is not known, or what `pipeline.main` raises.
+    """
+    import numpy as np
+
+    from rqv2_jax import config as config_lib
+    from rqv2_jax import pipeline
+    from rqv2_jax.errors import InputError
+
+    changes = rows(config)
+    unknown = set(only or ()) - set(changes)
+    if unknown:
+        raise InputError(f"--rows: no row {sorted(unknown)[0]!r}; choose of {', '.join(changes)}")
+    warm = pipeline.open_run(config, workdir / "warm")
+    pipeline.claim(warm)
+    store, candidates = pipeline.warm_up(warm)
+    steps = len(pipeline.draw_lists(warm, store, candidates, "joint").query_rows_L)
+    steps //= config.joint.batch
+
+    measured = []
+    for seed in range(seeds):
+        for name, change in changes.items():
+            if only is not None and name not in ("full", *only):
+                continue
+            print(f"\n== {name}, seed {seed}", flush=True)
+            own = config_lib.loads(config_lib.dumps(config))
+            own.seed = seed
+            for key, value in change.items():
+                own.update_from_flattened_dict({key: steps // 2 if value == REFRESHED else value})
+            folder = workdir / "rows" / f"{name.replace(' ', '_')}.{seed}"
+            run = pipeline.open_run(own, folder)
+            pipeline.claim(run)
+            pipeline.branch(run, warm)
+            pipeline.finish(
+                run, store, pipeline.mine(run, store, pipeline.retrieve(run, store)), ("exact",)
+            )
+            with np.load(folder / "eval" / "test.per_query.npz") as file:
+                measured.append({"row": name, "seed": seed, "values": dict(file)})
+    return measured
+
+
+def summarise(measured: list[dict], *, permutations: int) -> list[dict]:
+    """A row for each ablation, model and metric, in the order of `measured`.
+
+    Values of a query are averaged over seeds before runs are compared. `p_value` is of the paired
+    randomisation test against `full` over the queries, corrected by Holm's rule for the number of
+    rows compared by the same model and metric; `low` and `high` bound the 95% bootstrap interval.
+    """
+    import numpy as np
+
+    from rqv2_jax import metrics
+
+    names = list(dict.fromkeys(m["row"] for m in measured))
+    start = {"retriever": "zero_shot.retriever", "reranker": "reranker.reranker"}
+    found = []
+    for model in ("retriever", "reranker"):
+        for metric in METRICS if model == "retriever" else METRICS[:1]:
+            key = f"joint.{model}.exact.{metric}"
+            values = {
+                n: np.stack([m["values"][key] for m in measured if m["row"] == n]) for n in names
+            }
+            first = measured[0]["values"]
+            warm = (
+                "retriever.retriever"
+                if f"retriever.{key.split('.', 1)[1]}" in first
+                else start[model]
+            )
+            if model == "reranker":
+                warm = start[model]
+            values["warm start"] = first[f"{warm}.exact.{metric}"][None]
+            summary, p_values = [], []
+            for name in ["warm start", *names]:
+                mean_Q = values[name].mean(axis=0)
+                difference_Q = mean_Q - values["full"].mean(axis=0)
+                row = {"row": name, "model": model, "metric": metric, "queries": len(mean_Q)}
+                per_seed = values[name].mean(axis=1)
+                row |= {"mean": float(per_seed.mean()), "seeds": len(per_seed)}
+                row["spread"] = float(per_seed.std(ddof=1)) if len(per_seed) > 1 else None
+                if name != "full":
+                    low, high = metrics.interval(difference_Q, resamples=permutations, seed=0)
+                    difference, p = metrics.paired_test(
+                        mean_Q, values["full"].mean(axis=0), permutations=permutations, seed=0
+                    )
+                    row |= {"difference": difference, "low": low, "high": high}
+                    p_values.append(p)
+                summary.append(row)
+            corrected = iter(metrics.holm(p_values))
+            for row in summary:
+                if row["row"] != "full":
+                    row["p_value"] = next(corrected)
+            found += summary
+    return found
+
+
+def render(summary: list[dict]) -> str:
+    """The rows as a table in Markdown."""
+    lines = []
+    for model, metric in dict.fromkeys((row["model"], row["metric"]) for row in summary):
+        part = [row for row in summary if (row["model"], row["metric"]) == (model, metric)]
+        lines += [
+            f"{model}, {metric}, {part[0]['queries']} test queries",
+            "",
+            "| row | seeds | mean | spread | difference to full | 95% interval | p (Holm) |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for row in part:
+            spread = "" if row["spread"] is None else f"{row['spread']:.4f}"
+            compared = " | | "
+            if "difference" in row:
+                compared = (
+                    f"{row['difference']:+.4f} | {row['low']:+.4f} to {row['high']:+.4f} | "
+                    f"{row['p_value']:.4f}"
+                )
+            lines.append(
+                f"| {row['row']} | {row['seeds']} | {row['mean']:.4f} | {spread} | {compared} |"
+            )
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main():
+    """Runs what is not finished, prints and writes the table."""
+    from rqv2_jax import artifacts
+
+    config, workdir = _CONFIG.value, pathlib.Path(_WORKDIR.value)
+    measured = run_all(config, workdir, _SEEDS.value, _ROWS.value)
+    summary = summarise(measured, permutations=config.evaluate.permutations)
+    artifacts.write_text(workdir / "ablations.json", json.dumps(summary, indent=1) + "\n")
+    artifacts.write_text(workdir / "ablations.md", render(summary))
+    print(render(summary))
+
+
+if __name__ == "__main__":
+    program.run(main, __doc__, required=("config", "workdir"))

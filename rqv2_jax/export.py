@@ -1,0 +1,31 @@
+"""Writes what a run has made in the formats of other systems.
+
+joint-tsv: the hybrid lists of joint training, as the authors' release reads them (query, title, para,
+label); the same file can be trained on with --config.joint.lists=FILE.
+
+Example:
+  python -m rqv2_jax.export --workdir workdir/docstrings --format joint-tsv --to lists.tsv
+"""
+
+import pathlib
+
+from absl import flags
+
+from rqv2_jax import program
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "A workdir whose candidates have been scored.")
+_FORMAT = flags.DEFINE_enum("format", None, ["joint-tsv"], "What to write.")
+_TO = flags.DEFINE_string("to", None, "The file to write; gzipped if it ends in .gz.")
+
+
+def main():
+    """Writes the file."""
+    from rqv2_jax import pipeline
+
+    path = pathlib.Path(_TO.value)
+    pipeline.export_lists(pipeline.open_workdir(pathlib.Path(_WORKDIR.value)), path)
+    print(f"lists: {path}")
+
+
+if __name__ == "__main__":
+    program.run(main, __doc__, required=("workdir", "format", "to"))

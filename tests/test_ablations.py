@@ -1,0 +1,145 @@
+import json
+
+import numpy as np
+import pytest
+from test_pipeline import run_program, tiny_config, write_beir
+
+from rqv2_jax import ablations, config, report
+from rqv2_jax.errors import InputError
+
+
+def test_every_row_changes_one_thing_of_full():
+    full = config.default()
+    config.two_cores(full)
+    full.data.path = "x"
+    found = ablations.rows(full)
+    assert found["full"] == {}
+    # The config's own preset is full itself.
+    assert "preset official_code" not in found
+    assert set(found["preset paper"]) == {f"joint.loss.{key}" for key in config.LOSSES["paper"]}
+    assert found["teacher gradient on"] == {"joint.loss.teacher_gradient": True}
+    assert {name for name in found if name.startswith("list size")} == {
+        "list size 2",
+        "list size 8",
+    }
+    for name, change in found.items():
+        changed = config.loads(config.dumps(full))
+        values = {k: 7 if v == ablations.REFRESHED else v for k, v in change.items()}
+        changed.update_from_flattened_dict(values)
+        config.check(changed)
+        assert bool(config.differences(full, changed)) == (name != "full"), name
+    full.joint.loss.update(config.LOSSES["paper"])
+    found = ablations.rows(full)
+    assert "preset paper" not in found
+    assert "teacher gradient off" in found
+
+
+def measured(values):
+    """`values[row]` [seeds, queries] of both models and metrics; the warm start has 0.5 everywhere."""
+    queries = next(iter(values.values())).shape[1]
+    warm = {
+        f"{state}.exact.{metric}": np.full(queries, 0.5)
+        for state in ("zero_shot.retriever", "retriever.retriever", "reranker.reranker")
+        for metric in ablations.METRICS
+    }
+    return [
+        {
+            "row": row,
+            "seed": seed,
+            "values": warm
+            | {
+                f"joint.{model}.exact.{metric}": values[row][seed]
+                for model in ("retriever", "reranker")
+                for metric in ablations.METRICS
+            },
+        }
+        for row in values
+        for seed in range(len(values[row]))
+    ]
+
+
+def test_summary_by_hand():
+    full = np.array([[1.0] * 8 + [0.0] * 8, [1.0] * 10 + [0.0] * 6])
+    values = {"full": full, "better": np.ones_like(full), "same": full[::-1].copy()}
+    found = ablations.summarise(measured(values), permutations=999)
+    rows = {(r["row"], r["model"], r["metric"]): r for r in found}
+    assert len(rows) == len(found) == 4 * 3
+    assert ("full", "reranker", "Success@50") not in rows
+    row = rows["full", "retriever", "RR@10"]
+    assert (row["mean"], row["seeds"], row["queries"]) == (9 / 16, 2, 16)
+    assert row["spread"] == pytest.approx(np.std([8 / 16, 10 / 16], ddof=1))
+    assert "p_value" not in row
+    better = rows["better", "retriever", "RR@10"]
+    assert better["difference"] == pytest.approx(7 / 16)
+    assert better["spread"] == 0
+    # Eight queries differ, all one way: 2 of 2^8 sign patterns are as extreme; three comparisons.
+    assert better["p_value"] == pytest.approx(3 * 2 / 2**8)
+    assert better["low"] > 0
+    same = rows["same", "retriever", "RR@10"]
+    assert (same["difference"], same["low"], same["high"], same["p_value"]) == (0, 0, 0, 1)
+    assert rows["warm start", "reranker", "RR@10"]["difference"] == pytest.approx(-1 / 16)
+    table = ablations.render(found)
+    assert "| better | 2 | 1.0000 | 0.0000 | +0.4375 |" in table
+    assert table.count("16 test queries") == 3
+
+
+@pytest.fixture(scope="module")
+def ablated(tmp_path_factory, bert_folder):
+    folder = tmp_path_factory.mktemp("ablations")
+    settings = tiny_config(write_beir(folder / "data"), bert_folder)
+    only = ["static distillation", "refreshed candidates"]
+    return settings, folder / "w", only, ablations.run_all(settings, folder / "w", 1, only)
+
+
+def test_rows_start_from_one_warm_start_and_keep_their_change(ablated):
+    _, folder, only, measured = ablated
+    assert [m["row"] for m in measured] == ["full", *only]
+    for name in ("full", *only):
+        workdir = folder / "rows" / f"{name.replace(' ', '_')}.0"
+        assert (workdir / "reranker").resolve() == (folder / "warm" / "reranker").resolve()
+        changed = json.loads((workdir / "config.json").read_text())
+        assert changed["joint"]["train_reranker"] == (name != "static distillation")
+        assert changed["joint"]["refresh_every"] == (3 if name == "refreshed candidates" else 0)
+    by_row = {m["row"]: m["values"] for m in measured}
+    key = "joint.reranker.exact.RR@10"
+    assert all(values[key].shape == (8,) for values in by_row.values())
+    assert not (folder / "warm" / "joint").exists()
+    refreshed = folder / "rows" / "refreshed_candidates.0" / "lists" / "joint.0000003"
+    assert (refreshed / "train.retrieved.npz").is_file()
+    assert not list((folder / "warm" / "lists").glob("joint.*"))
+
+
+def test_finished_rows_are_not_run_again(ablated):
+    settings, folder, only, measured = ablated
+    checkpoints = {p: p.stat().st_mtime_ns for p in folder.rglob("last/*")}
+    again = ablations.run_all(settings, folder, 1, only)
+    assert checkpoints == {p: p.stat().st_mtime_ns for p in folder.rglob("last/*")}
+    for one, other in zip(measured, again):
+        for key, values in one["values"].items():
+            np.testing.assert_array_equal(values, other["values"][key])
+
+
+def test_unknown_rows_are_refused_before_anything_runs(tmp_path, ablated):
+    with pytest.raises(InputError, match="no row 'statik'"):
+        ablations.run_all(ablated[0], tmp_path / "w", 1, ["statik"])
+    assert not (tmp_path / "w").exists()
+
+
+def test_figures_show_what_was_recorded(ablated, tmp_path):
+    _, folder, _, _ = ablated
+    workdir = folder / "rows" / "full.0"
+    found = report.curves(workdir / "joint")
+    assert [step for step, _ in found["dev/retriever RR@10"]] == [0, 3, 6]
+    assert [step for step, _ in found["kl"]] == [2, 4, 6]
+    assert all(0 <= value <= np.log(4) + 1e-6 for _, value in found["reranker_entropy"])
+    ended = run_program("rqv2_jax.report", f"--workdir={workdir}")
+    assert ended.returncode == 0, ended.stderr
+    assert (workdir / "report" / "joint_training.png").read_bytes().startswith(b"\x89PNG")
+    summary = ablations.summarise(
+        measured({"full": np.ones((2, 8)), "list size 8": np.eye(8)[:2]}), permutations=99
+    )
+    (folder / "ablations.json").write_text(json.dumps(summary))
+    report.draw_list_sizes(folder, tmp_path / "sizes.png")
+    assert (tmp_path / "sizes.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(InputError, match="no events of joint training"):
+        report.draw_training(folder / "warm", tmp_path / "none.png")
