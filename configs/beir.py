@@ -16,7 +16,7 @@ def get_config(preset: str = "official_code"):
     """Presets: paper or official_code (the loss)."""
     config = config_lib.default()
     config_lib.two_cores(config)
-    config.data.dataset = "beir"
+    config.data.update({"dataset": "beir", "passage_length": 64, "pair_length": 80})
     if preset not in config_lib.LOSSES:
         raise ValueError(f"no preset {preset!r}; choose one of {', '.join(config_lib.LOSSES)}")
     config.joint.loss.update(config_lib.LOSSES[preset])

@@ -17,11 +17,6 @@ from ml_collections import config_flags
 
 from rqv2_jax import program
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, as configs/nq.py[:preset].")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of everything these runs write.")
-_SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds of joint training, from 0.", lower_bound=1)
-_ROWS = flags.DEFINE_list("rows", None, "Only these rows and full; all if not given.")
-
 METRICS = ("RR@10", "Success@50")
 
 
@@ -187,8 +182,9 @@ def main():
     """Runs what is not finished, prints and writes the table."""
     from rqv2_jax import artifacts
 
-    config, workdir = _CONFIG.value, pathlib.Path(_WORKDIR.value)
-    measured = run_all(config, workdir, _SEEDS.value, _ROWS.value)
+    given = flags.FLAGS
+    config, workdir = given.config, pathlib.Path(given.workdir)
+    measured = run_all(config, workdir, given.seeds, given.rows)
     summary = summarise(measured, permutations=config.evaluate.permutations)
     artifacts.write_text(workdir / "ablations.json", json.dumps(summary, indent=1) + "\n")
     artifacts.write_text(workdir / "ablations.md", render(summary))
@@ -196,4 +192,8 @@ def main():
 
 
 if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "Config file, as configs/nq.py[:preset].")
+    flags.DEFINE_string("workdir", None, "Folder of everything these runs write.")
+    flags.DEFINE_integer("seeds", 3, "Seeds of joint training, from 0.", lower_bound=1)
+    flags.DEFINE_list("rows", None, "Only these rows and full; all if not given.")
     program.run(main, __doc__, required=("config", "workdir"))

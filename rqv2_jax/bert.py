@@ -82,10 +82,14 @@ class Embeddings(nn.Module):
 
 
 class Layer(nn.Module):
-    """One post-norm transformer layer: [R * T, D] -> [R * T, D]; softmax and norms in float32."""
+    """One post-norm transformer layer: [R * T, D] -> [R * T, D]; softmax and norms in float32.
+
+    With `first_only` [R * T, D] -> [R, D]: only the first token of each row asks and goes on.
+    """
 
     config: BertConfig
     deterministic: bool
+    first_only: bool = False
 
     @nn.compact
     def __call__(self, x_NxD, bias_Rx1xTxT):
@@ -109,11 +113,14 @@ class Layer(nn.Module):
         )
         # Heads in front of tokens and keys already transposed: plain batched products, which XLA's
         # CPU backend runs faster than any other order of the axes.
-        q_RxHxTxK = qkv_RxTx3xHxK[:, :, 0].transpose(0, 2, 1, 3) * head_size**-0.5
+        asking = 1 if self.first_only else length
+        x_NxD = x_NxD.reshape(rows, length, -1)[:, :asking].reshape(rows * asking, -1)
+        q_RxHxTxK = qkv_RxTx3xHxK[:, :asking, 0].transpose(0, 2, 1, 3) * head_size**-0.5
         k_RxHxKxT = qkv_RxTx3xHxK[:, :, 1].transpose(0, 2, 3, 1)
         v_RxHxTxK = qkv_RxTx3xHxK[:, :, 2].transpose(0, 2, 1, 3)
         logits_RxHxTxT = jnp.matmul(q_RxHxTxK, k_RxHxKxT).astype(jnp.float32)
-        weights_RxHxTxT = dropout(jax.nn.softmax(logits_RxHxTxT + bias_Rx1xTxT)).astype(c.dtype)
+        logits_RxHxTxT = logits_RxHxTxT + bias_Rx1xTxT[:, :, :asking]
+        weights_RxHxTxT = dropout(jax.nn.softmax(logits_RxHxTxT)).astype(c.dtype)
         y_RxHxTxK = jnp.matmul(weights_RxHxTxT, v_RxHxTxK)
         y_NxD = y_RxHxTxK.transpose(0, 2, 1, 3).reshape(x_NxD.shape)
         x_NxD = add_norm(x_NxD, dense(c.hidden_size, "attention_output")(y_NxD), "norm_1")
@@ -138,8 +145,10 @@ class Encoder(nn.Module):
         x_RxTxD = Embeddings(c, name="embeddings")(
             tokens_RxT, types_RxT, positions_RxT, deterministic=deterministic
         )
-        same_RxTxT = sequence_RxT[:, :, None] == sequence_RxT[:, None, :]
-        bias_Rx1xTxT = jnp.where(same_RxTxT, 0.0, MASKED)[:, None]
+        # One product over all tokens is faster than one over rows of tokens.
+        x_NxD = x_RxTxD.reshape(-1, c.hidden_size)
+        if c.num_layers == 0:
+            return x_NxD
         layers = nn.scan(
             Layer,
             variable_axes={"params": 0},
@@ -150,7 +159,38 @@ class Encoder(nn.Module):
             # quarter of the step and an accelerator next to nothing.
             unroll=c.num_layers if jax.default_backend() == "cpu" else 1,
         )
-        # One product over all tokens is faster than one over rows of tokens.
-        x_NxD = x_RxTxD.reshape(-1, c.hidden_size)
-        x_NxD, _ = layers(c, deterministic, name="layers")(x_NxD, bias_Rx1xTxT)
+        x_NxD, _ = layers(c, deterministic, name="layers")(x_NxD, _bias(sequence_RxT))
         return x_NxD
+
+
+def _bias(sequence_RxT):
+    """What keeps attention inside a sequence, [R, 1, T, T]."""
+    same_RxTxT = sequence_RxT[:, :, None] == sequence_RxT[:, None, :]
+    return jnp.where(same_RxTxT, 0.0, MASKED)[:, None]
+
+
+def first_states(
+    config: BertConfig, params, tokens_RxT, types_RxT, positions_RxT, sequence_RxT, key
+):
+    """The last layer's hidden state of each row's first token [R, D], as `Encoder` gives it.
+
+    The last layer computes its attention and feed-forward for those tokens alone. `key` is that of
+    dropout; None switches it off.
+    """
+    lower = dataclasses.replace(config, num_layers=config.num_layers - 1)
+    lower_params = {**params, "layers": jax.tree.map(lambda x: x[:-1], params["layers"])}
+    last_params = jax.tree.map(lambda x: x[-1], params["layers"])
+    off = key is None
+    x_NxD = Encoder(lower).apply(
+        {"params": lower_params},
+        *(tokens_RxT, types_RxT, positions_RxT, sequence_RxT),
+        deterministic=off,
+        rngs={} if off else {"dropout": key},
+    )
+    x_RxD, _ = Layer(config, off, first_only=True).apply(
+        {"params": last_params},
+        *(x_NxD, _bias(sequence_RxT)),
+        # No other module has this name, so its masks are its own.
+        rngs={} if off else {"dropout": jax.random.fold_in(key, config.num_layers)},
+    )
+    return x_RxD

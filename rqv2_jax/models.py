@@ -13,6 +13,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rqv2_jax import bert
 from rqv2_jax.data.packing import Packed
@@ -36,11 +37,27 @@ class Models:
             )
         return jnp.concatenate(states)
 
+    def _first_states(self, params, packed: Packed, key):
+        """Hidden state of every sequence's first token [N, D]."""
+        shapes = [block.tokens_RxT.shape for block in packed.blocks]
+        if sum(rows for rows, _ in shapes) != len(packed.first_N):
+            # Rows are shared by several sequences.
+            return self._states(params, packed, key)[packed.first_N]
+        states = [
+            bert.first_states(
+                self.config, params, *block, None if key is None else jax.random.fold_in(key, i)
+            )
+            for i, block in enumerate(packed.blocks)
+        ]
+        widths = np.repeat([width for _, width in shapes], [rows for rows, _ in shapes])
+        row_of_token = np.repeat(np.arange(len(widths)), widths)
+        return jnp.concatenate(states)[jnp.asarray(row_of_token)[packed.first_N]]
+
     def vectors(self, params, packed: Packed, key=None):
         """One tower's vectors [N, D] in float32, neither normalised nor scaled."""
-        states = self._states(params, packed, key).astype(jnp.float32)
         if self.pooling == "cls":
-            return states[packed.first_N]
+            return self._first_states(params, packed, key).astype(jnp.float32)
+        states = self._states(params, packed, key).astype(jnp.float32)
         sequence = jnp.concatenate([block.sequence_RxT.reshape(-1) for block in packed.blocks])
         count = len(packed.first_N)
         # Padding carries the number N: one row more than asked for, thrown away.
@@ -50,8 +67,7 @@ class Models:
 
     def reranker_scores(self, params, packed: Packed, key=None):
         """The re-ranker's logit for every pair [N], in float32."""
-        first_NxD = self._states(params["encoder"], packed, key)[packed.first_N]
-        first_NxD = first_NxD.astype(jnp.float32)
+        first_NxD = self._first_states(params["encoder"], packed, key).astype(jnp.float32)
         if key is not None and self.config.dropout > 0:
             keep = 1.0 - self.config.dropout
             # No block has this number, so the head's mask is independent of the encoder's.

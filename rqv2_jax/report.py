@@ -16,8 +16,6 @@ from absl import flags
 from rqv2_jax import program
 from rqv2_jax.errors import InputError
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "A workdir, or the folder of rqv2_jax.ablations.")
-
 
 def curves(stage: pathlib.Path) -> dict[str, list[tuple[int, float]]]:
     """(step, value) of every scalar in a stage's TensorBoard events, by name, in order of steps.
@@ -118,7 +116,7 @@ def _save(figure, path: pathlib.Path):
 
 def main():
     """Draws whatever the folder has."""
-    folder = pathlib.Path(_WORKDIR.value)
+    folder = pathlib.Path(flags.FLAGS.workdir)
     if (folder / "warm").is_dir():
         draw_list_sizes(folder, folder / "report" / "list_sizes.png")
         draw_training(folder / "rows" / "full.0", folder / "report" / "joint_training.png")
@@ -127,4 +125,5 @@ def main():
 
 
 if __name__ == "__main__":
+    flags.DEFINE_string("workdir", None, "A workdir, or the folder of rqv2_jax.ablations.")
     program.run(main, __doc__, required=("workdir",))

@@ -67,6 +67,27 @@ def test_vectors_and_scores(tiny, pooling):
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_shared_rows_give_the_same_vectors_and_scores(tiny, pooling):
+    config, encoder, _ = tiny
+    model, params = models.Models(config, pooling), with_head(encoder)
+    plain = packing.pack(ragged(), SHAPES)
+    # The same sequences in two rows of 24 tokens.
+    places = [(0, 0), (1, 0), (0, 7), (0, 11), (1, 12)]
+    arrays = np.zeros((4, 2, 24), np.int32)
+    arrays[3] = len(LENGTHS)
+    tokens_N = np.split(ragged().tokens, np.cumsum(LENGTHS)[:-1])
+    for number, ((row, start), tokens) in enumerate(zip(places, tokens_N)):
+        here = (row, slice(start, start + len(tokens)))
+        values = (tokens, tokens % 2, np.arange(len(tokens)), number)
+        for array, value in zip(arrays, values):
+            array[here] = value
+    first_N = np.array([24 * row + start for row, start in places], np.int32)
+    shared = packing.Packed((packing.Block(*arrays),), first_N)
+    for found, expected in zip(run(model, params, shared), run(model, params, plain)):
+        np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
 def test_padding_does_not_leak(tiny, pooling):
     config, encoder, _ = tiny
     packed = packing.pack(ragged(), SHAPES)

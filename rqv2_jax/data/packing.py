@@ -26,7 +26,11 @@ class Block(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """N sequences: blocks, and where each sequence's first token is once all blocks are flattened."""
+    """N sequences: blocks, and where each sequence's first token is once all blocks are flattened.
+
+    If there are N rows, each holds one sequence, from the row's start on. With any other number of
+    rows, sequences share them.
+    """
 
     blocks: tuple[Block, ...]
     first_N: np.ndarray
