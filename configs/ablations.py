@@ -18,4 +18,5 @@ def get_config(preset: str = "docstrings"):
     # Half of the lists are denoised, so that leaving these out is a change to be seen.
     config.mine.update({"scored_queries": config.mine.queries})
     config.joint.denoised_share = 0.5
+    config.evaluate.queries = 700
     return config

@@ -138,6 +138,7 @@ def default() -> ml_collections.ConfigDict:
                 "pool": 5000,  # passages the retriever ranks: those, positives, random ones
             },
             "evaluate": {
+                "queries": 1_000_000,  # of a split, at most, drawn at random
                 "batch_tokens": 16384,  # of one forward pass, over all devices
                 "retrieve_depth": 1000,
                 "rerank_depth": 50,

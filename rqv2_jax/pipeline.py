@@ -395,6 +395,13 @@ def refresh(run: Run, store: tokens.Store, step: int, params) -> dict[str, lists
     return _score(run, store, found, folder, lambda: params["reranker"])
 
 
+def _qrels_of(queries: tokens.Queries, rows_Q: np.ndarray):
+    """Labels of some queries, given in ascending order; query rows count through these alone."""
+    query_N, passage_N, relevance_N = queries.qrels_3xN
+    chosen_N = np.isin(query_N, rows_Q)
+    return np.searchsorted(rows_Q, query_N[chosen_N]), passage_N[chosen_N], relevance_N[chosen_N]
+
+
 class Dev:
     """Measures both models on dev queries during training, on a fixed pool of passages.
 
@@ -410,14 +417,8 @@ class Dev:
         else:
             rows_Q = candidates.query_rows_Q
         self.rows_Q = np.sort(rows_Q)
-        query_N, passage_N, relevance_N = self.queries.qrels_3xN
-        chosen_N = np.isin(query_N, self.rows_Q)
-        self.qrels = (
-            np.searchsorted(self.rows_Q, query_N[chosen_N]),
-            passage_N[chosen_N],
-            relevance_N[chosen_N],
-        )
-        pool = passage_N[chosen_N & (relevance_N > 0)]
+        self.qrels = _qrels_of(self.queries, self.rows_Q)
+        pool = self.qrels[1][self.qrels[2] > 0]
         if candidates is not None:
             pool = np.append(pool, candidates.passages_QxN.reshape(-1))
         pool = np.unique(pool)
@@ -765,21 +766,23 @@ def evaluate(run: Run, store: tokens.Store, split: str, indexes: tuple[str, ...]
     if split not in store.splits:
         raise InputError(f"--split {split}: the data has only {', '.join(store.splits)}")
     settings, queries = run.config.evaluate, store.splits[split]
-    rows_Q = np.arange(len(queries.ids))
+    # The same queries for every seed, so that runs can be compared by query.
+    rows_Q = np.sort(_subset(len(queries.ids), settings.queries, 0))
+    query_ids, qrels = [queries.ids[row] for row in rows_Q], _qrels_of(queries, rows_Q)
     rows, per_query = [], {}
     (run.workdir / "runs").mkdir(exist_ok=True)
 
     def add(state, model, name, passages_QxK, scores_QxK, **extra):
         metrics.write_trec_run(
             run.workdir / "runs" / f"{split}.{state}.{model}.{name}.trec",
-            queries.ids,
+            query_ids,
             store.passage_ids,
             passages_QxK,
             scores_QxK,
             f"rqv2_jax.{state}.{model}",
         )
         values = metrics.evaluate(
-            passages_QxK, scores_QxK, store.passage_ids, queries.qrels_3xN, settings.metrics
+            passages_QxK, scores_QxK, store.passage_ids, qrels, settings.metrics
         )
         per_query[state, model, name] = values
         row = {"state": state, "model": model, "split": split, "index": name}
@@ -791,7 +794,7 @@ def evaluate(run: Run, store: tokens.Store, split: str, indexes: tuple[str, ...]
             continue
         retrieved = {}
         for name in indexes:
-            found, extra = _search(run, store, split, state, name)
+            found, extra = _search(run, store, split, rows_Q, state, name)
             retrieved[name] = found["passages"], found["scores"]
             # The re-ranker's warm-up leaves the retriever as it was.
             if state != "reranker":
@@ -809,7 +812,7 @@ def evaluate(run: Run, store: tokens.Store, split: str, indexes: tuple[str, ...]
                 }
 
             path = run.workdir / "eval" / f"{split}.{state}.reranked.{indexes[0]}.npz"
-            source = f"{store.fingerprint} {settings.rerank_depth}"
+            source = f"{store.fingerprint} {settings.queries} {settings.rerank_depth}"
             top = artifacts.cached(path, source, compute)["scores"]
             add(state, "reranker", indexes[0], passages_QxK, rerank.merge(top, scores_QxK))
 
@@ -839,15 +842,14 @@ def evaluate(run: Run, store: tokens.Store, split: str, indexes: tuple[str, ...]
     return report
 
 
-def _search(run: Run, store: tokens.Store, split: str, state: str, name: str):
-    """What the retriever of a state finds for a split, and what to say of the index."""
+def _search(run: Run, store: tokens.Store, split: str, rows_Q: np.ndarray, state: str, name: str):
+    """What the retriever of a state finds for queries of a split, and what to say of the index."""
     settings, queries = run.config.evaluate, store.splits[split]
     stage = run.trained_by(state, "retriever")
-    source = f"{store.fingerprint} {settings.retrieve_depth}"
+    source = f"{store.fingerprint} {settings.queries} {settings.retrieve_depth}"
 
     def vectors():
         tower = run.params(state, "retriever")["query"]
-        rows_Q = np.arange(len(queries.ids))
         return encode.queries(run.forward, tower, queries.texts, rows_Q)
 
     def ranked(passages_QxK, scores_QxK):

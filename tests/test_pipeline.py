@@ -168,6 +168,28 @@ def _leaves(tree):
     return [tree]
 
 
+def test_evaluation_of_some_queries_is_theirs_in_the_whole(finished, tmp_path):
+    config, workdir = finished
+    shutil.copytree(workdir, tmp_path / "w")
+    fewer = config_lib.loads(config_lib.dumps(config))
+    fewer.evaluate.queries = 5
+    run = pipeline.open_run(fewer, tmp_path / "w")
+    store = tokens.open_store(workdir / "data" / "tokens")
+    report = pipeline.evaluate(run, store, "test", ("exact",))
+    assert all(row["queries"] == 5 for row in report["rows"])
+    lines = (tmp_path / "w" / "runs" / "test.joint.reranker.exact.trec").read_text().splitlines()
+    asked = list(dict.fromkeys(line.split()[0] for line in lines))
+    assert len(asked) == 5
+    rows = [store.splits["test"].ids.index(query) for query in asked]
+    with (
+        np.load(workdir / "eval" / "test.per_query.npz") as whole,
+        np.load(tmp_path / "w" / "eval" / "test.per_query.npz") as part,
+    ):
+        assert "joint.reranker.exact.nDCG@10" in part.files
+        for name in part.files:
+            np.testing.assert_allclose(part[name], whole[name][rows], atol=1e-6)
+
+
 def test_second_run_of_the_same_command_does_nothing_and_keeps_the_results(finished):
     config, workdir = finished
     before = (workdir / "results.json").read_text()
