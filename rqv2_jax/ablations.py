@@ -3,7 +3,8 @@
 Rows: the paper's Table 4 (static distillation, a pointwise re-ranker, no denoised lists), both presets
 of the loss, the teacher's gradient, list sizes (Figure 4), and what goes beyond the paper. Each row
 changes `full`, the config as given, in one place. Finished rows are kept, so the same command resumes.
-Writes ablations.json and ablations.md into the workdir; rqv2_jax.report draws the figures.
+Writes ablations.json and ablations.md into the workdir (with --rows, ablations.some.json and .md);
+rqv2_jax.report draws the figures.
 
 Example:
   python -m rqv2_jax.ablations --config configs/docstrings.py --workdir workdir/ablations --seeds 3
@@ -20,8 +21,12 @@ from rqv2_jax import program
 METRICS = ("RR@10", "Success@50")
 
 
+# Half-way through joint training: the number of steps is known once the lists are.
+REFRESHED = "half of the steps"
+
+
 def rows(config) -> dict[str, dict]:
-    """What each row changes of `config`, as dotted keys."""
+    """What each row changes of `config`, as dotted keys, without rows that would change nothing."""
     from rqv2_jax import config as config_lib
 
     joint = config.joint
@@ -29,41 +34,46 @@ def rows(config) -> dict[str, dict]:
     def preset(name):
         return {f"joint.loss.{key}": value for key, value in config_lib.LOSSES[name].items()}
 
+    through = not joint.loss.teacher_gradient
+    warmer = 2 * joint.loss.temperature
     found = {
-        "full": {},
         "static distillation": {"joint.train_reranker": False},
         "pointwise re-ranker": {"joint.loss.reranker_loss": "pointwise"},
         "without denoised lists": {"joint.denoised_share": 0.0},
         "preset paper": preset("paper"),
         "preset official_code": preset("official_code"),
-        "teacher gradient " + ("off" if joint.loss.teacher_gradient else "on"): {
-            "joint.loss.teacher_gradient": not joint.loss.teacher_gradient
-        },
-        "temperature 2": {"joint.loss.temperature": 2 * joint.loss.temperature},
+        f"teacher gradient {'on' if through else 'off'}": {"joint.loss.teacher_gradient": through},
+        f"temperature {warmer:g}": {"joint.loss.temperature": warmer},
         "in-batch negatives": {"joint.in_batch_weight": 1.0},
         "refreshed candidates": {"joint.refresh_every": REFRESHED},
     }
     for size in (joint.list_size // 2, joint.list_size * 2):
         if size >= 2:
             found[f"list size {size}"] = {"joint.list_size": size}
-    # A preset that the config already has is `full` itself.
-    current = {f"joint.loss.{key}": value for key, value in joint.loss.items()}
-    return {name: change for name, change in found.items() if not change or change != current}
+    kept = {name: change for name, change in found.items() if _changed(config, change) != config}
+    return {"full": {}, **kept}
 
 
-# Half-way through joint training: the number of steps is known once the lists are.
-REFRESHED = "half of the steps"
+def _changed(config, change: dict, steps: int = 1):
+    """A copy of `config` with a row's change."""
+    from rqv2_jax import config as config_lib
+
+    own = config_lib.loads(config_lib.dumps(config))
+    values = {key: steps if value == REFRESHED else value for key, value in change.items()}
+    own.update_from_flattened_dict(values)
+    return own
 
 
 def run_all(config, workdir: pathlib.Path, seeds: int, only: list[str] | None) -> list[dict]:
     """Warm start, then every row and seed; returns what each has measured.
 
+    Every row trains on as many lists as `full`.
+
     Raises:
-      InputError: a row is not known, or what `pipeline.main` raises.
+      InputError: a row is not known, the config cannot be ablated, or what `pipeline.main` raises.
     """
     import numpy as np
 
-    from rqv2_jax import config as config_lib
     from rqv2_jax import pipeline
     from rqv2_jax.errors import InputError
 
@@ -71,29 +81,40 @@ def run_all(config, workdir: pathlib.Path, seeds: int, only: list[str] | None) -
     unknown = set(only or ()) - set(changes)
     if unknown:
         raise InputError(f"--rows: no row {sorted(unknown)[0]!r}; choose of {', '.join(changes)}")
+    missing = set(METRICS) - set(config.evaluate.metrics)
+    if missing:
+        raise InputError(f"config.evaluate.metrics: the table needs {sorted(missing)[0]}; add it")
+    if config.joint.lists:
+        raise InputError("config.joint.lists: rows draw their own lists; leave it empty")
     warm = pipeline.open_run(config, workdir / "warm")
     pipeline.claim(warm)
     store, candidates = pipeline.warm_up(warm)
-    steps = len(pipeline.draw_lists(warm, store, candidates, "joint").query_rows_L)
-    steps //= config.joint.batch
+    pipeline.evaluate(
+        warm, store, "test", ("exact",), states=("zero_shot", "retriever", "reranker")
+    )
 
+    def count(run, candidates):
+        return len(pipeline.draw_lists(run, store, candidates, "joint").query_rows_L)
+
+    lists = count(warm, candidates)
     measured = []
     for seed in range(seeds):
         for name, change in changes.items():
             if only is not None and name not in ("full", *only):
                 continue
             print(f"\n== {name}, seed {seed}", flush=True)
-            own = config_lib.loads(config_lib.dumps(config))
+            own = _changed(config, change, max(lists // config.joint.batch // 2, 1))
             own.seed = seed
-            for key, value in change.items():
-                own.update_from_flattened_dict({key: steps // 2 if value == REFRESHED else value})
             folder = workdir / "rows" / f"{name.replace(' ', '_')}.{seed}"
             run = pipeline.open_run(own, folder)
+            found = candidates
+            if own.joint.denoised_share == 0:
+                # Without the lists that denoised positives head there are fewer to a pass.
+                found = pipeline.retrieve(warm, store)
+                own.joint.epochs *= lists / count(run, found)
             pipeline.claim(run)
             pipeline.branch(run, warm)
-            pipeline.finish(
-                run, store, pipeline.mine(run, store, pipeline.retrieve(run, store)), ("exact",)
-            )
+            pipeline.finish(run, store, found, ("exact",))
             with np.load(folder / "eval" / "test.per_query.npz") as file:
                 measured.append({"row": name, "seed": seed, "values": dict(file)})
     return measured
@@ -111,7 +132,9 @@ def summarise(measured: list[dict], *, permutations: int) -> list[dict]:
     from rqv2_jax import metrics
 
     names = list(dict.fromkeys(m["row"] for m in measured))
-    start = {"retriever": "zero_shot.retriever", "reranker": "reranker.reranker"}
+    first = measured[0]["values"]
+    warmed_up = any(key.startswith("retriever.") for key in first)
+    warm = {"retriever": "retriever" if warmed_up else "zero_shot", "reranker": "reranker"}
     found = []
     for model in ("retriever", "reranker"):
         for metric in METRICS if model == "retriever" else METRICS[:1]:
@@ -119,15 +142,7 @@ def summarise(measured: list[dict], *, permutations: int) -> list[dict]:
             values = {
                 n: np.stack([m["values"][key] for m in measured if m["row"] == n]) for n in names
             }
-            first = measured[0]["values"]
-            warm = (
-                "retriever.retriever"
-                if f"retriever.{key.split('.', 1)[1]}" in first
-                else start[model]
-            )
-            if model == "reranker":
-                warm = start[model]
-            values["warm start"] = first[f"{warm}.exact.{metric}"][None]
+            values["warm start"] = first[f"{warm[model]}.{model}.exact.{metric}"][None]
             summary, p_values = [], []
             for name in ["warm start", *names]:
                 mean_Q = values[name].mean(axis=0)
@@ -186,8 +201,9 @@ def main():
     config, workdir = given.config, pathlib.Path(given.workdir)
     measured = run_all(config, workdir, given.seeds, given.rows)
     summary = summarise(measured, permutations=config.evaluate.permutations)
-    artifacts.write_text(workdir / "ablations.json", json.dumps(summary, indent=1) + "\n")
-    artifacts.write_text(workdir / "ablations.md", render(summary))
+    name = "ablations" if given.rows is None else "ablations.some"
+    artifacts.write_text(workdir / f"{name}.json", json.dumps(summary, indent=1) + "\n")
+    artifacts.write_text(workdir / f"{name}.md", render(summary))
     print(render(summary))
 
 

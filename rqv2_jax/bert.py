@@ -190,7 +190,7 @@ def first_states(
     x_RxD, _ = Layer(config, off, first_only=True).apply(
         {"params": last_params},
         *(x_NxD, _bias(sequence_RxT)),
-        # No other module has this name, so its masks are its own.
+        # Another key than that of the layers below, so that its masks are its own.
         rngs={} if off else {"dropout": jax.random.fold_in(key, config.num_layers)},
     )
     return x_RxD

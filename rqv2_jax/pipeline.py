@@ -7,8 +7,10 @@ unfinished one resumes, so running the same command again is always right.
 import dataclasses
 import importlib.metadata
 import json
+import os
 import pathlib
 import platform
+import shutil
 import subprocess
 from functools import partial
 
@@ -239,7 +241,7 @@ def branch(run: Run, warm: Run):
 
     What that one made until then, and its evaluation of the states before, are linked, not copied.
     """
-    warm_folder = warm.workdir.resolve()
+    warm_folder = warm.workdir
     for pattern in (
         *("data", "retriever", "reranker", "vectors/zero_shot", "vectors/retriever"),
         *("lists/*.retrieved.npz", "lists/*.scores", "eval/test.zero_shot.*.npz"),
@@ -249,7 +251,8 @@ def branch(run: Run, warm: Run):
             link = run.workdir / path.relative_to(warm_folder)
             link.parent.mkdir(parents=True, exist_ok=True)
             if not link.is_symlink():
-                link.symlink_to(path)
+                # Relative, so that the folder of both may be moved.
+                link.symlink_to(os.path.relpath(path.resolve(), link.parent.resolve()))
 
 
 def _say(text: str):
@@ -300,15 +303,17 @@ def _subset(count: int, most: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).permutation(count)[:most]
 
 
-def _retrieve(run: Run, store: tokens.Store, folder: pathlib.Path, tower, shards):
-    """The top passages of the training and dev queries, by split; `tower()` and `shards()` give the
-    params of the query tower and the passages' vectors."""
+def _retrieve(run: Run, store: tokens.Store, folder: pathlib.Path, rows, tower, shards):
+    """The top passages of some training and dev queries, by split.
 
-    def candidates(split, most, depth):
-        queries = store.splits[split]
+    `rows` are their row numbers by split; `tower()` and `shards()` give the params of the query tower
+    and the passages' vectors.
+    """
+
+    def candidates(split, depth):
+        rows_Q, queries = rows[split], store.splits[split]
 
         def compute():
-            rows_Q = _subset(len(queries.ids), most, run.config.seed)
             vectors_QxD = encode.queries(run.forward, tower(), queries.texts, rows_Q)
             passages_QxN, scores_QxN = index.exact(vectors_QxD, shards(), depth)
             return {"query_rows": rows_Q, "passages": passages_QxN, "scores": scores_QxN}
@@ -321,10 +326,9 @@ def _retrieve(run: Run, store: tokens.Store, folder: pathlib.Path, tower, shards
             np.full(found["scores"].shape, np.nan, np.float32),
         )
 
-    settings = run.config
     return {
-        "train": candidates("train", settings.mine.queries, settings.mine.depth),
-        "dev": candidates("dev", settings.dev.queries, settings.dev.depth),
+        "train": candidates("train", run.config.mine.depth),
+        "dev": candidates("dev", run.config.dev.depth),
     }
 
 
@@ -367,10 +371,12 @@ def _score(run: Run, store: tokens.Store, candidates: dict, folder: pathlib.Path
 
 def retrieve(run: Run, store: tokens.Store) -> dict[str, lists_lib.Candidates]:
     """The warmed-up retriever's top passages for the training and dev queries, in `lists/`."""
+    most = {"train": run.config.mine.queries, "dev": run.config.dev.queries}
     return _retrieve(
         run,
         store,
         run.workdir / "lists",
+        {s: _subset(len(store.splits[s].ids), n, run.config.seed) for s, n in most.items()},
         lambda: run.params("retriever", "retriever")["query"],
         lambda: _corpus_vectors(run, store, "retriever"),
     )
@@ -382,8 +388,10 @@ def mine(run: Run, store: tokens.Store, candidates: dict) -> dict[str, lists_lib
     return _score(run, store, candidates, folder, lambda: run.params("reranker", "reranker"))
 
 
-def refresh(run: Run, store: tokens.Store, step: int, params) -> dict[str, lists_lib.Candidates]:
-    """Candidates by both models as joint training has made them by some step, in `lists/`."""
+def refresh(
+    run: Run, store: tokens.Store, candidates: dict, step: int, params
+) -> dict[str, lists_lib.Candidates]:
+    """New candidates of the same queries by both models as they are at a step, in `lists/`."""
     folder = run.workdir / "lists" / f"joint.{step:07}"
 
     def shards():
@@ -391,8 +399,12 @@ def refresh(run: Run, store: tokens.Store, step: int, params) -> dict[str, lists
         tower = params["retriever"]["passage"]
         return encode.corpus(run.forward, tower, store, run.workdir / "vectors/refreshed", source)
 
-    found = _retrieve(run, store, folder, lambda: params["retriever"]["query"], shards)
-    return _score(run, store, found, folder, lambda: params["reranker"])
+    rows = {split: found.query_rows_Q for split, found in candidates.items()}
+    found = _retrieve(run, store, folder, rows, lambda: params["retriever"]["query"], shards)
+    found = _score(run, store, found, folder, lambda: params["reranker"])
+    # From here on a run that resumes reads these, whatever its params have become.
+    (folder / "complete").touch()
+    return found
 
 
 def _qrels_of(queries: tokens.Queries, rows_Q: np.ndarray):
@@ -467,8 +479,8 @@ def _train_stage(
 ):
     """Runs one training stage to its end, from its last checkpoint if there is one.
 
-    Every `refresh_every` steps (0: never), `redraw(step, params, number)` gives that many lists, of
-    which the next steps are made.
+    Every `refresh_every` steps (0: never), `redraw(step, state, number)` gives that many lists, of
+    which the steps from `step` on are made; `state` may be a later one, of a run that resumes.
     """
     stage = run.config[name]
 
@@ -516,9 +528,8 @@ def _train_stage(
     for first in range(int(state.step) // every * every, steps, every):
         stop = min(first + every, steps)
         if first > 0:
-            # The checkpoint at `first` was written before, so a run that resumes later than that has
-            # these lists' candidates on disk, and the newer params are not read.
-            batches = make_batches(redraw(first, state.params, (stop - first) * stage.batch))
+            number = (stop - first) * stage.batch
+            batches = make_batches(redraw(first, state, number))
         state = train.train(
             state,
             step_fn=step_fn,
@@ -582,54 +593,79 @@ def fit_probability(store: tokens.Store, dev: lists_lib.Candidates) -> tuple[flo
     return lists_lib.fit_probability(dev.reranker_QxN.reshape(-1), relevant_QxN.reshape(-1))
 
 
-def _scored(run: Run) -> tuple[tokens.Store, dict[str, lists_lib.Candidates]]:
-    """The token store and the scored candidates of a workdir.
+def _mined(run: Run) -> tuple[tokens.Store, dict, collection.Collection]:
+    """The token store, the candidates and the texts of a workdir that has finished mining.
 
     Raises:
-      InputError: the candidates have not been scored.
+      InputError: it has not, or the texts have changed since.
     """
-    if not (run.workdir / "lists" / "dev.scores").is_dir():
+    lists, share = run.workdir / "lists", run.config.joint.denoised_share
+    if not (lists / ("dev.scores" if share > 0 else "dev.retrieved.npz")).exists():
         raise InputError(
-            f"{run.workdir / 'lists'}: no candidates with re-ranker scores; run rqv2_jax.main with "
-            "config.joint.denoised_share above 0 up to the joint stage"
+            f"{lists}: holds no candidates yet; run rqv2_jax.main up to joint training"
         )
-    store = tokens.open_store(run.workdir / "data" / "tokens")
-    return store, mine(run, store, retrieve(run, store))
+    store, texts = tokens.open_store(run.workdir / "data" / "tokens"), open_collection(run)
+    if store.fingerprint != f"{texts.fingerprint}-{run.tokenizer.fingerprint}":
+        raise InputError(
+            f"{run.workdir}: the texts of {texts.name} have changed since this workdir was made; "
+            "bring the old ones back, or run in a new workdir"
+        )
+    return store, mine(run, store, retrieve(run, store)), texts
 
 
 def export_lists(run: Run, path: pathlib.Path):
     """Writes the lists of joint training, in the order of training, as a joint TSV file.
 
     Raises:
-      InputError: the candidates have not been scored.
+      InputError: there are no candidates yet, or they are not the lists' only source.
     """
-    lists = draw_lists(run, *_scored(run), "joint")
-    joint_tsv.write(path, lists, open_collection(run))
+    for setting in ("lists", "refresh_every"):
+        if run.config.joint[setting]:
+            raise InputError(
+                f"{run.workdir}: config.joint.{setting} is {run.config.joint[setting]!r}, so its lists "
+                "were not all drawn from mined candidates; export those of another run"
+            )
+    store, candidates, texts = _mined(run)
+    joint_tsv.write(path, draw_lists(run, store, candidates, "joint"), texts)
 
 
 def denoise_report(run: Run, labels: str, samples: int) -> tuple[dict, list[dict]]:
     """What denoising does with the scored candidates of a workdir, and some untrusted ones as text.
 
     Args:
-      labels: qrels folder with more complete training labels, or "" where there are none.
+      labels: qrels folder with more complete training labels, or "" where there are none; labels of
+        queries that were not trained on are left out.
 
     Raises:
       InputError: the candidates have not been scored, or there are no such labels.
     """
-    store, candidates = _scored(run)
-    train, probability = candidates["train"], fit_probability(store, candidates["dev"])
-    queries, texts = store.splits["train"], open_collection(run)
+    data = run.config.data
+    if run.config.joint.denoised_share == 0:
+        raise InputError(
+            f"{run.workdir}: config.joint.denoised_share is 0, so no candidate has a score; run with "
+            "a share above 0"
+        )
+    if labels and data.dataset != "beir":
+        raise InputError(f"--labels: {data.dataset} has no other labels; leave the flag out")
+    store, candidates, texts = _mined(run)
+    training, probability = candidates["train"], fit_probability(store, candidates["dev"])
+    queries = store.splits["train"]
     positives_2xN = queries.positives()
     fuller_2xN = None
     if labels:
         fuller = collection.beir(
-            pathlib.Path(run.config.data.path), train_qrels=labels, eval_qrels=labels
+            pathlib.Path(data.path), train_qrels=labels, eval_qrels=data.eval_qrels
         )
-        rows = (dict(zip(ids, range(len(ids)))) for ids in (queries.ids, store.passage_ids))
-        query_N, passage_N, relevance_N = collection.check_qrels(fuller.qrels("train"), *rows)
+        query_rows, passage_rows = (
+            dict(zip(ids, range(len(ids)))) for ids in (queries.ids, store.passage_ids)
+        )
+        trained_on = (label for label in fuller.qrels("train") if label.query_id in query_rows)
+        query_N, passage_N, relevance_N = collection.check_qrels(
+            trained_on, query_rows, passage_rows
+        )
         fuller_2xN = np.stack([query_N, passage_N])[:, relevance_N > 0]
     below, above = run.config.mine.negative_below, run.config.mine.positive_above
-    known = (train, positives_2xN, probability, len(store.passage_ids))
+    known = (training, positives_2xN, probability, len(store.passage_ids))
     report = denoise.table(*known, chosen=(below, above), fuller_2xN=fuller_2xN)
     shown = denoise.rejected(*known, negative_below=below, count=samples, seed=run.config.seed)
     labelled = {query: passage for query, passage in positives_2xN.T[::-1].tolist()}
@@ -726,9 +762,20 @@ def train_joint(run: Run, store: tokens.Store, candidates: dict):
     """Joint training of both warmed-up models on hybrid lists."""
     settings = run.config.joint
 
-    def redraw(step, params, number):
+    if not any((run.workdir / "joint" / "last").glob("[0-9]*")):
+        # What an earlier training left, of which the checkpoints have been deleted.
+        for folder in [*run.workdir.glob("lists/joint.*"), run.workdir / "vectors/refreshed"]:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def redraw(step, state, number):
         _say(f"  refresh: candidates by the models of step {step}")
-        found = refresh(run, store, step, params)
+        complete = run.workdir / "lists" / f"joint.{step:07}" / "complete"
+        if int(state.step) > step and not complete.is_file():
+            raise InputError(
+                f"{complete.parent}: the candidates of step {step} are gone, the models have changed; "
+                f"delete {run.workdir / 'joint'} to train this stage again"
+            )
+        found = refresh(run, store, candidates, step, state.params)
         return draw_lists(run, store, found, "joint", number=number, step=step)
 
     if settings.lists:
@@ -753,8 +800,10 @@ def train_joint(run: Run, store: tokens.Store, candidates: dict):
     )
 
 
-def evaluate(run: Run, store: tokens.Store, split: str, indexes: tuple[str, ...]) -> dict:
-    """Retrieval and re-ranking of every model state on a split, as `results.json` describes it.
+def evaluate(
+    run: Run, store: tokens.Store, split: str, indexes: tuple[str, ...], states=STATES
+) -> dict:
+    """Retrieval and re-ranking of model states on a split, as `results.json` describes it.
 
     Retrieves with exact search and, if asked for, with ScaNN; the re-ranker re-ranks what its own
     state's retriever found by the first of `indexes`. Writes `runs/*.trec`, `eval/<split>.json` and,
@@ -789,7 +838,7 @@ def evaluate(run: Run, store: tokens.Store, split: str, indexes: tuple[str, ...]
         means = {metric: float(value.mean()) for metric, value in values.items()}
         rows.append({**row, "queries": len(rows_Q), "metrics": means, **extra})
 
-    for state in STATES:
+    for state in states:
         if state == "retriever" and run.config.retriever.epochs == 0:
             continue
         retrieved = {}
@@ -826,6 +875,8 @@ def evaluate(run: Run, store: tokens.Store, split: str, indexes: tuple[str, ...]
     ]
     significance = []
     for a, b in dict.fromkeys(pairs):
+        if not {(*a, first), (*b, first)} <= set(per_query):
+            continue
         values = [per_query[(*x, first)][DEV_METRIC] for x in (a, b)]
         difference, p_value = metrics.paired_test(
             *values, permutations=settings.permutations, seed=run.config.seed

@@ -25,8 +25,16 @@ def curves(stage: pathlib.Path) -> dict[str, list[tuple[int, float]]]:
     import tensorflow as tf
 
     found: dict[str, dict[int, float]] = {}
+
+    def records(path):
+        try:
+            yield from tf.data.TFRecordDataset(str(path)).as_numpy_iterator()
+        except tf.errors.DataLossError:
+            # The last record of a run that was killed, or is still writing.
+            return
+
     for path in sorted(stage.glob("events.out.tfevents.*")):
-        for record in tf.data.TFRecordDataset(str(path)).as_numpy_iterator():
+        for record in records(path):
             event = tf.compat.v1.Event.FromString(record)
             for value in event.summary.value:
                 scalar = float(tf.make_ndarray(value.tensor))

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -35,11 +36,12 @@ def test_every_row_changes_one_thing_of_full():
 
 
 def measured(values):
-    """`values[row]` [seeds, queries] of both models and metrics; the warm start has 0.5 everywhere."""
+    """`values[row]` [seeds, queries] of both models and metrics; each state before has its own."""
     queries = next(iter(values.values())).shape[1]
+    states = {"zero_shot.retriever": 0.25, "retriever.retriever": 0.375, "reranker.reranker": 0.5}
     warm = {
-        f"{state}.exact.{metric}": np.full(queries, 0.5)
-        for state in ("zero_shot.retriever", "retriever.retriever", "reranker.reranker")
+        f"{state}.exact.{metric}": np.full(queries, value)
+        for state, value in states.items()
         for metric in ablations.METRICS
     }
     return [
@@ -78,6 +80,7 @@ def test_summary_by_hand():
     same = rows["same", "retriever", "RR@10"]
     assert (same["difference"], same["low"], same["high"], same["p_value"]) == (0, 0, 0, 1)
     assert rows["warm start", "reranker", "RR@10"]["difference"] == pytest.approx(-1 / 16)
+    assert rows["warm start", "retriever", "Success@50"]["mean"] == 0.375
     table = ablations.render(found)
     assert "| better | 2 | 1.0000 | 0.0000 | +0.4375 |" in table
     assert table.count("16 test queries") == 3
@@ -87,32 +90,58 @@ def test_summary_by_hand():
 def ablated(tmp_path_factory, bert_folder):
     folder = tmp_path_factory.mktemp("ablations")
     settings = tiny_config(write_beir(folder / "data"), bert_folder)
-    only = ["static distillation", "refreshed candidates"]
-    return settings, folder / "w", only, ablations.run_all(settings, folder / "w", 1, only)
+    # Not all queries, so that another draw of them would show.
+    settings.mine.queries = 24
+    only = ["without denoised lists", "refreshed candidates"]
+    return settings, folder / "w", only, ablations.run_all(settings, folder / "w", 2, only)
 
 
 def test_rows_start_from_one_warm_start_and_keep_their_change(ablated):
     _, folder, only, measured = ablated
-    assert [m["row"] for m in measured] == ["full", *only]
+    assert [(m["row"], m["seed"]) for m in measured] == [
+        (name, seed) for seed in (0, 1) for name in ("full", *only)
+    ]
     for name in ("full", *only):
-        workdir = folder / "rows" / f"{name.replace(' ', '_')}.0"
+        workdir = folder / "rows" / f"{name.replace(' ', '_')}.1"
         assert (workdir / "reranker").resolve() == (folder / "warm" / "reranker").resolve()
         changed = json.loads((workdir / "config.json").read_text())
-        assert changed["joint"]["train_reranker"] == (name != "static distillation")
-        assert changed["joint"]["refresh_every"] == (3 if name == "refreshed candidates" else 0)
-    by_row = {m["row"]: m["values"] for m in measured}
+        assert changed["seed"] == 1
+        undenoised = name == "without denoised lists"
+        assert changed["joint"]["denoised_share"] == (0 if undenoised else 0.5)
+        refreshed = name == "refreshed candidates"
+        assert changed["joint"]["refresh_every"] == (2 if refreshed else 0)
+        assert (workdir / "eval" / "test.reranker.reranked.exact.npz").is_symlink()
+    by_row = {(m["row"], m["seed"]): m["values"] for m in measured}
     key = "joint.reranker.exact.RR@10"
     assert all(values[key].shape == (8,) for values in by_row.values())
     assert not (folder / "warm" / "joint").exists()
-    refreshed = folder / "rows" / "refreshed_candidates.0" / "lists" / "joint.0000003"
-    assert (refreshed / "train.retrieved.npz").is_file()
     assert not list((folder / "warm" / "lists").glob("joint.*"))
+
+
+def test_every_row_takes_as_many_steps(ablated):
+    _, folder, _, _ = ablated
+    steps = {
+        row.name: [int(p.name) for p in (row / "joint" / "last").glob("[0-9]*")]
+        for row in (folder / "rows").iterdir()
+    }
+    assert len(steps) == 6
+    assert len({tuple(step) for step in steps.values()}) == 1, steps
+
+
+def test_refreshed_candidates_are_those_of_the_same_queries(ablated):
+    _, folder, _, _ = ablated
+    with np.load(folder / "warm" / "lists" / "train.retrieved.npz") as file:
+        rows_Q = file["query_rows"]
+    for seed in (0, 1):
+        workdir = folder / "rows" / f"refreshed_candidates.{seed}"
+        with np.load(workdir / "lists" / "joint.0000002" / "train.retrieved.npz") as file:
+            np.testing.assert_array_equal(file["query_rows"], rows_Q)
 
 
 def test_finished_rows_are_not_run_again(ablated):
     settings, folder, only, measured = ablated
     checkpoints = {p: p.stat().st_mtime_ns for p in folder.rglob("last/*")}
-    again = ablations.run_all(settings, folder, 1, only)
+    again = ablations.run_all(settings, folder, 2, only)
     assert checkpoints == {p: p.stat().st_mtime_ns for p in folder.rglob("last/*")}
     for one, other in zip(measured, again):
         for key, values in one["values"].items():
@@ -122,15 +151,42 @@ def test_finished_rows_are_not_run_again(ablated):
 def test_unknown_rows_are_refused_before_anything_runs(tmp_path, ablated):
     with pytest.raises(InputError, match="no row 'statik'"):
         ablations.run_all(ablated[0], tmp_path / "w", 1, ["statik"])
+    fewer = config.loads(config.dumps(ablated[0]))
+    fewer.evaluate.metrics = ("RR@10",)
+    with pytest.raises(InputError, match="the table needs Success@50"):
+        ablations.run_all(fewer, tmp_path / "w", 1, None)
+    given = config.loads(config.dumps(ablated[0]))
+    given.joint.lists = "lists.tsv"
+    with pytest.raises(InputError, match=r"joint\.lists"):
+        ablations.run_all(given, tmp_path / "w", 1, None)
     assert not (tmp_path / "w").exists()
+
+
+def test_ablations_may_be_moved(ablated, tmp_path):
+    _, folder, _, _ = ablated
+    shutil.copytree(folder, tmp_path / "moved", symlinks=True)
+    link = tmp_path / "moved" / "rows" / "full.0" / "reranker"
+    assert link.is_symlink()
+    assert link.resolve() == (tmp_path / "moved" / "warm" / "reranker").resolve()
+
+
+def test_events_of_a_killed_run_are_read_up_to_the_break(ablated, tmp_path):
+    _, folder, _, _ = ablated
+    (path,) = (folder / "rows" / "full.0" / "joint").glob("events.out.tfevents.*")
+    (tmp_path / path.name).write_bytes(path.read_bytes()[:-7])
+    whole, broken = report.curves(path.parent), report.curves(tmp_path)
+    last = "dev/retriever RR@10"
+    assert broken[last] in (whole[last], whole[last][:-1])
+    assert broken["kl"] == whole["kl"]
 
 
 def test_figures_show_what_was_recorded(ablated, tmp_path):
     _, folder, _, _ = ablated
     workdir = folder / "rows" / "full.0"
     found = report.curves(workdir / "joint")
-    assert [step for step, _ in found["dev/retriever RR@10"]] == [0, 3, 6]
-    assert [step for step, _ in found["kl"]] == [2, 4, 6]
+    (last,) = (int(p.name) for p in (workdir / "joint" / "last").glob("[0-9]*"))
+    assert [step for step, _ in found["dev/retriever RR@10"]] == [*range(0, last, 3), last]
+    assert [step for step, _ in found["kl"]] == [*range(2, last, 2), last]
     assert all(0 <= value <= np.log(4) + 1e-6 for _, value in found["reranker_entropy"])
     ended = run_program("rqv2_jax.report", f"--workdir={workdir}")
     assert ended.returncode == 0, ended.stderr

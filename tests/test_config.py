@@ -136,6 +136,11 @@ def test_numbers_that_are_none(key, value):
     assert message(**{key: value}).startswith(f"config.{key} is {value}")
 
 
+def test_given_lists_cannot_be_refreshed():
+    config_lib.check(usable(**{"joint.lists": "lists.tsv"}))
+    assert "refresh_every" in message(**{"joint.lists": "lists.tsv", "joint.refresh_every": 5})
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [

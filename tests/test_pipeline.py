@@ -283,9 +283,8 @@ def joint_again(finished, tmp_path_factory):
     return train_joint
 
 
-def test_refreshed_lists_come_from_the_models_as_they_are(finished, joint_again):
-    _, folder, printed = joint_again(refresh_every=2)
-    store = tokens.open_store(finished[1] / "data" / "tokens")
+def test_refreshed_lists_come_from_the_models_as_they_are(joint_again):
+    params, folder, printed = joint_again(refresh_every=2)
     assert [line for line in printed if "refresh" in line] == [
         f"  refresh: candidates by the models of step {step}" for step in (2, 4)
     ]
@@ -298,9 +297,36 @@ def test_refreshed_lists_come_from_the_models_as_they_are(finished, joint_again)
     assert all((arrays["query_rows"] == warm_Q).all() for arrays in found.values())
     with np.load(folder / "lists" / "joint.0000004" / "train.scores" / "00000.npz") as file:
         assert file["scores"].shape == found[""]["passages"].shape
-    assert len(store.passage_ids) == 48
     # The last line of training counts steps through all segments.
     assert any(line.startswith("  joint 6/6") for line in printed)
+    # The new candidates are what is trained on: nothing else sets this run apart from one without.
+    kept, _, _ = joint_again()
+    pairs = zip(_leaves(params), _leaves(kept))
+    assert not all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in pairs)
+
+
+def test_candidates_that_cannot_be_made_again_are_missed(finished, joint_again, monkeypatch):
+    config, _ = finished
+    _, folder, _ = joint_again(refresh_every=3)
+    steps = sorted((folder / "joint" / "last").glob("[0-9]*"))
+    assert [p.name for p in steps] == ["6"]
+    # As if it had been stopped at the last step but one, and the candidates were lost since.
+    shutil.rmtree(folder / "lists" / "joint.0000003")
+    monkeypatch.setattr(Checkpoints, "last_step", lambda self: 5)
+    restore = Checkpoints.restore_last
+
+    def earlier(self, state):
+        state = restore(self, state)
+        return state._replace(step=state.step - 1)
+
+    monkeypatch.setattr(Checkpoints, "restore_last", earlier)
+    changed = config_lib.loads(config_lib.dumps(config))
+    changed.joint.refresh_every = 3
+    run = pipeline.open_run(changed, folder)
+    store = tokens.open_store(finished[1] / "data" / "tokens")
+    candidates = pipeline.mine(run, store, pipeline.retrieve(run, store))
+    with pytest.raises(InputError, match=r"joint\.0000003: the candidates of step 3 are gone"):
+        pipeline.train_joint(run, store, candidates)
 
 
 @pytest.mark.parametrize("stop", [r"  joint 2/6 ", r"  refresh: .* step 3", r"  joint 6/6 .*loss"])
@@ -330,7 +356,7 @@ def test_exported_lists_can_be_trained_on(finished, joint_again, tmp_path):
     store = tokens.open_store(workdir / "data" / "tokens")
     candidates = pipeline.mine(run, store, pipeline.retrieve(run, store))
     drawn = pipeline.draw_lists(run, store, candidates, "joint")
-    params, folder, printed = joint_again(lists=str(path), epochs=1.0)
+    _, folder, printed = joint_again(lists=str(path), epochs=1.0)
     assert any(line.startswith(f"  {len(drawn.query_rows_L)} lists of 4: ") for line in printed)
     given = tokens.open_store(folder / "lists" / "given")
     changed = config_lib.loads(config_lib.dumps(config))
@@ -351,7 +377,6 @@ def test_exported_lists_can_be_trained_on(finished, joint_again, tmp_path):
         )
 
     assert words(read, given) == words(drawn, store)
-    assert set(params) == {"retriever", "reranker"}
 
 
 def test_denoise_report_of_a_workdir(finished):
@@ -381,14 +406,45 @@ def test_denoise_report_of_a_workdir(finished):
     assert "nowhere: no such qrels folder" in ended.stderr
 
 
-def test_candidates_without_scores_have_no_denoise_report(finished, tmp_path):
-    _, workdir = finished
-    shutil.copytree(workdir, tmp_path / "w", ignore=shutil.ignore_patterns("*.scores"))
-    run = pipeline.open_workdir(tmp_path / "w")
-    with pytest.raises(InputError, match="no candidates with re-ranker scores; run"):
+def test_report_and_export_need_what_they_read(finished, tmp_path):
+    config, workdir = finished
+
+    def refused(action, message, **settings):
+        changed = config_lib.loads(config_lib.dumps(config))
+        changed.joint.update(settings)
+        with pytest.raises(InputError, match=message) as e:
+            action(pipeline.open_run(changed, tmp_path / "w"))
+        assert "\n" not in str(e.value)
+
+    def report(run):
         pipeline.denoise_report(run, "", 1)
-    with pytest.raises(InputError, match="no candidates with re-ranker scores; run"):
+
+    def export(run):
         pipeline.export_lists(run, tmp_path / "lists.tsv")
+
+    shutil.copytree(workdir, tmp_path / "w")
+    refused(export, "refresh_every is 3", refresh_every=3)
+    refused(export, r"joint\.lists is 'x'", lists="x")
+    refused(report, "denoised_share is 0", denoised_share=0.0)
+    manifest = tmp_path / "w" / "data" / "tokens" / "manifest.json"
+    before = manifest.read_text()
+    manifest.write_text(before.replace('"source": "', '"source": "0'))
+    for action in (report, export):
+        refused(action, "the texts of data have changed since this workdir was made")
+    manifest.write_text(before)
+    shutil.rmtree(tmp_path / "w" / "lists" / "dev.scores")
+    for action in (report, export):
+        refused(action, "holds no candidates yet; run")
+    # Undenoised lists need no scores.
+    changed = config_lib.loads(config_lib.dumps(config))
+    changed.joint.denoised_share = 0.0
+    export(pipeline.open_run(changed, tmp_path / "w"))
+    assert len((tmp_path / "lists.tsv").read_text().splitlines()) == 4 * round(1.5 * 32)
+    ended = run_program(
+        "rqv2_jax.export", f"--workdir={workdir}", "--format=joint-tsv", "--to=/nowhere/lists.tsv"
+    )
+    assert ended.returncode == 1
+    assert "error: --to /nowhere/lists.tsv" in ended.stderr
 
 
 def test_unwarmed_retriever_is_the_starting_model(tmp_path, finished, bert_folder):
