@@ -181,7 +181,7 @@ def two_cores(config: ml_collections.ConfigDict):
         | {"schedule": "linear", "log_every": 20, "evaluate_every": 1000, "save_every": 40}
     )
     config.joint.update(
-        {"epochs": 0.5, "batch": 16, "list_size": 4, "learning_rate": 1e-4, "warmup_steps": 5}
+        {"epochs": 0.5, "batch": 16, "list_size": 4, "learning_rate": 3e-5, "warmup_steps": 5}
         | {"schedule": "linear", "log_every": 5, "evaluate_every": 25, "save_every": 20}
         | {"denoised_share": 1.0, "loss": LOSSES["official_code"]}
     )
