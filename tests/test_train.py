@@ -285,7 +285,7 @@ def test_static_distillation_gives_the_reranker_no_gradient(first_step):
         jax.tree.leaves(static.gradients["retriever"]),
         jax.tree.leaves(dynamic.gradients["retriever"]),
     ):
-        np.testing.assert_allclose(leaf, expected, rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(leaf, expected, rtol=1e-3, atol=1e-5)
 
 
 def small_params():
