@@ -35,7 +35,7 @@ def test_every_mesh_takes_the_same_step(first_step, stage_settings, name, mesh):
     expected, before = named_leaves(one.gradients), named_leaves(one.before)
     learning_rate = stage_settings().learning_rate
     for key, gradient in named_leaves(many.gradients).items():
-        rounding = 1e-4 * np.abs(expected[key]).max() + 1e-6
+        rounding = 1e-4 * np.abs(expected[key]).max() + 5e-6
         np.testing.assert_allclose(gradient, expected[key], rtol=0, atol=rounding, err_msg=key)
         # Adam's first step goes by the sign of the gradient: where that is rounding, so is it.
         certain = np.abs(expected[key]) > 10 * rounding
