@@ -4,6 +4,7 @@ Each stage reads and writes named artifacts of the workdir. A finished stage is 
 unfinished one resumes, so running the same command again is always right.
 """
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -500,51 +501,50 @@ def _train_stage(
     batches = make_batches(lists)
     steps = batches.steps
     folder = run.workdir / name
-    checkpoints = Checkpoints(folder)
-    if checkpoints.last_step() == steps:
-        _say("  done")
-        checkpoints.close()
-        return
-    optimizer = train.make_optimizer(run.config.optimizer, stage, steps, frozen)
-    state = checkpoints.restore_last(train.init_state(params, optimizer, run.sharding))
-    events = tf.summary.create_file_writer(str(folder))
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(folder)))
+        if checkpoints.last_step() == steps:
+            _say("  done")
+            return
+        optimizer = train.make_optimizer(run.config.optimizer, stage, steps, frozen)
+        state = checkpoints.restore_last(train.init_state(params, optimizer, run.sharding))
+        events = tf.summary.create_file_writer(str(folder))
+        stack.callback(events.close)
 
-    def write(step, terms):
-        with events.as_default(step):
-            for key, value in terms.items():
-                tf.summary.scalar(key, value)
-        events.flush()
-        shown = "  ".join(f"{key} {value:.4g}" for key, value in terms.items())
-        _say(f"  {name} {step}/{steps}  {shown}")
+        def write(step, terms):
+            with events.as_default(step):
+                for key, value in terms.items():
+                    tf.summary.scalar(key, value)
+            events.flush()
+            shown = "  ".join(f"{key} {value:.4g}" for key, value in terms.items())
+            _say(f"  {name} {step}/{steps}  {shown}")
 
-    def evaluate(step, params):
-        scores = {model: getattr(dev, model)(tree) for model, tree in params.items()}
-        write(step, {f"dev/{model} {DEV_METRIC}": score for model, score in scores.items()})
-        mean = sum(scores.values()) / len(scores)
-        checkpoints.save_best(step, params, f"dev {DEV_METRIC}, mean of models", mean)
+        def evaluate(step, params):
+            scores = {model: getattr(dev, model)(tree) for model, tree in params.items()}
+            write(step, {f"dev/{model} {DEV_METRIC}": score for model, score in scores.items()})
+            mean = sum(scores.values()) / len(scores)
+            checkpoints.save_best(step, params, f"dev {DEV_METRIC}, mean of models", mean)
 
-    step_fn = train.make_step(loss_fn, optimizer, run.sharding)
-    every = refresh_every or steps
-    for first in range(int(state.step) // every * every, steps, every):
-        stop = min(first + every, steps)
-        if first > 0:
-            number = (stop - first) * stage.batch
-            batches = make_batches(redraw(first, state, number))
-        state = train.train(
-            state,
-            step_fn=step_fn,
-            batches=lambda step, b=batches, first=first: map(
-                run.sharding.put_batch, b.stream(step - first)
-            ),
-            dropout_key=jax.random.key(run.config.seed, impl="rbg"),
-            total_steps=steps,
-            stop=stop,
-            stage=stage,
-            hooks=train.Hooks(evaluate, checkpoints.save_last, write),
-            name=name,
-        )
-    checkpoints.close()
-    events.close()
+        step_fn = train.make_step(loss_fn, optimizer, run.sharding)
+        every = refresh_every or steps
+        for first in range(int(state.step) // every * every, steps, every):
+            stop = min(first + every, steps)
+            if first > 0:
+                number = (stop - first) * stage.batch
+                batches = make_batches(redraw(first, state, number))
+            state = train.train(
+                state,
+                step_fn=step_fn,
+                batches=lambda step, b=batches, first=first: map(
+                    run.sharding.put_batch, b.stream(step - first)
+                ),
+                dropout_key=jax.random.key(run.config.seed, impl="rbg"),
+                total_steps=steps,
+                stop=stop,
+                stage=stage,
+                hooks=train.Hooks(evaluate, checkpoints.save_last, write),
+                name=name,
+            )
 
 
 def _epochs_of_lists(draw, *, epochs: float = 0.0, number: int = 0) -> lists_lib.Lists:

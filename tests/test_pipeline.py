@@ -277,6 +277,8 @@ def joint_again(finished, tmp_path_factory):
             if stop:
                 with pytest.raises(InterruptedError):
                     pipeline.train_joint(run, store, candidates)
+                # Nothing goes on being written or deleted once an interrupted run is out.
+                assert len(list((folder / "joint" / "last").iterdir())) == 1
             pipeline.train_joint(run, store, candidates)
         return last_joint_params(run), folder, printed
 
