@@ -175,13 +175,13 @@ def two_cores(config: ml_collections.ConfigDict):
     config.model.update({"pooling": "mean", "passage_format": "title_text", "dropout": 0.0})
     config.packing.blocks = 1
     config.retriever.epochs = 0.0
-    config.mine.update({"queries": 2000, "depth": 50, "scored_queries": 250, "scored_depth": 16})
+    config.mine.update({"queries": 2700, "depth": 50, "scored_queries": 250, "scored_depth": 16})
     config.reranker.update(
         {"epochs": 1.0, "batch": 8, "list_size": 4, "learning_rate": 2e-4, "warmup_steps": 10}
         | {"schedule": "linear", "log_every": 20, "evaluate_every": 1000, "save_every": 40}
     )
     config.joint.update(
-        {"epochs": 0.24, "batch": 16, "list_size": 4, "learning_rate": 3e-5, "warmup_steps": 5}
+        {"epochs": 0.18, "batch": 16, "list_size": 4, "learning_rate": 3e-5, "warmup_steps": 5}
         | {"schedule": "linear", "log_every": 5, "evaluate_every": 15, "save_every": 15}
         | {"denoised_share": 1.0, "loss": LOSSES["official_code"]}
     )
