@@ -74,8 +74,9 @@ def run_all(config, workdir: pathlib.Path, seeds: int, only: list[str] | None) -
     """
     import numpy as np
 
-    from rqv2_jax import pipeline
+    from rqv2_jax import evaluation, mining, pipeline
     from rqv2_jax.errors import InputError
+    from rqv2_jax.workdir import branch, claim, open_run
 
     changes = rows(config)
     unknown = set(only or ()) - set(changes)
@@ -86,15 +87,15 @@ def run_all(config, workdir: pathlib.Path, seeds: int, only: list[str] | None) -
         raise InputError(f"config.evaluate.metrics: the table needs {sorted(missing)[0]}; add it")
     if config.joint.lists:
         raise InputError("config.joint.lists: rows draw their own lists; leave it empty")
-    warm = pipeline.open_run(config, workdir / "warm")
-    pipeline.claim(warm)
+    warm = open_run(config, workdir / "warm")
+    claim(warm)
     store, candidates = pipeline.warm_up(warm)
-    pipeline.evaluate(
+    evaluation.evaluate(
         warm, store, "test", ("exact",), states=("zero_shot", "retriever", "reranker")
     )
 
     def count(run, candidates):
-        return len(pipeline.draw_lists(run, store, candidates, "joint").query_rows_L)
+        return len(mining.draw_lists(run, store, candidates, "joint").query_rows_L)
 
     lists = count(warm, candidates)
     measured = []
@@ -106,14 +107,14 @@ def run_all(config, workdir: pathlib.Path, seeds: int, only: list[str] | None) -
             own = _changed(config, change, max(lists // config.joint.batch // 2, 1))
             own.seed = seed
             folder = workdir / "rows" / f"{name.replace(' ', '_')}.{seed}"
-            run = pipeline.open_run(own, folder)
+            run = open_run(own, folder)
             found = candidates
             if own.joint.denoised_share == 0:
                 # Without the lists that denoised positives head there are fewer to a pass.
-                found = pipeline.retrieve(warm, store)
+                found = mining.retrieve(warm, store)
                 own.joint.epochs *= lists / count(run, found)
-            pipeline.claim(run)
-            pipeline.branch(run, warm)
+            claim(run)
+            branch(run, warm)
             pipeline.finish(run, store, found, ("exact",))
             with np.load(folder / "eval" / "test.per_query.npz") as file:
                 measured.append({"row": name, "seed": seed, "values": dict(file)})

@@ -25,8 +25,9 @@ def main():
     """Prints the report."""
     from rqv2_jax import artifacts, pipeline
     from rqv2_jax.data import denoise
+    from rqv2_jax.workdir import open_workdir
 
-    run = pipeline.open_workdir(pathlib.Path(_WORKDIR.value))
+    run = open_workdir(pathlib.Path(_WORKDIR.value))
     report, samples = pipeline.denoise_report(run, _LABELS.value, _SAMPLES.value)
     print(denoise.render(report))
     for sample in samples:

@@ -22,11 +22,12 @@ _TO = flags.DEFINE_string("to", None, "The file to write; gzipped if it ends in 
 def main():
     """Writes the file."""
     from rqv2_jax import pipeline
+    from rqv2_jax.workdir import open_workdir
 
     path = pathlib.Path(_TO.value)
     if path.is_dir() or not path.parent.is_dir():
         raise InputError(f"--to {path}: no file of this name can be written; name one in a folder")
-    pipeline.export_lists(pipeline.open_workdir(pathlib.Path(_WORKDIR.value)), path)
+    pipeline.export_lists(open_workdir(pathlib.Path(_WORKDIR.value)), path)
     print(f"lists: {path}")
 
 

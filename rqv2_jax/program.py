@@ -9,12 +9,13 @@ from absl import flags, logging
 from rqv2_jax.errors import InputError
 
 
-def run(main: Callable[[], None], doc: str, required: tuple[str, ...]):
+def run(main: Callable[..., None], doc: str, required: tuple[str, ...] = (), arguments: int = 0):
     """Parses the flags and runs `main`; exits 2 on bad flags, 1 on an InputError, 130 on Ctrl-C.
 
     Args:
       doc: the program's docstring, printed by --help and with an example in it.
       required: names of flags that must be given.
+      arguments: most arguments beside the flags; `main` gets them.
     """
     # TensorFlow's greeting would bury what the program has to say.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -27,8 +28,8 @@ def run(main: Callable[[], None], doc: str, required: tuple[str, ...]):
         return
     try:
         rest = flags.FLAGS(sys.argv)[1:]
-        if rest:
-            raise InputError(f"unexpected argument {rest[0]!r}; --help shows an example")
+        if len(rest) > arguments:
+            raise InputError(f"unexpected argument {rest[arguments]!r}; --help shows an example")
         for name in required:
             value = getattr(flags.FLAGS, name)
             # A config that could not be loaded raises OSError when it is first looked into.
@@ -42,7 +43,7 @@ def run(main: Callable[[], None], doc: str, required: tuple[str, ...]):
     except (flags.Error, InputError, OSError, TypeError, ValueError) as e:
         _fail(e, 2)
     try:
-        main()
+        main(*rest)
     except InputError as e:
         _fail(e, 1)
     except KeyboardInterrupt:

@@ -12,16 +12,16 @@ from typing import Any
 
 import numpy as np
 
-from rqv2_jax import pipeline
 from rqv2_jax.data import tokens
 from rqv2_jax.retrieval import encode, rerank
+from rqv2_jax.workdir import Run, open_workdir
 
 
 @dataclasses.dataclass(frozen=True)
 class Scorer:
     """Both models of one state of a run, restored from its orbax checkpoint."""
 
-    run: pipeline.Run
+    run: Run
     retriever: Any
     reranker: Any
 
@@ -51,5 +51,5 @@ def open_scorer(workdir: str, state: str) -> Scorer:
     Raises:
       InputError: no workdir, or the state has not been reached.
     """
-    run = pipeline.open_workdir(pathlib.Path(workdir))
+    run = open_workdir(pathlib.Path(workdir))
     return Scorer(run, run.params(state, "retriever"), run.params(state, "reranker"))

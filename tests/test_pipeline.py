@@ -11,12 +11,14 @@ import time
 import ir_measures
 import numpy as np
 import pytest
+import tqdm
 
 from rqv2_jax import config as config_lib
-from rqv2_jax import pipeline, score, train, weights
+from rqv2_jax import evaluation, mining, pipeline, score, train, weights
 from rqv2_jax.checkpoint import Checkpoints
 from rqv2_jax.data import tokens
 from rqv2_jax.errors import InputError
+from rqv2_jax.workdir import open_run, open_workdir
 
 ROOT = pathlib.Path(__file__).parent.parent
 WORDS = [
@@ -137,7 +139,7 @@ def test_reranked_run_keeps_the_retrievers_candidates_and_its_tail(finished):
 
 def test_joint_training_changes_both_models_and_starts_from_the_warm_ones(finished):
     config, workdir = finished
-    run = pipeline.open_workdir(workdir)
+    run = open_workdir(workdir)
     last = last_joint_params(run)
     for model, joint in last.items():
         warm = run.params("reranker", model)
@@ -173,9 +175,9 @@ def test_evaluation_of_some_queries_is_theirs_in_the_whole(finished, tmp_path):
     shutil.copytree(workdir, tmp_path / "w")
     fewer = config_lib.loads(config_lib.dumps(config))
     fewer.evaluate.queries = 5
-    run = pipeline.open_run(fewer, tmp_path / "w")
+    run = open_run(fewer, tmp_path / "w")
     store = tokens.open_store(workdir / "data" / "tokens")
-    report = pipeline.evaluate(run, store, "test", ("exact",))
+    report = evaluation.evaluate(run, store, "test", ("exact",))
     assert all(row["queries"] == 5 for row in report["rows"])
     lines = (tmp_path / "w" / "runs" / "test.joint.reranker.exact.trec").read_text().splitlines()
     asked = list(dict.fromkeys(line.split()[0] for line in lines))
@@ -260,11 +262,11 @@ def joint_again(finished, tmp_path_factory):
         folder = tmp_path_factory.mktemp("joint")
         for kept in ("retriever", "reranker", "vectors", "lists"):
             shutil.copytree(workdir / kept, folder / kept)
-        run = pipeline.open_run(changed, folder)
-        candidates = pipeline.mine(run, store, pipeline.retrieve(run, store))
+        run = open_run(changed, folder)
+        candidates = mining.mine(run, store, mining.retrieve(run, store))
         printed = []
         with pytest.MonkeyPatch.context() as patch:
-            say = pipeline._say
+            say = tqdm.tqdm.write
 
             def listen(text):
                 first = stop and not any(re.match(stop, line) for line in printed)
@@ -273,7 +275,7 @@ def joint_again(finished, tmp_path_factory):
                     raise InterruptedError
                 say(text)
 
-            patch.setattr(pipeline, "_say", listen)
+            patch.setattr(tqdm.tqdm, "write", listen)
             if stop:
                 with pytest.raises(InterruptedError):
                     pipeline.train_joint(run, store, candidates)
@@ -324,9 +326,9 @@ def test_candidates_that_cannot_be_made_again_are_missed(finished, joint_again, 
     monkeypatch.setattr(Checkpoints, "restore_last", earlier)
     changed = config_lib.loads(config_lib.dumps(config))
     changed.joint.refresh_every = 3
-    run = pipeline.open_run(changed, folder)
+    run = open_run(changed, folder)
     store = tokens.open_store(finished[1] / "data" / "tokens")
-    candidates = pipeline.mine(run, store, pipeline.retrieve(run, store))
+    candidates = mining.mine(run, store, mining.retrieve(run, store))
     with pytest.raises(InputError, match=r"joint\.0000003: the candidates of step 3 are gone"):
         pipeline.train_joint(run, store, candidates)
 
@@ -341,7 +343,7 @@ def test_refreshing_resumes_with_the_same_models(joint_again, stop):
 
 def test_static_distillation_leaves_the_reranker_alone(finished, joint_again):
     params, _, _ = joint_again(train_reranker=False)
-    warm = pipeline.open_workdir(finished[1])
+    warm = open_workdir(finished[1])
     for model, same in (("reranker", True), ("retriever", False)):
         pairs = zip(_leaves(params[model]), _leaves(warm.params("reranker", model)))
         assert all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in pairs) == same
@@ -354,16 +356,16 @@ def test_exported_lists_can_be_trained_on(finished, joint_again, tmp_path):
         "rqv2_jax.export", f"--workdir={workdir}", "--format=joint-tsv", f"--to={path}"
     )
     assert ended.returncode == 0, ended.stderr
-    run = pipeline.open_workdir(workdir)
+    run = open_workdir(workdir)
     store = tokens.open_store(workdir / "data" / "tokens")
-    candidates = pipeline.mine(run, store, pipeline.retrieve(run, store))
-    drawn = pipeline.draw_lists(run, store, candidates, "joint")
+    candidates = mining.mine(run, store, mining.retrieve(run, store))
+    drawn = mining.draw_lists(run, store, candidates, "joint")
     _, folder, printed = joint_again(lists=str(path), epochs=1.0)
     assert any(line.startswith(f"  {len(drawn.query_rows_L)} lists of 4: ") for line in printed)
     given = tokens.open_store(folder / "lists" / "given")
     changed = config_lib.loads(config_lib.dumps(config))
     changed.joint.update({"lists": str(path), "epochs": 1.0})
-    _, read = pipeline.read_lists(pipeline.open_run(changed, folder))
+    _, read = mining.read_lists(open_run(changed, folder))
 
     def words(lists, store):
         texts = store.splits["train"].texts
@@ -415,7 +417,7 @@ def test_report_and_export_need_what_they_read(finished, tmp_path):
         changed = config_lib.loads(config_lib.dumps(config))
         changed.joint.update(settings)
         with pytest.raises(InputError, match=message) as e:
-            action(pipeline.open_run(changed, tmp_path / "w"))
+            action(open_run(changed, tmp_path / "w"))
         assert "\n" not in str(e.value)
 
     def report(run):
@@ -440,7 +442,7 @@ def test_report_and_export_need_what_they_read(finished, tmp_path):
     # Undenoised lists need no scores.
     changed = config_lib.loads(config_lib.dumps(config))
     changed.joint.denoised_share = 0.0
-    export(pipeline.open_run(changed, tmp_path / "w"))
+    export(open_run(changed, tmp_path / "w"))
     assert len((tmp_path / "lists.tsv").read_text().splitlines()) == 4 * round(1.5 * 32)
     ended = run_program(
         "rqv2_jax.export", f"--workdir={workdir}", "--format=joint-tsv", "--to=/nowhere/lists.tsv"
@@ -453,7 +455,7 @@ def test_unwarmed_retriever_is_the_starting_model(tmp_path, finished, bert_folde
     config, _ = finished
     skipped = config_lib.loads(config_lib.dumps(config))
     skipped.retriever.epochs = 0.0
-    run = pipeline.open_run(skipped, tmp_path / "w")
+    run = open_run(skipped, tmp_path / "w")
     assert run.trained_by("joint", "retriever") == "joint"
     assert run.trained_by("retriever", "retriever") == "zero_shot"
     encoder = weights.load_encoder(pathlib.Path(bert_folder), run.models.config)
@@ -464,22 +466,22 @@ def test_unwarmed_retriever_is_the_starting_model(tmp_path, finished, bert_folde
 
 
 def test_reranker_of_an_untrained_state_is_refused(finished):
-    run = pipeline.open_workdir(finished[1])
+    run = open_workdir(finished[1])
     with pytest.raises(InputError, match="zero_shot"):
         run.params("zero_shot", "reranker")
 
 
 def test_dev_pool_holds_positives_and_candidates_and_a_perfect_score_is_one(finished):
     config, workdir = finished
-    run = pipeline.open_workdir(workdir)
+    run = open_workdir(workdir)
     store = tokens.open_store(workdir / "data" / "tokens")
-    candidates = pipeline.retrieve(run, store)["dev"]
-    dev = pipeline.Dev(run, store, candidates)
+    candidates = mining.retrieve(run, store)["dev"]
+    dev = evaluation.Dev(run, store, candidates)
     positives = store.splits["dev"].positives()
     needed = {*candidates.passages_QxN.reshape(-1).tolist(), *positives[1].tolist()}
     assert needed <= set(dev.pool_N.tolist())
     assert len(dev.pool_N) == len(set(dev.pool_N.tolist())) == max(config.dev.pool, len(needed))
-    assert len(pipeline.Dev(run, store, None).pool_N) == config.dev.pool
+    assert len(evaluation.Dev(run, store, None).pool_N) == config.dev.pool
     found_QxK = np.stack([positives[1], (positives[1] + 1) % 48], axis=1)
     assert dev._score(found_QxK, np.array([[2.0, 1.0]] * 8)) == 1.0
     assert dev._score(found_QxK, np.array([[1.0, 2.0]] * 8)) == 0.5

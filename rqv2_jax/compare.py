@@ -1,0 +1,124 @@
+"""Two run files on the same qrels: every metric of both, and whether they differ."""
+
+import functools
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from rqv2_jax import metrics
+from rqv2_jax.data import collection
+from rqv2_jax.errors import InputError
+
+# Which columns hold query, passage and relevance, by how many there are.
+_COLUMNS = {2: (0, 1, None), 3: (0, 1, 2), 4: (0, 2, 3)}
+
+
+def read_qrels(path: pathlib.Path) -> dict[tuple[str, str], int]:
+    """Relevance of every judged (query id, passage id).
+
+    Takes TREC's and MS MARCO's lines `qid 0 docid rel`, BEIR's `qid docid rel` with or without its
+    header line, and RocketQA's `qid docid`; columns are separated by white space.
+
+    Raises:
+      InputError: the file cannot be read, a line is none of these, or a pair is judged twice apart.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; give --qrels a file of relevance labels")
+    found = {}
+    for number, line in collection.lines(path):
+        columns = line.split()
+        if number == 1 and tuple(columns) == collection.QRELS_HEADER:
+            continue
+        if len(columns) not in _COLUMNS:
+            raise InputError(
+                f"{path}:{number}: {len(columns)} columns; write `qid 0 docid rel`, "
+                "`qid docid rel` or `qid docid`"
+            )
+        query, passage, relevance = _COLUMNS[len(columns)]
+        try:
+            value = 1 if relevance is None else int(columns[relevance])
+        except ValueError:
+            raise InputError(
+                f"{path}:{number}: relevance {columns[relevance]!r} is no integer; correct it"
+            ) from None
+        pair = columns[query], columns[passage]
+        if found.setdefault(pair, value) != value:
+            raise InputError(
+                f"{path}:{number}: passage {pair[1]} has relevance {value} for query {pair[0]}, but "
+                f"{found[pair]} before; keep one of the two"
+            )
+    return found
+
+
+def _arrays(run, query_ids, passage_rows):
+    """A run as `metrics` takes it, a row for each of `query_ids`."""
+    found = [run.get(query, []) for query in query_ids]
+    shape = len(query_ids), max(map(len, found), default=0)
+    passages_QxK, scores_QxK = np.full(shape, -1, np.int64), np.zeros(shape, np.float32)
+    for row, listed in enumerate(found):
+        passages_QxK[row, : len(listed)] = [passage_rows[passage] for passage, _ in listed]
+        scores_QxK[row, : len(listed)] = [score for _, score in listed]
+    return passages_QxK, scores_QxK
+
+
+def compare(
+    a: pathlib.Path,
+    b: pathlib.Path,
+    qrels: pathlib.Path,
+    *,
+    names: Sequence[str],
+    permutations: int,
+    seed: int,
+) -> tuple[list[dict], int]:
+    """(a row for each metric, number of queries) of two TREC run files.
+
+    A row has the means `a` and `b`, `difference` = a - b with its 95% bootstrap interval from `low`
+    to `high`, and the p-value of the two-sided paired randomisation test. All queries with a relevant
+    passage count; in a run that does not name one it has 0.
+
+    Raises:
+      InputError: a file cannot be used, or a run shares no query with the qrels.
+    """
+    judged, runs = read_qrels(qrels), [metrics.read_trec_run(path) for path in (a, b)]
+    query_ids = sorted({query for query, _ in judged})
+    for path, run in zip((a, b), runs):
+        if not run.keys() & set(query_ids):
+            raise InputError(f"{path}: holds no query of {qrels}; give the qrels of its queries")
+    listed = {passage for run in runs for found in run.values() for passage, _ in found}
+    passage_ids = sorted(listed | {passage for _, passage in judged})
+    query_rows, passage_rows = (
+        {name: row for row, name in enumerate(ids)} for ids in (query_ids, passage_ids)
+    )
+    pairs = [(query_rows[q], passage_rows[p], relevance) for (q, p), relevance in judged.items()]
+    values = [
+        metrics.evaluate(
+            *_arrays(run, query_ids, passage_rows),
+            passage_ids,
+            tuple(np.array(pairs, np.int64).T),
+            names,
+        )
+        for run in runs
+    ]
+    rows = []
+    for name in names:
+        a_J, b_J = (value[name] for value in values)
+        test = functools.partial(metrics.paired_test, permutations=permutations, seed=seed)
+        difference, p_value = test(a_J, b_J)
+        low, high = metrics.interval(a_J - b_J, resamples=permutations, seed=seed)
+        row = {"metric": name, "a": float(a_J.mean()), "b": float(b_J.mean())}
+        rows.append({**row, "difference": difference, "low": low, "high": high, "p_value": p_value})
+    return rows, len(a_J)
+
+
+def render(rows: list[dict], queries: int, a: str, b: str) -> str:
+    """The comparison as a table for people."""
+    lines = [f"a: {a}", f"b: {b}", f"{queries} queries with a relevant passage", ""]
+    lines.append(f"{'metric':12} {'a':>8} {'b':>8} {'a - b':>9} {'95% interval':>20} {'p':>8}")
+    for row in rows:
+        interval = f"[{row['low']:+.4f}, {row['high']:+.4f}]"
+        lines.append(
+            f"{row['metric']:12} {row['a']:8.4f} {row['b']:8.4f} {row['difference']:+9.4f} "
+            f"{interval:>20} {row['p_value']:8.4f}"
+        )
+    return "\n".join(lines)

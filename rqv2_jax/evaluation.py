@@ -1,0 +1,224 @@
+"""What the models are worth: on dev during training, on a split in full after it."""
+
+import json
+
+import numpy as np
+
+from rqv2_jax import artifacts, metrics, mining
+from rqv2_jax.data import lists as lists_lib
+from rqv2_jax.data import tokens
+from rqv2_jax.errors import InputError
+from rqv2_jax.retrieval import encode, index, rerank
+from rqv2_jax.workdir import Run
+
+STATES = ("zero_shot", "retriever", "reranker", "joint")
+DEV_METRIC = "RR@10"
+
+
+def _qrels_of(queries: tokens.Queries, rows_Q: np.ndarray):
+    """Labels of some queries, given in ascending order; query rows count through these alone."""
+    query_N, passage_N, relevance_N = queries.qrels_3xN
+    chosen_N = np.isin(query_N, rows_Q)
+    return np.searchsorted(rows_Q, query_N[chosen_N]), passage_N[chosen_N], relevance_N[chosen_N]
+
+
+class Dev:
+    """Measures both models on dev queries during training, on a fixed pool of passages.
+
+    The retriever ranks a pool: the positives of the dev queries, their candidates if there are any,
+    and random passages up to `config.dev.pool`. The re-ranker re-ranks each query's candidates.
+    """
+
+    def __init__(self, run: Run, store: tokens.Store, candidates: lists_lib.Candidates | None):
+        self.run, self.store, self.candidates = run, store, candidates
+        self.queries = store.splits["dev"]
+        if candidates is None:
+            rows_Q = mining.subset(len(self.queries.ids), run.config.dev.queries, run.config.seed)
+        else:
+            rows_Q = candidates.query_rows_Q
+        self.rows_Q = np.sort(rows_Q)
+        self.qrels = _qrels_of(self.queries, self.rows_Q)
+        pool = self.qrels[1][self.qrels[2] > 0]
+        if candidates is not None:
+            pool = np.append(pool, candidates.passages_QxN.reshape(-1))
+        pool = np.unique(pool)
+        others = np.setdiff1d(np.arange(len(store.passage_ids)), pool)
+        others = np.random.default_rng(run.config.seed).permutation(others)
+        fill = max(run.config.dev.pool - len(pool), 0)
+        self.pool_N = np.sort(np.append(pool, others[:fill]))
+
+    def _score(self, passages_QxK, scores_QxK) -> float:
+        values = metrics.evaluate(
+            passages_QxK, scores_QxK, self.store.passage_ids, self.qrels, [DEV_METRIC]
+        )
+        return float(values[DEV_METRIC].mean())
+
+    def retriever(self, params) -> float:
+        """RR@10 of the retriever over the pool."""
+        forward = self.run.forward
+        passages_NxD = encode.passages(forward, params["passage"], self.store, self.pool_N)
+        queries_QxD = encode.queries(forward, params["query"], self.queries.texts, self.rows_Q)
+        rows_QxK, scores_QxK = index.exact(queries_QxD, [passages_NxD], 10)
+        return self._score(self.pool_N[rows_QxK], scores_QxK)
+
+    def reranker(self, params) -> float:
+        """RR@10 of the re-ranker over each query's candidates."""
+        order_Q = np.argsort(self.candidates.query_rows_Q)
+        passages_QxK = self.candidates.passages_QxN[order_Q]
+        scores_QxK = rerank.scores(
+            self.run.forward, params, self.store, self.queries.texts, self.rows_Q, passages_QxK
+        )
+        return self._score(passages_QxK, scores_QxK)
+
+
+def evaluate(
+    run: Run, store: tokens.Store, split: str, indexes: tuple[str, ...], states=STATES
+) -> dict:
+    """Retrieval and re-ranking of model states on a split, as `results.json` describes it.
+
+    Retrieves with exact search and, if asked for, with ScaNN; the re-ranker re-ranks what its own
+    state's retriever found by the first of `indexes`. Writes `runs/*.trec`, `eval/<split>.json` and,
+    as `<state>.<model>.<index>.<metric>`, the values of all queries in `eval/<split>.per_query.npz`.
+
+    Raises:
+      InputError: the split is not there, or a stage has not been run.
+    """
+    if split not in store.splits:
+        raise InputError(f"--split {split}: the data has only {', '.join(store.splits)}")
+    settings, queries = run.config.evaluate, store.splits[split]
+    # The same queries for every seed, so that runs can be compared by query.
+    rows_Q = np.sort(mining.subset(len(queries.ids), settings.queries, 0))
+    query_ids, qrels = [queries.ids[row] for row in rows_Q], _qrels_of(queries, rows_Q)
+    rows, per_query = [], {}
+    (run.workdir / "runs").mkdir(exist_ok=True)
+
+    def add(state, model, name, passages_QxK, scores_QxK, **extra):
+        metrics.write_trec_run(
+            run.workdir / "runs" / f"{split}.{state}.{model}.{name}.trec",
+            query_ids,
+            store.passage_ids,
+            passages_QxK,
+            scores_QxK,
+            f"rqv2_jax.{state}.{model}",
+        )
+        values = metrics.evaluate(
+            passages_QxK, scores_QxK, store.passage_ids, qrels, settings.metrics
+        )
+        per_query[state, model, name] = values
+        row = {"state": state, "model": model, "split": split, "index": name}
+        means = {metric: float(value.mean()) for metric, value in values.items()}
+        rows.append({**row, "queries": len(rows_Q), "metrics": means, **extra})
+
+    for state in states:
+        if state == "retriever" and run.config.retriever.epochs == 0:
+            continue
+        retrieved = {}
+        for name in indexes:
+            found, extra = _search(run, store, split, rows_Q, state, name)
+            retrieved[name] = found["passages"], found["scores"]
+            # The re-ranker's warm-up leaves the retriever as it was.
+            if state != "reranker":
+                add(state, "retriever", name, *retrieved[name], **extra)
+        if state in ("reranker", "joint"):
+            passages_QxK, scores_QxK = retrieved[indexes[0]]
+            top_QxK = passages_QxK[:, : settings.rerank_depth]
+
+            def compute(state=state, top_QxK=top_QxK):
+                params = run.params(state, "reranker")
+                return {
+                    "scores": rerank.scores(
+                        run.forward, params, store, queries.texts, rows_Q, top_QxK
+                    )
+                }
+
+            path = run.workdir / "eval" / f"{split}.{state}.reranked.{indexes[0]}.npz"
+            source = f"{store.fingerprint} {settings.queries} {settings.rerank_depth}"
+            top = artifacts.cached(path, source, compute)["scores"]
+            add(state, "reranker", indexes[0], passages_QxK, rerank.merge(top, scores_QxK))
+
+    first = indexes[0]
+    start = "zero_shot" if run.config.retriever.epochs == 0 else "retriever"
+    pairs = [
+        (("joint", "retriever"), ("zero_shot", "retriever")),
+        (("joint", "retriever"), (start, "retriever")),
+        (("joint", "reranker"), ("reranker", "reranker")),
+        (("joint", "reranker"), ("joint", "retriever")),
+    ]
+    significance = []
+    for a, b in dict.fromkeys(pairs):
+        if not {(*a, first), (*b, first)} <= set(per_query):
+            continue
+        values = [per_query[(*x, first)][DEV_METRIC] for x in (a, b)]
+        difference, p_value = metrics.paired_test(
+            *values, permutations=settings.permutations, seed=run.config.seed
+        )
+        names = {"a": " ".join(a), "b": " ".join(b), "metric": DEV_METRIC}
+        significance.append({**names, "difference": difference, "p_value": p_value})
+    report = {"rows": rows, "significance": significance}
+    folder = run.workdir / "eval"
+    arrays = {
+        f"{'.'.join(key)}.{m}": v for key, found in per_query.items() for m, v in found.items()
+    }
+    artifacts.write_arrays(folder / f"{split}.per_query.npz", arrays)
+    artifacts.write_text(folder / f"{split}.json", json.dumps(report, indent=1) + "\n")
+    return report
+
+
+def _search(run: Run, store: tokens.Store, split: str, rows_Q: np.ndarray, state: str, name: str):
+    """What the retriever of a state finds for queries of a split, and what to say of the index."""
+    settings, queries = run.config.evaluate, store.splits[split]
+    stage = run.trained_by(state, "retriever")
+    source = f"{store.fingerprint} {settings.queries} {settings.retrieve_depth}"
+
+    def vectors():
+        tower = run.params(state, "retriever")["query"]
+        return encode.queries(run.forward, tower, queries.texts, rows_Q)
+
+    def ranked(passages_QxK, scores_QxK):
+        # By the tie rule, so that the re-ranker's cut does not depend on the order of the corpus.
+        passages_QxK, scores_QxK = metrics.sort_run(passages_QxK, scores_QxK, store.passage_ids)
+        return {"passages": passages_QxK, "scores": scores_QxK}
+
+    def exact():
+        shards = mining.corpus_vectors(run, store, state)
+        return ranked(*index.exact(vectors(), shards, settings.retrieve_depth))
+
+    folder = run.workdir / "eval"
+    found = artifacts.cached(folder / f"{split}.{stage}.exact.npz", source, exact)
+    if name == "exact":
+        return found, {}
+
+    def scann():
+        shards = mining.corpus_vectors(run, store, state)
+        searcher = index.build_scann(
+            shards, settings.scann, settings.retrieve_depth, run.workdir / "index" / stage, source
+        )
+        return ranked(*index.scann_search(searcher, vectors(), settings.retrieve_depth))
+
+    approximate = artifacts.cached(folder / f"{split}.{stage}.scann.npz", source, scann)
+    recalls = {
+        f"recall@{depth} against exact": index.recall(
+            approximate["passages"][:, :depth], found["passages"][:, :depth]
+        )
+        for depth in (10, 100)
+    }
+    return approximate, recalls
+
+
+def render(report: dict) -> str:
+    """The report as a table for people."""
+    names = list(report["rows"][0]["metrics"])
+    head = f"{'state':10} {'model':10} {'index':6} " + " ".join(f"{n:>11}" for n in names)
+    lines = [head, "-" * len(head)]
+    for row in report["rows"]:
+        cells = " ".join(f"{row['metrics'][n]:11.4f}" for n in names)
+        recalls = [f"{k} {v:.3f}" for k, v in row.items() if k.startswith("recall@")]
+        note = f"  {', '.join(recalls)}" if recalls else ""
+        lines.append(f"{row['state']:10} {row['model']:10} {row['index']:6} {cells}{note}")
+    queries = report["rows"][0]["queries"]
+    lines.append(f"{queries} {report['rows'][0]['split']} queries")
+    lines += [
+        f"{s['metric']}: {s['a']} - {s['b']} = {s['difference']:+.4f} (p = {s['p_value']:.4f})"
+        for s in report["significance"]
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,217 @@
+"""Candidates by both models, and the lists of training drawn from them."""
+
+import dataclasses
+import pathlib
+
+import numpy as np
+import tqdm
+
+from rqv2_jax import artifacts
+from rqv2_jax.data import joint_tsv, tokens
+from rqv2_jax.data import lists as lists_lib
+from rqv2_jax.retrieval import encode, index, rerank
+from rqv2_jax.workdir import Run
+
+MINED_AT_ONCE = 1024
+
+
+def subset(count: int, most: int, seed: int) -> np.ndarray:
+    """At most `most` of the numbers below `count`, drawn at random, in random order."""
+    return np.random.default_rng(seed).permutation(count)[:most]
+
+
+def corpus_vectors(run: Run, store: tokens.Store, state: str) -> list[np.ndarray]:
+    """The corpus by the retriever of a state, in `vectors/<stage that trained it>`."""
+    stage = run.trained_by(state, "retriever")
+    return encode.corpus(
+        run.forward,
+        run.params(state, "retriever")["passage"],
+        store,
+        run.workdir / "vectors" / stage,
+        f"{stage} {store.fingerprint}",
+    )
+
+
+def _retrieve(run: Run, store: tokens.Store, folder: pathlib.Path, rows, tower, shards):
+    """The top passages of some training and dev queries, by split.
+
+    `rows` are their row numbers by split; `tower()` and `shards()` give the params of the query tower
+    and the passages' vectors.
+    """
+
+    def candidates(split, depth):
+        rows_Q, queries = rows[split], store.splits[split]
+
+        def compute():
+            vectors_QxD = encode.queries(run.forward, tower(), queries.texts, rows_Q)
+            passages_QxN, scores_QxN = index.exact(vectors_QxD, shards(), depth)
+            return {"query_rows": rows_Q, "passages": passages_QxN, "scores": scores_QxN}
+
+        found = artifacts.cached(folder / f"{split}.retrieved.npz", store.fingerprint, compute)
+        return lists_lib.Candidates(
+            found["query_rows"],
+            found["passages"],
+            found["scores"],
+            np.full(found["scores"].shape, np.nan, np.float32),
+        )
+
+    return {
+        "train": candidates("train", run.config.mine.depth),
+        "dev": candidates("dev", run.config.dev.depth),
+    }
+
+
+def _score(run: Run, store: tokens.Store, candidates: dict, folder: pathlib.Path, reranker):
+    """The candidates with scores of the re-ranker, whose params `reranker()` gives.
+
+    Those of `config.mine` and all of the dev queries get one, the others keep NaN; none does unless
+    joint lists are to be denoised.
+    """
+    params = None
+
+    def scored(split, candidates, queries, depth):
+        found = candidates.first(queries, depth)
+        texts = store.splits[split].texts
+        parts = []
+        for first in range(0, len(found.query_rows_Q), MINED_AT_ONCE):
+            rows_Q = found.query_rows_Q[first : first + MINED_AT_ONCE]
+            passages_QxN = found.passages_QxN[first : first + MINED_AT_ONCE]
+
+            def compute(rows_Q=rows_Q, passages_QxN=passages_QxN):
+                nonlocal params
+                params = reranker() if params is None else params
+                scores = rerank.scores(run.forward, params, store, texts, rows_Q, passages_QxN)
+                return {"scores": scores}
+
+            path = folder / f"{split}.scores" / f"{first // MINED_AT_ONCE:05}.npz"
+            parts.append(artifacts.cached(path, store.fingerprint, compute)["scores"])
+        reranker_QxN = candidates.reranker_QxN.copy()
+        reranker_QxN[:queries, :depth] = np.concatenate(parts)
+        return dataclasses.replace(candidates, reranker_QxN=reranker_QxN)
+
+    if run.config.joint.denoised_share == 0:
+        return candidates
+    most = {
+        "train": (run.config.mine.scored_queries, run.config.mine.scored_depth),
+        "dev": (run.config.dev.queries, run.config.dev.depth),
+    }
+    return {split: scored(split, found, *most[split]) for split, found in candidates.items()}
+
+
+def retrieve(run: Run, store: tokens.Store) -> dict[str, lists_lib.Candidates]:
+    """The warmed-up retriever's top passages for the training and dev queries, in `lists/`."""
+    most = {"train": run.config.mine.queries, "dev": run.config.dev.queries}
+    return _retrieve(
+        run,
+        store,
+        run.workdir / "lists",
+        {s: subset(len(store.splits[s].ids), n, run.config.seed) for s, n in most.items()},
+        lambda: run.params("retriever", "retriever")["query"],
+        lambda: corpus_vectors(run, store, "retriever"),
+    )
+
+
+def mine(run: Run, store: tokens.Store, candidates: dict) -> dict[str, lists_lib.Candidates]:
+    """The candidates with the warmed-up re-ranker's scores, in `lists/`."""
+    folder = run.workdir / "lists"
+    return _score(run, store, candidates, folder, lambda: run.params("reranker", "reranker"))
+
+
+def refresh(
+    run: Run, store: tokens.Store, candidates: dict, step: int, params
+) -> dict[str, lists_lib.Candidates]:
+    """New candidates of the same queries by both models as they are at a step, in `lists/`."""
+    folder = run.workdir / "lists" / f"joint.{step:07}"
+
+    def shards():
+        source = f"joint {step} {store.fingerprint}"
+        tower = params["retriever"]["passage"]
+        return encode.corpus(run.forward, tower, store, run.workdir / "vectors/refreshed", source)
+
+    rows = {split: found.query_rows_Q for split, found in candidates.items()}
+    found = _retrieve(run, store, folder, rows, lambda: params["retriever"]["query"], shards)
+    found = _score(run, store, found, folder, lambda: params["reranker"])
+    # From here on a run that resumes reads these, whatever its params have become.
+    (folder / "complete").touch()
+    return found
+
+
+def fit_probability(store: tokens.Store, dev: lists_lib.Candidates) -> tuple[float, float]:
+    """Slope and offset from the re-ranker's score to the probability of relevance, by dev labels."""
+    positives_2xN = store.splits["dev"].positives()
+    relevant_QxN = lists_lib.known_positive(
+        positives_2xN, dev.query_rows_Q, dev.passages_QxN, len(store.passage_ids)
+    )
+    return lists_lib.fit_probability(dev.reranker_QxN.reshape(-1), relevant_QxN.reshape(-1))
+
+
+def draw_lists(
+    run: Run, store: tokens.Store, candidates: dict, stage: str, *, number: int = 0, step: int = 0
+) -> lists_lib.Lists:
+    """Lists of the re-ranker's warm-up or of joint training, in the order of training.
+
+    All of the stage's, or `number` of them for the steps from `step` on.
+    """
+    settings = run.config[stage]
+    share = settings.denoised_share if stage == "joint" else 0.0
+    probability = fit_probability(store, candidates["dev"]) if share > 0 else (1.0, 0.0)
+
+    def draw(epoch):
+        return lists_lib.draw(
+            candidates["train"],
+            store.splits["train"].positives(),
+            list_size=settings.list_size,
+            denoised_share=share,
+            probability=probability,
+            negative_below=run.config.mine.negative_below,
+            positive_above=run.config.mine.positive_above,
+            num_passages=len(store.passage_ids),
+            # The two stages draw apart, and so do all refreshes.
+            seed=2 * run.config.seed + (stage == "joint"),
+            epoch=(step << 20) + epoch,
+        )
+
+    return _counted(epochs_of_lists(draw, epochs=settings.epochs, number=number))
+
+
+def read_lists(run: Run) -> tuple[tokens.Store, lists_lib.Lists]:
+    """The joint lists of the file the config names, with a token store of their own in `lists/`.
+
+    Raises:
+      InputError: the file cannot be used.
+    """
+    settings = run.config.joint
+    texts, given = joint_tsv.read(pathlib.Path(settings.lists), settings.list_size)
+    folder = run.workdir / "lists" / "given"
+    tokens.prepare(texts, run.tokenizer, folder)
+
+    def draw(epoch):
+        rng = np.random.default_rng([run.config.seed, epoch])
+        order_L = rng.permutation(len(given.query_rows_L))
+        return lists_lib.Lists(
+            given.query_rows_L[order_L], given.passages_LxP[order_L], given.provenance_LxP[order_L]
+        )
+
+    return tokens.open_store(folder), _counted(epochs_of_lists(draw, epochs=settings.epochs))
+
+
+def _counted(lists: lists_lib.Lists) -> lists_lib.Lists:
+    kinds = np.bincount(lists.provenance_LxP.reshape(-1), minlength=len(lists_lib.Provenance))
+    counts = ", ".join(f"{n} {k.name.lower()}" for k, n in zip(lists_lib.Provenance, kinds) if n)
+    tqdm.tqdm.write(f"  {len(lists.query_rows_L)} lists of {lists.passages_LxP.shape[1]}: {counts}")
+    return lists
+
+
+def epochs_of_lists(draw, *, epochs: float = 0.0, number: int = 0) -> lists_lib.Lists:
+    """So many passes, or so many lists, one epoch's draw after the other; `draw(epoch)` gives one."""
+    first = draw(0)
+    wanted = number or round(epochs * len(first.query_rows_L))
+    parts, count = [first], len(first.query_rows_L)
+    while count < wanted:
+        parts.append(draw(len(parts)))
+        count += len(parts[-1].query_rows_L)
+    joined = (
+        np.concatenate([getattr(part, field.name) for part in parts])[:wanted]
+        for field in dataclasses.fields(lists_lib.Lists)
+    )
+    return lists_lib.Lists(*joined)

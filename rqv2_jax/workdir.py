@@ -1,0 +1,194 @@
+"""A run: a config made concrete, and the workdir that belongs to it."""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import subprocess
+
+import jax
+import ml_collections
+
+from rqv2_jax import artifacts, weights
+from rqv2_jax import config as config_lib
+from rqv2_jax import models as models_lib
+from rqv2_jax import sharding as sharding_lib
+from rqv2_jax.checkpoint import restore_best
+from rqv2_jax.data import tokens
+from rqv2_jax.data.inputs import Inputs
+from rqv2_jax.errors import InputError
+from rqv2_jax.retrieval.stream import Forward, make_forward
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A config made concrete: where it works, the models' static half, how they read tokens."""
+
+    config: ml_collections.ConfigDict
+    workdir: pathlib.Path
+    weights: pathlib.Path
+    models: models_lib.Models
+    tokenizer: tokens.Tokenizer
+    inputs: Inputs
+    sharding: sharding_lib.Sharding
+    forward: Forward
+
+    def initial(self, model: str):
+        """The params of one model before any training, on the devices."""
+        encoder = weights.load_encoder(self.weights, self.models.config)
+        if model == "retriever":
+            return self.sharding.put_params(models_lib.init_retriever(encoder))
+        key = jax.random.key(self.config.seed)
+        return self.sharding.put_params(models_lib.init_reranker(encoder, self.models.config, key))
+
+    def trained_by(self, state: str, model: str) -> str:
+        """The stage whose params a model has in a state; "zero_shot" for none.
+
+        Raises:
+          InputError: the re-ranker is not trained in that state.
+        """
+        if state == "joint":
+            return "joint"
+        if model == "reranker":
+            if state != "reranker":
+                raise InputError(f"state {state!r} has no re-ranker; choose 'reranker' or 'joint'")
+            return "reranker"
+        warmed_up = state != "zero_shot" and self.config.retriever.epochs > 0
+        return "retriever" if warmed_up else "zero_shot"
+
+    def params(self, state: str, model: str):
+        """The params of one model in a state of the run.
+
+        Raises:
+          InputError: the stage that trains it has not been run.
+        """
+        stage = self.trained_by(state, model)
+        initial = self.initial(model)
+        if stage == "zero_shot":
+            return initial
+        return restore_best(self.workdir / stage, model, initial)
+
+
+def open_run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Run:
+    """Checks the config, the weights' config and tokenizer, and the devices.
+
+    Raises:
+      InputError: one of them cannot be used.
+    """
+    config_lib.check(config)
+    folder = weights.find_folder(config.model.weights)
+    bert_config = weights.read_config(
+        folder,
+        num_layers=config.model.num_layers,
+        dropout=config.model.dropout,
+        dtype=config.model.dtype,
+    )
+    longest = max(config.data.query_length, config.data.passage_length, config.data.pair_length)
+    if longest > bert_config.max_positions:
+        raise InputError(
+            f"config.data asks for inputs of {longest} tokens, but {folder / 'config.json'} has "
+            f"{bert_config.max_positions} positions; lower query_length, passage_length, pair_length"
+        )
+    tokenizer = tokens.load_tokenizer(folder, bert_config.vocab_size)
+    models = models_lib.Models(bert_config, config.model.pooling)
+    inputs = Inputs(
+        cls=tokenizer.cls,
+        sep=tokenizer.sep,
+        titles=config.data.titles,
+        passage_format=config.model.passage_format,
+        query_length=config.data.query_length,
+        passage_length=config.data.passage_length,
+        pair_length=config.data.pair_length,
+    )
+    sharding = sharding_lib.make(config.mesh.data, config.mesh.fsdp)
+    return Run(
+        config=config,
+        workdir=workdir,
+        weights=folder,
+        models=models,
+        tokenizer=tokenizer,
+        inputs=inputs,
+        sharding=sharding,
+        forward=make_forward(models, inputs, sharding, config.evaluate.batch_tokens),
+    )
+
+
+def open_workdir(workdir: pathlib.Path) -> Run:
+    """The run a workdir was made by.
+
+    Raises:
+      InputError: the folder is no workdir.
+    """
+    path = workdir / "config.json"
+    if not path.is_file():
+        raise InputError(f"{workdir}: is no workdir (no config.json); run rqv2_jax.main first")
+    return open_run(config_lib.loads(path.read_text()), workdir)
+
+
+def claim(run: Run):
+    """Writes config.json and environment.json; a workdir belongs to one config.
+
+    Raises:
+      InputError: the workdir was made by another config.
+    """
+    path = run.workdir / "config.json"
+    if path.is_file():
+        changed = config_lib.differences(config_lib.loads(path.read_text()), run.config)
+        # The mesh changes where numbers are computed, not which.
+        changed = [line for line in changed if not line.startswith("mesh.")]
+        if changed:
+            more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+            raise InputError(
+                f"{path}: this workdir was made by another config ({'; '.join(changed[:3])}{more}); "
+                "give another --workdir, or the config it was made by"
+            )
+    elif run.workdir.is_dir() and any(run.workdir.iterdir()):
+        raise InputError(f"{run.workdir}: holds other files; give a new or empty --workdir")
+    artifacts.write_text(path, config_lib.dumps(run.config))
+    packages = (
+        "jax",
+        "flax",
+        "optax",
+        "orbax-checkpoint",
+        "tensorflow-cpu",
+        "scann",
+        "transformers",
+    )
+    installed = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=pathlib.Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    environment = {
+        "python": platform.python_version(),
+        "packages": {name: installed.get(name, "not installed") for name in packages},
+        "devices": [str(d) for d in jax.devices()],
+        "machine": platform.platform(),
+        "commit": commit.stdout.strip() or "unknown",
+    }
+    text = json.dumps(environment, indent=1) + "\n"
+    artifacts.write_text(run.workdir / "environment.json", text)
+
+
+def branch(run: Run, warm: Run):
+    """Makes a claimed workdir stand where another one stood before joint training.
+
+    What that one made until then, and its evaluation of the states before, are linked, not copied.
+    """
+    warm_folder = warm.workdir
+    for pattern in (
+        *("data", "retriever", "reranker", "vectors/zero_shot", "vectors/retriever"),
+        *("lists/*.retrieved.npz", "lists/*.scores", "eval/test.zero_shot.*.npz"),
+        *("eval/test.retriever.*.npz", "eval/test.reranker.*.npz"),
+    ):
+        for path in warm_folder.glob(pattern):
+            link = run.workdir / path.relative_to(warm_folder)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            if not link.is_symlink():
+                # Relative, so that the folder of both may be moved.
+                link.symlink_to(os.path.relpath(path.resolve(), link.parent.resolve()))
