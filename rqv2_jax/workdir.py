@@ -74,10 +74,16 @@ class Run:
 def open_run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Run:
     """Checks the config, the weights' config and tokenizer, and the devices.
 
+    Unless JAX has been given a folder for what it compiles, that becomes `.compiled` beside the
+    workdir, so that a program compiled once starts at once ever after.
+
     Raises:
       InputError: one of them cannot be used.
     """
     config_lib.check(config)
+    if jax.config.jax_compilation_cache_dir is None:
+        compiled = workdir.resolve().parent / ".compiled"
+        jax.config.update("jax_compilation_cache_dir", str(compiled))
     folder = weights.find_folder(config.model.weights)
     bert_config = weights.read_config(
         folder,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import pathlib
 import string
 from functools import partial
 
@@ -13,6 +14,10 @@ import pytest
 XLA_FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 os.environ["XLA_FLAGS"] = f"{XLA_FLAGS} {os.environ.get('XLA_FLAGS', '')}".strip()
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# The same programs are compiled by many tests, and by the programs that tests start.
+COMPILED = pathlib.Path(__file__).parent.parent / ".pytest_cache" / "compiled"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(COMPILED))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 # Other words are spelled letter by letter.
 WORDS = [

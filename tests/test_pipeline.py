@@ -9,6 +9,7 @@ import sys
 import time
 
 import ir_measures
+import jax
 import numpy as np
 import pytest
 import tqdm
@@ -226,6 +227,19 @@ def test_folder_with_other_files_is_not_taken_for_a_workdir(tmp_path, finished):
     (tmp_path / "thesis.txt").write_text("do not touch")
     with pytest.raises(InputError, match="other files"):
         pipeline.main(config, tmp_path)
+
+
+def test_what_is_compiled_is_kept_beside_the_workdir(finished, tmp_path):
+    config, _ = finished
+    setting = "jax_compilation_cache_dir"
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        for given, expected in ((None, tmp_path / ".compiled"), ("/of/mine", "/of/mine")):
+            jax.config.update(setting, given)
+            open_run(config, tmp_path / "workdir")
+            assert jax.config.jax_compilation_cache_dir == str(expected)
+    finally:
+        jax.config.update(setting, before)
 
 
 def test_scorer_agrees_with_the_run_files(finished):
