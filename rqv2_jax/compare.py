@@ -10,45 +10,16 @@ from rqv2_jax import metrics
 from rqv2_jax.data import collection
 from rqv2_jax.errors import InputError
 
-# Which columns hold query, passage and relevance, by how many there are.
-_COLUMNS = {2: (0, 1, None), 3: (0, 1, 2), 4: (0, 2, 3)}
-
 
 def read_qrels(path: pathlib.Path) -> dict[tuple[str, str], int]:
-    """Relevance of every judged (query id, passage id).
-
-    Takes TREC's and MS MARCO's lines `qid 0 docid rel`, BEIR's `qid docid rel` with or without its
-    header line, and RocketQA's `qid docid`; columns are separated by white space.
+    """Relevance of every judged (query id, passage id), in any format of `collection.labels`.
 
     Raises:
-      InputError: the file cannot be read, a line is none of these, or a pair is judged twice apart.
+      InputError: there is no such file, or what `collection.labels` raises.
     """
     if not path.is_file():
         raise InputError(f"{path}: no such file; give --qrels a file of relevance labels")
-    found = {}
-    for number, line in collection.lines(path):
-        columns = line.split()
-        if number == 1 and tuple(columns) == collection.QRELS_HEADER:
-            continue
-        if len(columns) not in _COLUMNS:
-            raise InputError(
-                f"{path}:{number}: {len(columns)} columns; write `qid 0 docid rel`, "
-                "`qid docid rel` or `qid docid`"
-            )
-        query, passage, relevance = _COLUMNS[len(columns)]
-        try:
-            value = 1 if relevance is None else int(columns[relevance])
-        except ValueError:
-            raise InputError(
-                f"{path}:{number}: relevance {columns[relevance]!r} is no integer; correct it"
-            ) from None
-        pair = columns[query], columns[passage]
-        if found.setdefault(pair, value) != value:
-            raise InputError(
-                f"{path}:{number}: passage {pair[1]} has relevance {value} for query {pair[0]}, but "
-                f"{found[pair]} before; keep one of the two"
-            )
-    return found
+    return {(q.query_id, q.passage_id): q.relevance for q in collection.labels(path)}
 
 
 def _arrays(run, query_ids, passage_rows):

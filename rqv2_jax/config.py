@@ -31,7 +31,7 @@ LOSSES = {
 }
 
 CHOICES = {
-    "data.dataset": ("docstrings", "beir"),
+    "data.dataset": ("docstrings", "beir", "msmarco", "rocketqa"),
     "data.preset": ("core", "full"),
     "model.pooling": ("cls", "mean"),
     "model.passage_format": ("title_sep_text", "title_text"),
@@ -84,8 +84,9 @@ def default() -> ml_collections.ConfigDict:
         {
             "seed": 0,
             "data": {
-                "dataset": "beir",  # or "docstrings": the embedded data
-                "path": "",  # beir: the folder
+                # "beir", "msmarco", "rocketqa": files in a folder; "docstrings": the embedded data.
+                "dataset": "beir",
+                "path": "",  # the folder
                 "preset": "core",  # docstrings: "core" or "full"
                 "train_qrels": "qrels",  # beir: folder of the labels to train on
                 "eval_qrels": "qrels",  # beir: folder of the labels of dev and test
@@ -222,9 +223,9 @@ def check(config: ml_collections.ConfigDict):
                 raise InputError(f"config.{key} is {value}; it must be above 0 and finite")
             if low is not None and not low <= value <= high:
                 raise InputError(f"config.{key} is {value}; it must lie in [{low}, {high}]")
-    if given["data.dataset"] == "beir" and not given["data.path"]:
+    if given["data.dataset"] != "docstrings" and not given["data.path"]:
         raise InputError(
-            "config.data.path is empty; give the BEIR folder as --config.data.path=DIR"
+            "config.data.path is empty; give the folder of the data as --config.data.path=DIR"
         )
     if given["mine.negative_below"] > given["mine.positive_above"]:
         raise InputError(

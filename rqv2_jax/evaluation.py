@@ -5,11 +5,12 @@ import json
 import numpy as np
 
 from rqv2_jax import artifacts, metrics, mining
+from rqv2_jax.data import answers as answers_lib
 from rqv2_jax.data import lists as lists_lib
 from rqv2_jax.data import tokens
 from rqv2_jax.errors import InputError
 from rqv2_jax.retrieval import encode, index, rerank
-from rqv2_jax.workdir import Run
+from rqv2_jax.workdir import Run, texts_of
 
 STATES = ("zero_shot", "retriever", "reranker", "joint")
 DEV_METRIC = "RR@10"
@@ -88,7 +89,7 @@ def evaluate(
     settings, queries = run.config.evaluate, store.splits[split]
     # The same queries for every seed, so that runs can be compared by query.
     rows_Q = np.sort(mining.subset(len(queries.ids), settings.queries, 0))
-    query_ids, qrels = [queries.ids[row] for row in rows_Q], _qrels_of(queries, rows_Q)
+    query_ids, measured = [queries.ids[row] for row in rows_Q], _measure(run, store, split, rows_Q)
     rows, per_query = [], {}
     (run.workdir / "runs").mkdir(exist_ok=True)
 
@@ -101,9 +102,7 @@ def evaluate(
             scores_QxK,
             f"rqv2_jax.{state}.{model}",
         )
-        values = metrics.evaluate(
-            passages_QxK, scores_QxK, store.passage_ids, qrels, settings.metrics
-        )
+        values = measured(passages_QxK, scores_QxK)
         per_query[state, model, name] = values
         row = {"state": state, "model": model, "split": split, "index": name}
         means = {metric: float(value.mean()) for metric, value in values.items()}
@@ -154,7 +153,8 @@ def evaluate(
         )
         names = {"a": " ".join(a), "b": " ".join(b), "metric": DEV_METRIC}
         significance.append({**names, "difference": difference, "p_value": p_value})
-    report = {"rows": rows, "significance": significance}
+    titles = run.config.data.titles and len(store.titles.tokens) > 0
+    report = {"rows": rows, "significance": significance, "titles": titles}
     folder = run.workdir / "eval"
     arrays = {
         f"{'.'.join(key)}.{m}": v for key, found in per_query.items() for m, v in found.items()
@@ -162,6 +162,33 @@ def evaluate(
     artifacts.write_arrays(folder / f"{split}.per_query.npz", arrays)
     artifacts.write_text(folder / f"{split}.json", json.dumps(report, indent=1) + "\n")
     return report
+
+
+def _measure(run: Run, store: tokens.Store, split: str, rows_Q: np.ndarray):
+    """`measure(passages_QxK, scores_QxK)`: the values of every metric for queries of a split."""
+    names, queries = run.config.evaluate.metrics, store.splits[split]
+    if queries.qrels_3xN.size:
+        qrels = _qrels_of(queries, rows_Q)
+        return lambda *found: metrics.evaluate(*found, store.passage_ids, qrels, names)
+
+    texts = texts_of(run, store)
+    answers = [query.answers for query in texts.queries(split)]
+    answers_Q = [answers[row] for row in rows_Q]
+    deepest = max(metrics.parse_metric(name)[1] for name in names)
+    passages: dict[int, str] = {}
+
+    def measure(passages_QxK, scores_QxK):
+        found = metrics.sort_run(passages_QxK, scores_QxK, store.passage_ids)
+        top_QxK, scores_QxK = (array[:, :deepest] for array in found)
+        wanted = set(top_QxK[top_QxK >= 0].tolist()) - passages.keys()
+        if wanted:
+            new = ((row, p.text) for row, p in enumerate(texts.passages()) if row in wanted)
+            passages.update(new)
+        qrels = answers_lib.judge(top_QxK, answers_Q, passages)
+        every_Q = np.arange(len(rows_Q))
+        return metrics.evaluate(top_QxK, scores_QxK, store.passage_ids, qrels, names, every_Q)
+
+    return measure
 
 
 def _search(run: Run, store: tokens.Store, split: str, rows_Q: np.ndarray, state: str, name: str):
@@ -216,7 +243,8 @@ def render(report: dict) -> str:
         note = f"  {', '.join(recalls)}" if recalls else ""
         lines.append(f"{row['state']:10} {row['model']:10} {row['index']:6} {cells}{note}")
     queries = report["rows"][0]["queries"]
-    lines.append(f"{queries} {report['rows'][0]['split']} queries")
+    titles = "with" if report["titles"] else "without"
+    lines.append(f"{queries} {report['rows'][0]['split']} queries; passages {titles} titles")
     lines += [
         f"{s['metric']}: {s['a']} - {s['b']} = {s['difference']:+.4f} (p = {s['p_value']:.4f})"
         for s in report["significance"]

@@ -167,8 +167,12 @@ def evaluate(
     passage_ids: Sequence[str],
     qrels: Qrels,
     names: Sequence[str],
+    rows_J: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
     """Returns values_J by metric name, one for each of `judged_queries(qrels)`.
+
+    Where only what was retrieved is judged, as by answers, `rows_J` gives the queries instead, and
+    what depends on all relevant passages (`R@k`, `nDCG@k`) cannot be measured.
 
     The run is put into rank order first. A judged query without results has 0; queries without a
     relevant passage are left out (ir-measures counts those that have a judgement as 0).
@@ -179,13 +183,21 @@ def evaluate(
     - `nDCG@k`: gain is the relevance, the discount log2(rank + 1), the ideal over all judgements.
 
     Raises:
-      InputError: an unknown name, no relevant passage, a judged query beyond the run, or what
-        `sort_run` and `relevance_of` raise.
+      InputError: an unknown name, one that cannot be measured, no relevant passage, a judged query
+        beyond the run, or what `sort_run` and `relevance_of` raise.
     """
     cutoffs = {name: parse_metric(name) for name in names}
-    rows_J = judged_queries(qrels)
+    if rows_J is None:
+        rows_J = judged_queries(qrels)
+    else:
+        for name, (measure, _) in cutoffs.items():
+            if measure in ("R", "nDCG"):
+                raise InputError(
+                    f"config.evaluate.metrics: {name} needs labels of all relevant passages, but this "
+                    "split has answers; take RR@k and Success@k"
+                )
     num_queries = len(passages_QxK)
-    if qrels[0].max() >= num_queries:
+    if qrels[0].max(initial=0) >= num_queries:
         raise InputError(
             f"the qrels judge query row {qrels[0].max()} and the run has {num_queries} rows:"
             " the run needs a row for every query of the split, of padding if without results"

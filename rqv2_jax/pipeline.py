@@ -18,12 +18,12 @@ import tqdm
 
 from rqv2_jax import artifacts, evaluation, mining, train
 from rqv2_jax.checkpoint import Checkpoints
-from rqv2_jax.data import collection, denoise, docstrings, joint_tsv, tokens
+from rqv2_jax.data import collection, denoise, joint_tsv, tokens
 from rqv2_jax.data import lists as lists_lib
 from rqv2_jax.data.batches import ListBatches
 from rqv2_jax.errors import InputError
 from rqv2_jax.evaluation import DEV_METRIC
-from rqv2_jax.workdir import Run, claim, open_run
+from rqv2_jax.workdir import Run, claim, open_collection, open_run, texts_of
 
 
 def main(config: ml_collections.ConfigDict, workdir: pathlib.Path):
@@ -69,16 +69,6 @@ def finish(run: Run, store: tokens.Store, candidates: dict, indexes=("exact", "s
     report = evaluation.evaluate(run, store, "test", indexes)
     artifacts.write_text(run.workdir / "results.json", json.dumps(report, indent=1) + "\n")
     return report
-
-
-def open_collection(run: Run) -> collection.Collection:
-    """The texts and labels the config names; the embedded ones are extracted into `data/tfds`."""
-    data = run.config.data
-    if data.dataset == "docstrings":
-        return docstrings.docstrings(run.workdir / "data" / "tfds", preset=data.preset)
-    return collection.beir(
-        pathlib.Path(data.path), train_qrels=data.train_qrels, eval_qrels=data.eval_qrels
-    )
 
 
 def prepare(run: Run) -> tokens.Store:
@@ -269,12 +259,8 @@ def _mined(run: Run) -> tuple[tokens.Store, dict, collection.Collection]:
         raise InputError(
             f"{lists}: holds no candidates yet; run rqv2_jax.main up to joint training"
         )
-    store, texts = tokens.open_store(run.workdir / "data" / "tokens"), open_collection(run)
-    if store.fingerprint != f"{texts.fingerprint}-{run.tokenizer.fingerprint}":
-        raise InputError(
-            f"{run.workdir}: the texts of {texts.name} have changed since this workdir was made; "
-            "bring the old ones back, or run in a new workdir"
-        )
+    store = tokens.open_store(run.workdir / "data" / "tokens")
+    texts = texts_of(run, store)
     return store, mining.mine(run, store, mining.retrieve(run, store)), texts
 
 

@@ -16,7 +16,7 @@ from rqv2_jax import config as config_lib
 from rqv2_jax import models as models_lib
 from rqv2_jax import sharding as sharding_lib
 from rqv2_jax.checkpoint import restore_best
-from rqv2_jax.data import tokens
+from rqv2_jax.data import collection, docstrings, tables, tokens
 from rqv2_jax.data.inputs import Inputs
 from rqv2_jax.errors import InputError
 from rqv2_jax.retrieval.stream import Forward, make_forward
@@ -198,3 +198,34 @@ def branch(run: Run, warm: Run):
             if not link.is_symlink():
                 # Relative, so that the folder of both may be moved.
                 link.symlink_to(os.path.relpath(path.resolve(), link.parent.resolve()))
+
+
+def open_collection(run: Run) -> collection.Collection:
+    """The texts and labels the config names; the embedded ones are extracted into `data/tfds`."""
+    data = run.config.data
+    match data.dataset:
+        case "docstrings":
+            return docstrings.docstrings(run.workdir / "data" / "tfds", preset=data.preset)
+        case "beir":
+            return collection.beir(
+                pathlib.Path(data.path), train_qrels=data.train_qrels, eval_qrels=data.eval_qrels
+            )
+        case "msmarco":
+            return tables.msmarco(data.path)
+        case "rocketqa":
+            return tables.rocketqa(data.path)
+
+
+def texts_of(run: Run, store: tokens.Store) -> collection.Collection:
+    """The texts and labels that the workdir's token store was made from.
+
+    Raises:
+      InputError: they have changed since.
+    """
+    texts = open_collection(run)
+    if store.fingerprint != f"{texts.fingerprint}-{run.tokenizer.fingerprint}":
+        raise InputError(
+            f"{run.workdir}: the texts of {texts.name} have changed since this workdir was made; "
+            "bring the old ones back, or run in a new workdir"
+        )
+    return texts

@@ -114,6 +114,49 @@ def test_results_agree_with_ir_measures_on_the_run_files(finished):
             assert row["metrics"][str(measure)] == pytest.approx(value, abs=1e-9)
 
 
+def test_answers_judge_where_there_are_no_labels(finished, bert_folder, tmp_path):
+    """Natural Questions' way: a hit is a passage that holds an answer, whatever its label."""
+    given, _ = finished
+    corpus = [json.loads(line) for line in (pathlib.Path(given.data.path) / "corpus.jsonl").open()]
+    words = [passage["text"].split() for passage in corpus]
+    data = tmp_path / "nq"
+    data.mkdir()
+    answers = {f"t{i}": (" ".join(words[i][3:6]), "nowhere") for i in range(40, 46)}
+    answers["t46"] = ("no passage holds this",)
+    tables = {
+        "para.txt": [(p["_id"], p["text"]) for p in corpus],
+        "train.query.txt": [("q0", " ".join(words[0][:5]))],
+        "qrels.train.tsv": [("q0", "p0")],
+        "test.query.txt": [(f"t{i}", " ".join(words[i][1:6])) for i in range(40, 47)],
+        "test.answers.txt": [(query, *found) for query, found in answers.items()],
+    }
+    for name, rows in tables.items():
+        (data / name).write_text("".join("\t".join(row) + "\n" for row in rows))
+    config = tiny_config(data, bert_folder)
+    config.data.dataset = "rocketqa"
+    config.evaluate.metrics = ("RR@10", "Success@5", "Success@20")
+    run = open_run(config, tmp_path / "workdir")
+    run.workdir.mkdir()
+    store = pipeline.prepare(run)
+    report = evaluation.evaluate(run, store, "test", ("exact",), states=("zero_shot",))
+    (row,) = report["rows"]
+    assert (row["queries"], report["titles"]) == (7, False)
+    ranked = {query: [] for query in answers}
+    for line in (run.workdir / "runs/test.zero_shot.retriever.exact.trec").read_text().splitlines():
+        query, _, passage, *_ = line.split()
+        text = f" {corpus[int(passage[1:])]['text']} "
+        ranked[query].append(any(f" {answer} " in text for answer in answers[query]))
+    ranks = [hits.index(True) + 1 if True in hits else np.inf for hits in ranked.values()]
+    assert 0 < np.mean(np.array(ranks) <= 5) < 1
+    expected = {"RR@10": np.mean([1 / rank if rank <= 10 else 0 for rank in ranks])}
+    expected |= {f"Success@{k}": np.mean(np.array(ranks) <= k) for k in (5, 20)}
+    assert row["metrics"] == pytest.approx(expected)
+    # What needs all relevant passages cannot be known.
+    config.evaluate.metrics = ("nDCG@10",)
+    with pytest.raises(InputError, match="nDCG@10 needs labels of all relevant passages"):
+        evaluation.evaluate(run, store, "test", ("exact",), states=("zero_shot",))
+
+
 def test_scann_of_a_small_collection_is_exact(finished):
     _, workdir = finished
     rows = json.loads((workdir / "results.json").read_text())["rows"]

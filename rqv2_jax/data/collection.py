@@ -52,7 +52,8 @@ class Qrel(NamedTuple):
 class Collection:
     """Passages, queries and qrels as streams that can be opened again and again.
 
-    `queries(split)` yields the queries with at least one positive (relevance > 0) in that split.
+    `queries(split)` yields the queries with at least one positive (relevance > 0) in that split; in
+    one of `answer_splits`, which have no qrels, those with an answer.
     `fingerprint` changes whenever the content may have changed. `splits` is the part of
     train, dev, test that exists; asking for another raises `InputError`.
     """
@@ -63,6 +64,7 @@ class Collection:
     passages: Callable[[], Iterator[Passage]]
     queries: Callable[[str], Iterator[Query]]
     qrels: Callable[[str], Iterator[Qrel]]
+    answer_splits: tuple[str, ...] = ()
 
 
 def beir(path, *, train_qrels: str, eval_qrels: str) -> Collection:
@@ -81,13 +83,13 @@ def beir(path, *, train_qrels: str, eval_qrels: str) -> Collection:
     for split, folder in (("train", train_qrels), ("dev", eval_qrels), ("test", eval_qrels)):
         if not (root / folder).is_dir():
             raise InputError(f"{root / folder}: no such qrels folder; add it or name another one")
-        file = _found(root / folder, f"{split}.tsv")
+        file = find_file(root / folder, f"{split}.tsv")
         if file is not None:
             qrels[split] = file
     if "train" not in qrels:
         raise InputError(f"{root / train_qrels}: no train.tsv or train.tsv.gz; add the train split")
     queries = {
-        split: _found(root, f"queries.{split}.jsonl") or _required(root, "queries.jsonl")
+        split: find_file(root, f"queries.{split}.jsonl") or _required(root, "queries.jsonl")
         for split in qrels
     }
 
@@ -137,7 +139,12 @@ def _unknown_query(source: str, query_id: str) -> InputError:
     )
 
 
-def _found(folder: Path, name: str) -> Path | None:
+def find_file(folder: Path, name: str) -> Path | None:
+    """The file of that name in a folder, plain or gzipped; None if there is none.
+
+    Raises:
+      InputError: there are both.
+    """
     found = [file for file in (folder / name, folder / f"{name}.gz") if file.is_file()]
     if len(found) > 1:
         raise InputError(f"{found[0]}: stands beside {found[1].name}; remove one of the two")
@@ -145,7 +152,7 @@ def _found(folder: Path, name: str) -> Path | None:
 
 
 def _required(folder: Path, name: str) -> Path:
-    file = _found(folder, name)
+    file = find_file(folder, name)
     if file is None:
         raise InputError(f"{folder}: no {name} or {name}.gz; a folder in BEIR layout needs it")
     return file
@@ -182,6 +189,48 @@ def lines(file: Path) -> Iterator[tuple[int, str]]:
         raise InputError(
             f"{file}:{number + 1}: cannot be read on ({error}); fetch or compress the file again"
         ) from None
+
+
+# Which columns hold query, passage and relevance, by how many there are.
+_COLUMNS = {2: (0, 1, None), 3: (0, 1, 2), 4: (0, 2, 3)}
+
+
+def labels(file: Path) -> Iterator[Qrel]:
+    """Relevance labels in any of the field's formats, each pair once.
+
+    Takes TREC's and MS MARCO's lines `qid 0 docid rel`, BEIR's `qid docid rel` with or without its
+    header line, and RocketQA's `qid docid`; columns are separated by white space.
+
+    Raises:
+      InputError: a line is none of these, or a pair is judged twice, and not the same.
+    """
+    found: dict[tuple[str, str], int] = {}
+    for number, line in lines(file):
+        source = f"{file}:{number}"
+        columns = line.split()
+        if number == 1 and tuple(columns) == QRELS_HEADER:
+            continue
+        if len(columns) not in _COLUMNS:
+            raise InputError(
+                f"{source}: {len(columns)} columns; write `qid 0 docid rel`, `qid docid rel` or "
+                "`qid docid`"
+            )
+        query, passage, relevance = _COLUMNS[len(columns)]
+        try:
+            value = 1 if relevance is None else int(columns[relevance])
+        except ValueError:
+            raise InputError(
+                f"{source}: relevance {columns[relevance]!r} is no integer; correct it"
+            ) from None
+        pair = columns[query], columns[passage]
+        if pair not in found:
+            found[pair] = value
+            yield Qrel(*pair, value, source)
+        elif found[pair] != value:
+            raise InputError(
+                f"{source}: passage {pair[1]} has relevance {value} for query {pair[0]}, but "
+                f"{found[pair]} before; keep one of the two"
+            )
 
 
 def _objects(file: Path) -> Iterator[tuple[str, str, dict]]:

@@ -1,0 +1,220 @@
+"""Readers of collections in tab-separated tables: MS MARCO's files and RocketQA's.
+
+    MS MARCO    collection.tsv (pid, text), queries.{train,dev.small}.tsv (qid, text),
+                qrels.{train,dev.small}.tsv (qid, 0, pid, relevance)
+    RocketQA    para.txt (pid, text), para.title.txt (pid, title), {train,dev,test}.query.txt
+                (qid, text), qrels.{train,dev,test}.tsv, test.answers.txt (qid, answer, answer, ...)
+
+Each may be gzipped. A folder of MS MARCO's may hold RocketQA's para.title.txt, the titles that MS MARCO
+itself left out. What the papers call dev is `test` here, and every hundredth training query
+is held out as `dev`, because training itself looks at dev.
+"""
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from rqv2_jax.data.collection import (
+    Collection,
+    Passage,
+    Qrel,
+    Query,
+    content_hash,
+    find_file,
+    labels,
+    lines,
+)
+from rqv2_jax.errors import InputError
+
+HELD_OUT = 100
+TITLES = "para.title.txt"
+
+
+@dataclass(frozen=True)
+class _Split:
+    """A split's files, and which of its queries it takes: every one, those held out, or the rest."""
+
+    queries: Path
+    labels: Path | None
+    answers: Path | None
+    held_out: bool | None
+
+    def takes(self, number: int) -> bool:
+        return self.held_out is None or (number % HELD_OUT == HELD_OUT - 1) == self.held_out
+
+
+def msmarco(path: str) -> Collection:
+    """MS MARCO's passage ranking files; test is `dev.small`, the papers' 6,980 dev queries.
+
+    Raises:
+      InputError: a file is missing; bad lines raise it when they are reached.
+    """
+    folder = _folder(path)
+    split = functools.partial(_Split, answers=None)
+    train = _required(folder, "queries.train.tsv"), _required(folder, "qrels.train.tsv")
+    test = _required(folder, "queries.dev.small.tsv"), _required(folder, "qrels.dev.small.tsv")
+    return _collection(
+        folder,
+        _required(folder, "collection.tsv"),
+        find_file(folder, TITLES),
+        {
+            "train": split(*train, held_out=False),
+            "dev": split(*train, held_out=True),
+            "test": split(*test, held_out=None),
+        },
+    )
+
+
+def rocketqa(path: str) -> Collection:
+    """A folder of RocketQA's `corpus/`: marco, judged by qrels, or nq, by answers.
+
+    Test is `test.query.txt` with `test.answers.txt` where there is one, else `dev.query.txt`.
+
+    Raises:
+      InputError: a file is missing; bad lines raise it when they are reached.
+    """
+    folder = _folder(path)
+    train = _required(folder, "train.query.txt"), _required(folder, "qrels.train.tsv")
+    name = "test" if find_file(folder, "test.query.txt") else "dev"
+    answers = find_file(folder, f"{name}.answers.txt")
+    test = _Split(
+        _required(folder, f"{name}.query.txt"),
+        None if answers else _required(folder, f"qrels.{name}.tsv"),
+        answers,
+        held_out=None,
+    )
+    return _collection(
+        folder,
+        _required(folder, "para.txt"),
+        find_file(folder, TITLES),
+        {
+            "train": _Split(*train, answers=None, held_out=False),
+            "dev": _Split(*train, answers=None, held_out=True),
+            "test": test,
+        },
+    )
+
+
+def _folder(path: str) -> Path:
+    folder = Path(path)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; give the folder of the collection's files")
+    return folder
+
+
+def _required(folder: Path, name: str) -> Path:
+    file = find_file(folder, name)
+    if file is None:
+        raise InputError(f"{folder}: no {name} or {name}.gz; put the collection's file there")
+    return file
+
+
+def _collection(folder: Path, texts: Path, titles: Path | None, splits: dict[str, _Split]):
+    files = [texts, *([titles] if titles else [])]
+    for split in splits.values():
+        files += [f for f in (split.queries, split.labels, split.answers) if f]
+
+    def of(split: str) -> _Split:
+        if split not in splits:
+            raise InputError(f"{folder}: no split {split!r}; it has {', '.join(splits)}")
+        return splits[split]
+
+    return Collection(
+        name=folder.resolve().name,
+        fingerprint=content_hash(files),
+        splits=tuple(splits),
+        passages=functools.partial(_passages, texts, titles),
+        queries=lambda split: _queries(of(split)),
+        qrels=lambda split: _qrels(of(split)),
+        answer_splits=tuple(name for name, split in splits.items() if split.answers),
+    )
+
+
+def _pairs(file: Path, what: str, *, empty: bool = False) -> Iterator[tuple[str, str, str]]:
+    """(`path:line`, id, text) of a table with two columns; texts may be empty where `empty` says so."""
+    for number, line in lines(file):
+        source = f"{file}:{number}"
+        columns = line.split("\t")
+        if len(columns) != 2:
+            raise InputError(
+                f"{source}: {len(columns)} tab-separated columns instead of 2 in {line[:80]!r}; "
+                f"write id and {what}"
+            )
+        key, text = columns[0].strip(), columns[1].strip()
+        if not key:
+            raise InputError(f"{source}: no id; write id and {what}")
+        if not text and not empty:
+            raise InputError(f"{source}: empty {what}; give it text or remove the line")
+        yield source, key, text
+
+
+def _unique(pairs: Iterator[tuple[str, str, str]]) -> Iterator[tuple[str, str, str]]:
+    seen = set()
+    for source, key, text in pairs:
+        if key in seen:
+            raise InputError(f"{source}: duplicate id {key!r}; make ids unique")
+        seen.add(key)
+        yield source, key, text
+
+
+def _passages(texts: Path, titles: Path | None) -> Iterator[Passage]:
+    rows = _unique(_pairs(texts, "passage"))
+    if titles is None:
+        for _, key, text in rows:
+            yield Passage(key, "", text)
+        return
+    heads = _pairs(titles, "title", empty=True)
+    for source, key, text in rows:
+        head = next(heads, None)
+        if head is None:
+            raise InputError(f"{titles}: ends before {source}; give every passage its line")
+        where, title_key, title = head
+        if title_key != key:
+            raise InputError(
+                f"{where}: title of {title_key!r}, but {source} is passage {key!r}; bring both files "
+                "into one order"
+            )
+        yield Passage(key, title, text)
+    head = next(heads, None)
+    if head is not None:
+        raise InputError(f"{head[0]}: title of a passage that {texts} does not have; remove it")
+
+
+def _ids(split: _Split) -> Iterator[tuple[str, str]]:
+    """(id, text) of the queries a split takes."""
+    for number, (_, key, text) in enumerate(_unique(_pairs(split.queries, "query"))):
+        if split.takes(number):
+            yield key, text
+
+
+def _queries(split: _Split) -> Iterator[Query]:
+    answers = _answers(split.answers) if split.answers else {}
+    positive = {q.query_id for q in labels(split.labels) if q.relevance > 0} if split.labels else ()
+    for key, text in _ids(split):
+        if key in answers or key in positive:
+            yield Query(key, text, answers.get(key, ()))
+
+
+def _qrels(split: _Split) -> Iterator[Qrel]:
+    if split.labels is None:
+        return
+    if split.held_out is None:
+        yield from labels(split.labels)
+        return
+    # A label of a query that is in neither part is left to the one that finds it unknown.
+    other = {key for key, _ in _ids(_Split(split.queries, None, None, not split.held_out))}
+    yield from (label for label in labels(split.labels) if label.query_id not in other)
+
+
+def _answers(file: Path) -> dict[str, tuple[str, ...]]:
+    found = {}
+    for number, line in lines(file):
+        key, *answers = line.split("\t")
+        answers = tuple(answer for answer in answers if answer.strip())
+        if not answers:
+            raise InputError(
+                f"{file}:{number}: no answer; write query id and answers, tab-separated"
+            )
+        found[key.strip()] = answers
+    return found
