@@ -31,7 +31,7 @@ LOSSES = {
 }
 
 CHOICES = {
-    "data.dataset": ("docstrings", "beir", "msmarco", "rocketqa"),
+    "data.dataset": ("docstrings", "beir", "msmarco", "rocketqa", "dpr"),
     "data.preset": ("core", "full"),
     "model.pooling": ("cls", "mean"),
     "model.passage_format": ("title_sep_text", "title_text"),
@@ -84,7 +84,7 @@ def default() -> ml_collections.ConfigDict:
         {
             "seed": 0,
             "data": {
-                # "beir", "msmarco", "rocketqa": files in a folder; "docstrings": the embedded data.
+                # "docstrings", the embedded data, or files: "beir", "msmarco", "rocketqa", "dpr".
                 "dataset": "beir",
                 "path": "",  # the folder
                 "preset": "core",  # docstrings: "core" or "full"

@@ -1,0 +1,144 @@
+"""Reader of DPR's files for open-domain question answering (Karpukhin et al. 2020).
+
+    psgs_w100.tsv               id, text, title, with a header line; fields quoted as in CSV
+    biencoder-<name>-train.json an array of objects: question, answers, positive_ctxs (passage_id, ...)
+    biencoder-<name>-dev.json   the same
+    <name>-test.qa.csv          question <tab> list of answers, as Python writes it
+
+Each may be gzipped. A question's positive is the first of its `positive_ctxs`, as in DPR's own
+training: the others were found by string match and are not judged. Test is judged by answers. Queries
+have no ids of their own and get `<split>-<number>`, from 0.
+"""
+
+import ast
+import csv
+import functools
+import gzip
+from collections.abc import Iterator
+from pathlib import Path
+
+import ijson
+
+from rqv2_jax.data.collection import Collection, Passage, Qrel, Query, content_hash, lines
+from rqv2_jax.errors import InputError
+
+PASSAGES = "psgs_w100.tsv"
+HEADER = ("id", "text", "title")
+
+
+def dpr(path: str) -> Collection:
+    """The collection in a folder of DPR's files.
+
+    Raises:
+      InputError: a file is missing; bad lines raise it when they are reached.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; give the folder of DPR's files")
+    passages = _one(folder, PASSAGES)
+    training = {split: _one(folder, f"biencoder-*-{split}.json") for split in ("train", "dev")}
+    test = _one(folder, "*-test.qa.csv")
+
+    def of(split: str) -> Path | None:
+        if split not in (*training, "test"):
+            raise InputError(f"{folder}: no split {split!r}; it has train, dev, test")
+        return training.get(split)
+
+    def queries(split: str) -> Iterator[Query]:
+        file = of(split)
+        return _tested(test) if file is None else (query for query, _ in _trained(file, split))
+
+    def qrels(split: str) -> Iterator[Qrel]:
+        file = of(split)
+        return iter(()) if file is None else (label for _, label in _trained(file, split))
+
+    return Collection(
+        name=folder.resolve().name,
+        fingerprint=content_hash([passages, *training.values(), test]),
+        splits=(*training, "test"),
+        passages=functools.partial(_passages, passages),
+        queries=queries,
+        qrels=qrels,
+        answer_splits=("test",),
+    )
+
+
+def _one(folder: Path, pattern: str) -> Path:
+    found = sorted([*folder.glob(pattern), *folder.glob(f"{pattern}.gz")])
+    if not found:
+        raise InputError(f"{folder}: no {pattern} or {pattern}.gz; put DPR's file there")
+    if len(found) > 1:
+        names = ", ".join(file.name for file in found)
+        raise InputError(f"{folder}: {names} are all {pattern}; keep one of them")
+    return found[0]
+
+
+def _rows(file: Path, count: int, what: str) -> Iterator[tuple[str, list[str]]]:
+    """(`path:line`, fields) of a tab-separated file with CSV's quotes."""
+    for number, line in lines(file):
+        (fields,) = csv.reader([line], delimiter="\t")
+        if len(fields) != count:
+            raise InputError(
+                f"{file}:{number}: {len(fields)} tab-separated columns instead of {count} in "
+                f"{line[:80]!r}; write {what}"
+            )
+        yield f"{file}:{number}", fields
+
+
+def _passages(file: Path) -> Iterator[Passage]:
+    seen = set()
+    for source, (key, text, title) in _rows(file, 3, "id, text and title"):
+        if not seen and (key, text, title) == HEADER:
+            continue
+        if not key or key in seen:
+            what = f"duplicate id {key!r}" if key else "no id"
+            raise InputError(f"{source}: {what}; give every passage an id of its own")
+        if not text.strip():
+            raise InputError(f"{source}: empty passage; give it text or remove the line")
+        seen.add(key)
+        yield Passage(key, title, text)
+
+
+def _trained(file: Path, split: str) -> Iterator[tuple[Query, Qrel]]:
+    """Every question with its positive."""
+    number = 0
+    try:
+        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
+            for number, item in enumerate(ijson.items(stream, "item")):
+                yield _question(item, f"{file}: question {number}", f"{split}-{number}")
+    except (ijson.JSONError, OSError, EOFError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())[:100]
+        raise InputError(
+            f"{file}: not JSON after question {number} ({reason}); fetch the file again"
+        ) from None
+
+
+def _question(item, source: str, key: str) -> tuple[Query, Qrel]:
+    if not isinstance(item, dict):
+        raise InputError(f"{source}: no JSON object; write question, answers, positive_ctxs")
+    text, answers, positives = (item.get(k) for k in ("question", "answers", "positive_ctxs"))
+    if not isinstance(text, str) or not text.strip():
+        raise InputError(f"{source}: `question` is {text!r}; give it text")
+    if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
+        raise InputError(f"{source}: `answers` is no list of strings; correct it")
+    if not isinstance(positives, list) or not positives or not isinstance(positives[0], dict):
+        raise InputError(f"{source}: no `positive_ctxs`; give it one or remove the question")
+    # Natural Questions' files write passage_id, the others psg_id.
+    passage = positives[0].get("passage_id", positives[0].get("psg_id"))
+    if not isinstance(passage, str | int) or not str(passage):
+        raise InputError(f"{source}: its positive has no `passage_id`; use the biencoder files")
+    return Query(key, text, tuple(answers)), Qrel(key, str(passage), 1, source)
+
+
+def _tested(file: Path) -> Iterator[Query]:
+    for number, (source, (text, listed)) in enumerate(_rows(file, 2, "question and answers")):
+        try:
+            answers = ast.literal_eval(listed)
+        except (SyntaxError, ValueError):
+            answers = None
+        strings = isinstance(answers, list) and all(isinstance(each, str) for each in answers)
+        if not text.strip() or not strings or not any(answer.strip() for answer in answers):
+            raise InputError(
+                f"{source}: needs a question and a list of answers such as ['a', 'b']; correct it"
+            )
+        yield Query(f"test-{number}", text, tuple(answers))
