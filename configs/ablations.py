@@ -16,7 +16,9 @@ def get_config(preset: str = "docstrings"):
     config_lib.two_cores(config)
     config.data.dataset = preset
     # Half of the lists are denoised, so that leaving these out is a change to be seen.
-    config.mine.update({"scored_queries": config.mine.queries})
-    config.joint.denoised_share = 0.5
-    config.evaluate.queries = 700
+    config.mine.update({"queries": 1600, "scored_queries": 1600})
+    config.reranker.epochs = 1.7
+    config.joint.update({"denoised_share": 0.5, "epochs": 0.2, "evaluate_every": 10})
+    config.dev.update({"queries": 60, "pool": 600})
+    config.evaluate.queries = 500
     return config
