@@ -1,34 +1,77 @@
 """Writes what a run has made in the formats of other systems.
 
+huggingface: a folder with query/, passage/ and reranker/. The towers open with transformers' BertModel
+and with SentenceTransformer; their score is the dot product. The re-ranker opens with
+BertForTokenClassification; the score of a pair is the logit of its first token.
+
 joint-tsv: the hybrid lists of joint training, as the authors' release reads them (query, title, para,
 label); the same file can be trained on with --config.joint.lists=FILE --config.joint.epochs=1.
 
-Example:
+Examples:
+  python -m rqv2_jax.export --workdir workdir/docstrings --format huggingface --to models
   python -m rqv2_jax.export --workdir workdir/docstrings --format joint-tsv --to lists.tsv
 """
 
+import os
 import pathlib
+import shutil
 
 from absl import flags
 
 from rqv2_jax import program
 from rqv2_jax.errors import InputError
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "A workdir whose candidates have been scored.")
-_FORMAT = flags.DEFINE_enum("format", None, ["joint-tsv"], "What to write.")
-_TO = flags.DEFINE_string("to", None, "The file to write; gzipped if it ends in .gz.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "A workdir that rqv2_jax.main has finished.")
+_FORMAT = flags.DEFINE_enum("format", None, ["huggingface", "joint-tsv"], "What to write.")
+_TO = flags.DEFINE_string("to", None, "The folder or file; a file is gzipped if it ends in .gz.")
+_STATE = flags.DEFINE_enum(
+    "state", "joint", ["reranker", "joint"], "huggingface: both models warmed up, or joint."
+)
 
 
 def main():
-    """Writes the file."""
-    from rqv2_jax import pipeline
+    """Writes the folder or file."""
     from rqv2_jax.workdir import open_workdir
 
-    path = pathlib.Path(_TO.value)
-    if path.is_dir() or not path.parent.is_dir():
-        raise InputError(f"--to {path}: no file of this name can be written; name one in a folder")
-    pipeline.export_lists(open_workdir(pathlib.Path(_WORKDIR.value)), path)
+    path, workdir = pathlib.Path(_TO.value), pathlib.Path(_WORKDIR.value)
+    if not path.parent.is_dir():
+        raise InputError(f"--to {path}: there is no folder {path.parent}; make it first")
+    if _FORMAT.value == "huggingface":
+        _models(open_workdir(workdir), path)
+    else:
+        _lists(open_workdir(workdir), path)
+
+
+def _lists(run, path: pathlib.Path):
+    from rqv2_jax import pipeline
+
+    if path.is_dir():
+        raise InputError(f"--to {path}: is a folder; name a file")
+    pipeline.export_lists(run, path)
     print(f"lists: {path}")
+
+
+def _models(run, path: pathlib.Path):
+    from rqv2_jax import weights
+
+    if path.exists():
+        raise InputError(f"--to {path}: exists; name a folder that does not")
+    config, data = run.models.config, run.config.data
+    retriever, reranker = (run.params(_STATE.value, model) for model in ("retriever", "reranker"))
+    partial = path.with_name(f"{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    for tower, length in (("query", data.query_length), ("passage", data.passage_length)):
+        weights.save_encoder(partial / tower, run.weights, config, retriever[tower])
+        weights.describe_pooling(partial / tower, config, run.config.model.pooling, length)
+    encoder, head = reranker["encoder"], reranker["head"]
+    weights.save_encoder(partial / "reranker", run.weights, config, encoder, head)
+    os.replace(partial, path)
+    joined = "title and text joined by a space" if data.titles else "text"
+    if data.titles and run.config.model.passage_format == "title_sep_text":
+        joined = "title and text as a pair of texts"
+    print(
+        f"models: {path}   the passage tower reads {joined}, at most {data.passage_length} tokens"
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A Hugging Face BERT or ERNIE folder (`config.json`, `model.safetensors`, tokenizer) to params.
+"""Hugging Face BERT or ERNIE folders (`config.json`, `model.safetensors`, tokenizer) <-> params.
 
 Strict: every tensor of the file is used once or is one of the heads this package has no use for, every
 param of the encoder comes from the file, and every shape is what `config.json` promises.
@@ -8,11 +8,14 @@ import importlib.util
 import json
 import pathlib
 import re
+import shutil
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from rqv2_jax import bert
+from rqv2_jax.data.tokens import TOKENIZER_FILES
 from rqv2_jax.errors import InputError
 
 # A dense retriever reads the raw hidden state, so pooler and pre-training heads are not wanted.
@@ -210,3 +213,83 @@ def load_encoder(folder: pathlib.Path, config: bert.BertConfig) -> dict:
                 "only BERT and ERNIE folders can be used"
             )
     return {"embeddings": embeddings, "layers": layers}
+
+
+def save_encoder(
+    folder: pathlib.Path, source: pathlib.Path, config: bert.BertConfig, params: dict, head=None
+):
+    """Writes a folder that transformers opens: an encoder with the tokenizer of the one it began as.
+
+    Args:
+      folder: made here.
+      source: the folder the encoder's weights were first read from.
+      params: in the layout of `bert.Encoder`.
+      head: `{"kernel": [D], "bias": []}` of a score from the first token, saved as a token
+        classifier with one label: its first token's logit is the score.
+    """
+    folder.mkdir(parents=True)
+    # An embedding of ERNIE's tasks is part of the types' since it was read, so this is a BERT.
+    described = {
+        "model_type": "bert",
+        "architectures": ["BertModel" if head is None else "BertForTokenClassification"],
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "intermediate_size": config.intermediate_size,
+        "max_position_embeddings": config.max_positions,
+        "type_vocab_size": config.type_vocab_size,
+        "layer_norm_eps": config.layer_norm_eps,
+        "hidden_act": config.activation,
+        "hidden_dropout_prob": config.dropout,
+        "attention_probs_dropout_prob": config.dropout,
+        "initializer_range": config.initializer_range,
+        **({} if head is None else {"num_labels": 1, "id2label": {"0": "score"}}),
+    }
+    (folder / "config.json").write_text(json.dumps(described, indent=1) + "\n")
+    prefix = "" if head is None else "bert."
+    tensors = {
+        prefix + name: np.asarray(params["embeddings"][module][leaf])
+        for (module, leaf), name in EMBEDDINGS.items()
+    }
+    for (module, leaf), names in LAYERS.items():
+        stacked = np.asarray(params["layers"][module][leaf])
+        for layer in range(config.num_layers):
+            parts = np.split(stacked[layer], len(names), axis=-1)
+            for name, part in zip(names, parts):
+                tensors[prefix + name.format(layer)] = part.T if leaf == "kernel" else part
+    if head is not None:
+        tensors["classifier.weight"] = np.asarray(head["kernel"])[None]
+        tensors["classifier.bias"] = np.asarray(head["bias"])[None]
+    tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copy(source / name, folder / name)
+
+
+def describe_pooling(folder: pathlib.Path, config: bert.BertConfig, pooling: str, length: int):
+    """Adds the files by which sentence-transformers opens a tower, with dot products as similarity.
+
+    Args:
+      pooling: cls or mean.
+      length: most tokens of an input.
+    """
+    module = "sentence_transformers.models."
+    modules = [
+        {"idx": 0, "name": "0", "path": "", "type": f"{module}Transformer"},
+        {"idx": 1, "name": "1", "path": "1_Pooling", "type": f"{module}Pooling"},
+    ]
+    files = {
+        "modules.json": modules,
+        "1_Pooling/config.json": {
+            "word_embedding_dimension": config.hidden_size,
+            "pooling_mode_cls_token": pooling == "cls",
+            "pooling_mode_mean_tokens": pooling == "mean",
+        },
+        "sentence_bert_config.json": {"max_seq_length": length, "do_lower_case": False},
+        "config_sentence_transformers.json": {"similarity_fn_name": "dot"},
+    }
+    (folder / "1_Pooling").mkdir()
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content, indent=1) + "\n")

@@ -12,7 +12,9 @@ import ir_measures
 import jax
 import numpy as np
 import pytest
+import torch
 import tqdm
+import transformers
 
 from rqv2_jax import config as config_lib
 from rqv2_jax import evaluation, mining, pipeline, score, train, weights
@@ -465,6 +467,42 @@ def test_denoise_report_of_a_workdir(finished):
     ended = run_program("rqv2_jax.check", f"--workdir={workdir}", "--labels=nowhere")
     assert ended.returncode == 1
     assert "nowhere: no such qrels folder" in ended.stderr
+
+
+def test_exported_models_score_in_transformers_as_here(finished, tmp_path):
+    config, workdir = finished
+    folder = tmp_path / "models"
+    arguments = [f"--workdir={workdir}", "--format=huggingface", f"--to={folder}"]
+    ended = run_program("rqv2_jax.export", *arguments)
+    assert ended.returncode == 0, ended.stderr
+    query, title, text = "river stone engine", "copper letter", "market signal forest bridge river"
+    retriever_1, reranker_1 = score.open_scorer(str(workdir), "joint")(query, [(title, text)])
+
+    def read(name, model, *texts):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder / name)
+        loaded, report = model.from_pretrained(folder / name, output_loading_info=True)
+        # BertModel has a pooler, which no score reads.
+        assert {key.split(".")[0] for key in report["missing_keys"]} <= {"pooler"}
+        assert not report["unexpected_keys"]
+        with torch.no_grad():
+            return loaded.eval()(**tokenizer(*texts, return_tensors="pt"))
+
+    vectors = [
+        # A title and its text are two texts to this model (title_sep_text).
+        read(tower, transformers.BertModel, *texts).last_hidden_state.mean(dim=1)[0]
+        for tower, texts in (("query", (query,)), ("passage", (title, text)))
+    ]
+    assert float(vectors[0] @ vectors[1]) == pytest.approx(float(retriever_1[0]), rel=1e-4)
+    classifier = transformers.BertForTokenClassification
+    logits = read("reranker", classifier, query, f"{title} {text}").logits
+    assert float(logits[0, 0, 0]) == pytest.approx(float(reranker_1[0]), rel=1e-3, abs=1e-4)
+    # The towers were trained apart, and the folder is not written over.
+    towers = [(folder / name / "model.safetensors").read_bytes() for name in ("query", "passage")]
+    assert towers[0] != towers[1]
+    ended = run_program("rqv2_jax.export", *arguments)
+    assert ended.returncode == 1
+    assert "models: exists; name a folder that does not" in ended.stderr
+    assert config.model.passage_format == "title_sep_text"
 
 
 def test_report_and_export_need_what_they_read(finished, tmp_path):

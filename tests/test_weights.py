@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rqv2_jax import bert, weights
+from rqv2_jax.data.tokens import TOKENIZER_FILES
 from rqv2_jax.errors import InputError
 
 QUERY = "encoder.layer.0.attention.self.query.weight"
@@ -305,3 +306,20 @@ def test_find_folder_with_a_file_missing(copy, name):
 
 def test_find_folder_of_a_package_without_a_model():
     line(lambda: weights.find_folder("pytest"), "config.json", "missing")
+
+
+def test_written_encoders_are_read_back(folder, tmp_path):
+    config = weights.read_config(folder, num_layers=1, dropout=0.1, dtype="float32")
+    params = weights.load_encoder(folder, config)
+    weights.save_encoder(tmp_path / "query", folder, config, params)
+    assert (
+        weights.read_config(tmp_path / "query", num_layers=1, dropout=0.1, dtype="float32")
+        == config
+    )
+    again = weights.load_encoder(tmp_path / "query", config)
+    assert jax.tree.structure(again) == jax.tree.structure(params)
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+    there = {path.name for path in folder.iterdir()} & set(TOKENIZER_FILES)
+    assert there
+    for name in there:
+        assert (tmp_path / "query" / name).read_bytes() == (folder / name).read_bytes()

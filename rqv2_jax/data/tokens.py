@@ -28,6 +28,9 @@ from rqv2_jax.errors import InputError
 
 FORMAT = 1
 CHUNK = 4096
+TOKENIZER_FILES = (
+    *("tokenizer.json", "vocab.txt", "tokenizer_config.json", "special_tokens_map.json"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,8 +103,7 @@ def load_tokenizer(folder: pathlib.Path, vocab_size: int) -> Tokenizer:
     # Slow to import, and needed by few stages.
     import transformers
 
-    names = ("tokenizer.json", "vocab.txt", "tokenizer_config.json", "special_tokens_map.json")
-    files = [folder / name for name in names if (folder / name).is_file()]
+    files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
     if not {"tokenizer.json", "vocab.txt"} & {f.name for f in files}:
         raise InputError(
             f"{folder}: has no tokenizer.json or vocab.txt; copy the model's tokenizer"
