@@ -1,6 +1,5 @@
 """Two run files on the same qrels: every metric of both, and whether they differ."""
 
-import functools
 import pathlib
 from collections.abc import Sequence
 
@@ -62,20 +61,15 @@ def compare(
         {name: row for row, name in enumerate(ids)} for ids in (query_ids, passage_ids)
     )
     pairs = [(query_rows[q], passage_rows[p], relevance) for (q, p), relevance in judged.items()]
+    qrels_3xN = tuple(np.array(pairs, np.int64).T)
     values = [
-        metrics.evaluate(
-            *_arrays(run, query_ids, passage_rows),
-            passage_ids,
-            tuple(np.array(pairs, np.int64).T),
-            names,
-        )
+        metrics.evaluate(*_arrays(run, query_ids, passage_rows), passage_ids, qrels_3xN, names)
         for run in runs
     ]
     rows = []
     for name in names:
         a_J, b_J = (value[name] for value in values)
-        test = functools.partial(metrics.paired_test, permutations=permutations, seed=seed)
-        difference, p_value = test(a_J, b_J)
+        difference, p_value = metrics.paired_test(a_J, b_J, permutations=permutations, seed=seed)
         low, high = metrics.interval(a_J - b_J, resamples=permutations, seed=seed)
         row = {"metric": name, "a": float(a_J.mean()), "b": float(b_J.mean())}
         rows.append({**row, "difference": difference, "low": low, "high": high, "p_value": p_value})

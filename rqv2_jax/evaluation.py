@@ -182,8 +182,9 @@ def _measure(run: Run, store: tokens.Store, split: str, rows_Q: np.ndarray):
         top_QxK, scores_QxK = (array[:, :deepest] for array in found)
         wanted = set(top_QxK[top_QxK >= 0].tolist()) - passages.keys()
         if wanted:
-            new = ((row, p.text) for row, p in enumerate(texts.passages()) if row in wanted)
-            passages.update(new)
+            for row, passage in enumerate(texts.passages()):
+                if row in wanted:
+                    passages[row] = answers_lib.joined(passage.text)
         qrels = answers_lib.judge(top_QxK, answers_Q, passages)
         every_Q = np.arange(len(rows_Q))
         return metrics.evaluate(top_QxK, scores_QxK, store.passage_ids, qrels, names, every_Q)

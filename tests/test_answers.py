@@ -60,6 +60,7 @@ def test_against_slices_of_token_lists(text, strings):
 
 def test_judge_names_the_retrieved_passages_that_answer():
     texts = {3: "born in Ulm", 5: "died in Princeton", 8: "Ulm and Princeton"}
+    texts = {row: answers.joined(text) for row, text in texts.items()}
     passages_QxK = np.array([[5, 3, 8], [3, -1, -1], [8, 5, -1]])
     found = answers.judge(passages_QxK, [("ulm",), ("princeton",), ("Princeton", "x")], texts)
     assert np.stack(found).T.tolist() == [[0, 3, 1], [0, 8, 1], [2, 8, 1], [2, 5, 1]]

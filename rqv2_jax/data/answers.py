@@ -17,7 +17,7 @@ from rqv2_jax.metrics import Qrels
 _TOKEN = regex.compile(r"[\p{L}\p{N}\p{M}]+|[^\p{Z}\p{C}]")
 
 
-def _joined(text: str) -> str:
+def joined(text: str) -> str:
     """The tokens of a text between single spaces, which no token holds."""
     tokens = _TOKEN.findall(unicodedata.normalize("NFD", text))
     return f" {' '.join(token.lower() for token in tokens)} "
@@ -25,7 +25,7 @@ def _joined(text: str) -> str:
 
 def holds(text: str, answers: Iterable[str]) -> bool:
     """Whether one of the answers stands in the text."""
-    return bool(_answering([_joined(text)], [_joined(answer) for answer in answers])[0])
+    return bool(_answering([joined(text)], [joined(answer) for answer in answers])[0])
 
 
 def _answering(texts: Sequence[str], answers: Sequence[str]) -> list[bool]:
@@ -41,13 +41,12 @@ def judge(
     Args:
       passages_QxK: passage rows, negative where there is none.
       answers_Q: the answers of each query.
-      texts: text of every retrieved passage by its row, without its title.
+      texts: text of every retrieved passage by its row, without its title, as `joined` gives it.
     """
-    joined = {row: _joined(text) for row, text in texts.items()}
     hits = []
     for query, (passages_K, answers) in enumerate(zip(passages_QxK, answers_Q, strict=True)):
         rows = passages_K[passages_K >= 0].tolist()
-        found = _answering([joined[row] for row in rows], [_joined(a) for a in answers])
+        found = _answering([texts[row] for row in rows], [joined(a) for a in answers])
         hits += [(query, row, 1) for row, hit in zip(rows, found) if hit]
     table_Hx3 = np.array(hits, np.int64).reshape(-1, 3)
     return table_Hx3[:, 0], table_Hx3[:, 1], table_Hx3[:, 2]
