@@ -13,6 +13,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+# What a layer keeps for its gradient: everything, what its dense products gave, or its input alone;
+# the rest is computed again.
+REMAT = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
 # Finite: -inf gives NaN gradients in a softmax row that is masked throughout.
 MASKED = -1e9
 
@@ -26,7 +34,10 @@ ACTIVATIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class BertConfig:
-    """The shape of an encoder; field meanings are those of a Hugging Face `config.json`."""
+    """The shape of an encoder; field meanings are those of a Hugging Face `config.json`.
+
+    `remat` is one of `REMAT`.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -40,6 +51,7 @@ class BertConfig:
     dropout: float
     initializer_range: float
     dtype: str
+    remat: str
 
 
 class Dropout(nn.Module):
@@ -149,18 +161,27 @@ class Encoder(nn.Module):
         x_NxD = x_RxTxD.reshape(-1, c.hidden_size)
         if c.num_layers == 0:
             return x_NxD
+        # A rolled loop stacks all activations kept for the gradient; copying them costs a CPU a
+        # quarter of the step and an accelerator next to nothing.
+        unrolled = jax.default_backend() == "cpu"
         layers = nn.scan(
-            Layer,
+            _remat(c.remat, in_loop=not unrolled),
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=nn.broadcast,
             length=c.num_layers,
-            # A rolled loop stacks all activations kept for the gradient; copying them costs a CPU a
-            # quarter of the step and an accelerator next to nothing.
-            unroll=c.num_layers if jax.default_backend() == "cpu" else 1,
+            unroll=c.num_layers if unrolled else 1,
         )
         x_NxD, _ = layers(c, deterministic, name="layers")(x_NxD, _bias(sequence_RxT))
         return x_NxD
+
+
+def _remat(policy: str, *, in_loop: bool):
+    """`Layer` under one of the policies of `REMAT`."""
+    if policy == "none":
+        return Layer
+    # Outside a loop XLA would find what is computed twice, and keep it.
+    return nn.remat(Layer, policy=REMAT[policy], prevent_cse=not in_loop)
 
 
 def _bias(sequence_RxT):
@@ -187,7 +208,7 @@ def first_states(
         deterministic=off,
         rngs={} if off else {"dropout": key},
     )
-    x_RxD, _ = Layer(config, off, first_only=True).apply(
+    x_RxD, _ = _remat(config.remat, in_loop=False)(config, off, first_only=True).apply(
         {"params": last_params},
         *(x_NxD, _bias(sequence_RxT)),
         # Another key than that of the layers below, so that its masks are its own.

@@ -36,6 +36,7 @@ CHOICES = {
     "model.pooling": ("cls", "mean"),
     "model.passage_format": ("title_sep_text", "title_text"),
     "model.dtype": ("float32", "bfloat16"),
+    "model.remat": ("none", "dots", "full"),
     "retriever.schedule": ("constant", "linear"),
     "reranker.schedule": ("constant", "linear"),
     "joint.schedule": ("constant", "linear"),
@@ -102,6 +103,7 @@ def default() -> ml_collections.ConfigDict:
                 "passage_format": "title_sep_text",  # or "title_text" (sentence-transformers)
                 "dropout": 0.1,
                 "dtype": "float32",  # of activations; params and losses stay float32
+                "remat": "none",  # of each layer's activations; "dots" or "full" save memory
             },
             "mesh": {"data": 1, "fsdp": 1},  # devices
             "packing": {"blocks": 3},  # most shapes one batch is laid into
@@ -109,7 +111,7 @@ def default() -> ml_collections.ConfigDict:
             # Warm-up of the retriever with in-batch negatives; 0 epochs skip it.
             "retriever": _training(epochs=30.0, learning_rate=3e-5),
             # Warm-up of the re-ranker on lists of mined negatives.
-            "reranker": _training(epochs=2.0, list_size=8),
+            "reranker": _training(epochs=2.0, list_size=8, accumulate=1),
             "mine": {
                 "queries": 1_000_000,  # at most this many training queries, drawn at random
                 "depth": 50,  # retrieved passages of each, candidates of undenoised lists
@@ -121,6 +123,8 @@ def default() -> ml_collections.ConfigDict:
             "joint": _training(
                 epochs=2.0,
                 list_size=32,
+                # Parts in which a device computes its lists of a batch, to need less memory.
+                accumulate=1,
                 denoised_share=0.5,
                 loss=dict(LOSSES["paper"]),
                 kl_weight=1.0,
@@ -235,6 +239,11 @@ def check(config: ml_collections.ConfigDict):
     if given["joint.lists"] and given["joint.refresh_every"]:
         raise InputError(
             "config.joint.lists gives the lists, so none can be refreshed; set refresh_every to 0"
+        )
+    if given["joint.in_batch_weight"] and given["joint.accumulate"] > 1:
+        raise InputError(
+            "config.joint.in_batch_weight needs the whole batch at once; set config.joint.accumulate "
+            "to 1, or the weight to 0"
         )
     if given["data.pair_length"] < given["data.query_length"] + 8:
         raise InputError(

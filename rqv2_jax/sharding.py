@@ -3,13 +3,15 @@
 Two mesh axes: lists are split over both, `data` and `fsdp`; params and optimizer state are split over
 `fsdp` alone, each leaf along its largest dimension that divides. A step gathers the params it needs,
 computes its own lists' scores, gathers those few numbers, and sees the loss of the global batch; one
-reduction of the gradients ends the step.
+reduction of the gradients ends the step. Where a device has several parts of the batch, it computes
+one after the other, which bounds memory by one part, and adds up their gradients.
 """
 
 import dataclasses
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -31,7 +33,7 @@ class Sharding:
 
     @property
     def batch(self) -> NamedSharding:
-        """Of arrays whose leading axis counts shards."""
+        """Of arrays whose leading axis counts shards, or parts of shards."""
         return NamedSharding(self.mesh, P(AXES))
 
     def put_params(self, params):
@@ -43,7 +45,7 @@ class Sharding:
         return jax.tree.map(lambda x: NamedSharding(self.mesh, self._spec(x)), params)
 
     def put_batch(self, batch):
-        """A batch on the devices; every leaf's leading axis counts shards."""
+        """A batch on the devices; every leaf's leading axis counts shards, or parts of shards."""
         return jax.device_put(batch, self.batch)
 
     def _spec(self, leaf) -> P:
@@ -64,12 +66,14 @@ class Sharding:
     def value_and_grad(self, loss_fn):
         """`loss_fn(params, batch, key, gather) -> (loss, terms)` over all shards, with gradients.
 
-        `loss_fn` gets full params, one shard of the batch and a key of its own. It must pass its
+        The batch's leading axis counts parts, one for each shard or the same number for all.
+        `loss_fn` gets full params, one part of the batch and a key of its own. It must pass its
         scores through `gather` (which joins the shards along axis 0) before the loss, so that every
-        shard returns the same loss: that of the global batch.
+        shard returns the same loss: that of the same part of all shards.
 
         Returns:
-          `f(params, batch, key) -> ((loss, terms), grads)`, grads sharded as the params.
+          `f(params, batch, key) -> ((loss, terms), grads)`, means over the parts of a shard; grads
+          sharded as the params.
         """
 
         def f(params, batch, key):
@@ -78,25 +82,38 @@ class Sharding:
 
             def local(params, batch, key):
                 key = jax.random.fold_in(key, jax.lax.axis_index(AXES))
-                batch = jax.tree.map(lambda x: x[0], batch)
+                params = gather_params(params)
+                parts = len(jax.tree.leaves(batch)[0])
 
-                def loss(params):
-                    return loss_fn(gather_params(params), batch, key, gather_shards)
+                def part(number, batch):
+                    part_key = jax.random.fold_in(key, number)
+                    return jax.value_and_grad(loss_fn, has_aux=True)(
+                        params, batch, part_key, gather_shards
+                    )
 
-                value, grads = jax.value_and_grad(loss, has_aux=True)(params)
-                # The transpose of each gather sums over shards what every shard computed from the
-                # same loss, so the mean over shards is the gradient of that loss. A leaf split over
-                # fsdp has been summed over that axis on the way.
-                grads = jax.tree.map(
-                    lambda g, spec: (
-                        jax.lax.pmean(g, "data") / self.mesh.shape["fsdp"]
-                        if spec
-                        else jax.lax.pmean(g, AXES)
-                    ),
-                    grads,
-                    specs,
-                )
-                return value, grads
+                first = jax.tree.map(lambda x: x[0], batch)
+                if parts == 1:
+                    value, grads = part(0, first)
+                else:
+                    shapes = jax.eval_shape(part, 0, first)
+                    total, _ = jax.lax.scan(
+                        lambda total, x: (jax.tree.map(jnp.add, total, part(*x)), None),
+                        jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes),
+                        (jnp.arange(parts), batch),
+                    )
+                    value, grads = jax.tree.map(lambda x: x / parts, total)
+
+                def reduce(grad, spec):
+                    # The transpose of `gather` sums over shards what every shard computed from the
+                    # same loss, so the mean over shards is the gradient of that loss.
+                    if not spec:
+                        return jax.lax.pmean(grad, AXES)
+                    grad = jax.lax.psum_scatter(
+                        grad, "fsdp", scatter_dimension=len(spec) - 1, tiled=True
+                    )
+                    return jax.lax.pmean(grad, "data") / self.mesh.shape["fsdp"]
+
+                return value, jax.tree.map(reduce, grads, specs)
 
             return jax.shard_map(
                 local,

@@ -66,7 +66,7 @@ def joint_loss(models: Models, settings, params, batch, key, gather):
 
     Args:
       settings: the joint stage's (`loss`, the reading of the loss; `kl_weight`; `in_batch_weight`;
-        `train_reranker`, without which the re-ranker gets no gradient).
+        `accumulate`; `train_reranker`, without which the re-ranker gets no gradient).
     """
     query_key, passage_key, pair_key = jax.random.split(key, 3)
     vectors = _vectors(models, params["retriever"], batch, query_key, passage_key)
@@ -82,6 +82,9 @@ def joint_loss(models: Models, settings, params, batch, key, gather):
         where_BxP=gather(batch["where"]),
         **settings["loss"],
     )
+    if settings["loss"]["kl_reduction"] == "sum":
+        # The parts of a batch are averaged, but this term is a sum over its lists.
+        terms["kl"] *= settings["accumulate"]
     loss = settings["kl_weight"] * terms["kl"] + terms["supervised"]
     if settings["in_batch_weight"] > 0:
         terms["in_batch"] = _in_batch(*vectors, batch, gather)

@@ -22,6 +22,13 @@ from rqv2_jax.errors import InputError
 from rqv2_jax.retrieval.stream import Forward, make_forward
 
 
+# Settings that change where numbers are computed, and when, but not which.
+PLACEMENT = (
+    *("mesh.", "model.remat:", "reranker.accumulate:", "joint.accumulate:"),
+    "evaluate.batch_tokens:",
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Run:
     """A config made concrete: where it works, the models' static half, how they read tokens."""
@@ -90,6 +97,7 @@ def open_run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Run:
         num_layers=config.model.num_layers,
         dropout=config.model.dropout,
         dtype=config.model.dtype,
+        remat=config.model.remat,
     )
     longest = max(config.data.query_length, config.data.passage_length, config.data.pair_length)
     if longest > bert_config.max_positions:
@@ -142,8 +150,7 @@ def claim(run: Run):
     path = run.workdir / "config.json"
     if path.is_file():
         changed = config_lib.differences(config_lib.loads(path.read_text()), run.config)
-        # The mesh changes where numbers are computed, not which.
-        changed = [line for line in changed if not line.startswith("mesh.")]
+        changed = [line for line in changed if not line.startswith(PLACEMENT)]
         if changed:
             more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
             raise InputError(

@@ -102,7 +102,7 @@ class World:
     torch_models: dict  # "query", "passage", "encoder": transformers' BertModel
     folders: dict
 
-    def batches(self, *, models, in_batch, shards, batch=8):
+    def batches(self, *, models, in_batch, parts, batch=8):
         from rqv2_jax.data.batches import ListBatches
 
         return ListBatches(
@@ -113,11 +113,11 @@ class World:
             batch=batch,
             models=models,
             in_batch=in_batch,
-            shards=shards,
+            parts=parts,
             max_blocks=1,
         )
 
-    def loss(self, name, models=None):
+    def loss(self, name, models=None, accumulate=1):
         """(loss_fn, models it trains, in_batch) of "retriever", "reranker" or a joint loss.
 
         A joint loss is a preset of LOSSES, or one of JOINT, which changes other settings.
@@ -130,6 +130,7 @@ class World:
         if name == "reranker":
             return partial(train.reranker_loss, models), ("reranker",), False
         settings = {"kl_weight": 1.0, "in_batch_weight": 0.0, "train_reranker": True}
+        settings["accumulate"] = accumulate
         settings |= {"loss": config.LOSSES.get(name, config.LOSSES["paper"])} | JOINT.get(name, {})
         loss_fn = partial(train.joint_loss, models, settings)
         return loss_fn, ("retriever", "reranker"), settings["in_batch_weight"] > 0
@@ -149,7 +150,7 @@ def world(make_bert):
         tower: make_bert(seed, num_hidden_layers=1)
         for seed, tower in enumerate(("query", "passage", "encoder"))
     }
-    config = weights.read_config(made["query"][0], num_layers=1, dropout=0.0, dtype="float32")
+    config = weights.read_config(made["query"][0], num_layers=1, dropout=0.0, dtype="float32", remat="none")
     encoders = {tower: weights.load_encoder(made[tower][0], config) for tower in made}
     params = {
         "retriever": {tower: encoders[tower] for tower in ("query", "passage")},
@@ -247,11 +248,11 @@ def stage_settings():
 
 @pytest.fixture(scope="session")
 def first_batch(world):
-    """`batch(name, shards)`: the first one of a loss, with one passage of some lists left out."""
+    """`batch(name, parts)`: the first one of a loss, with one passage of some lists left out."""
 
-    def batch(name, shards):
+    def batch(name, parts):
         _, models, in_batch = world.loss(name)
-        made = world.batches(models=models, in_batch=in_batch, shards=shards).make(0)
+        made = world.batches(models=models, in_batch=in_batch, parts=parts).make(0)
         if name != "retriever":
             where = made["where"].reshape(8, -1).copy()
             where[[1, 4, 6], [1, 2, 2]] = False
@@ -263,45 +264,48 @@ def first_batch(world):
 
 @pytest.fixture(scope="session")
 def stepper(world, first_batch, optimizer_settings, stage_settings):
-    """`stepper(name, data, fsdp) -> (step, start, batch)` of a loss on a mesh, compiled once."""
+    """`stepper(name, data, fsdp, accumulate=1) -> (step, start, batch)`: of a loss on a mesh.
+
+    Compiled once.
+    """
     from rqv2_jax import sharding as sharding_lib
     from rqv2_jax import train
 
     made = {}
 
-    def make(name, data, fsdp):
-        if (name, data, fsdp) not in made:
+    def make(name, data, fsdp, accumulate=1):
+        if (name, data, fsdp, accumulate) not in made:
             sharding = sharding_lib.make(data, fsdp)
-            loss_fn, models, _ = world.loss(name)
+            loss_fn, models, _ = world.loss(name, accumulate=accumulate)
             optimizer = train.make_optimizer(optimizer_settings, stage_settings(), 10)
             params = {model: world.params[model] for model in models}
-            made[name, data, fsdp] = (
+            made[name, data, fsdp, accumulate] = (
                 train.make_step(loss_fn, optimizer, sharding),
                 lambda: train.init_state(params, optimizer, sharding),
-                sharding.put_batch(first_batch(name, sharding.shards)),
+                sharding.put_batch(first_batch(name, sharding.shards * accumulate)),
             )
-        return made[name, data, fsdp]
+        return made[name, data, fsdp, accumulate]
 
     return make
 
 
 @pytest.fixture(scope="session")
 def first_step(stepper):
-    """`first_step(name, data, fsdp)`: what the first step did, taken once."""
+    """`first_step(name, data, fsdp, accumulate=1)`: what the first step did, taken once."""
     import jax
     import optax
 
     taken = {}
 
-    def take(name, data, fsdp):
-        if (name, data, fsdp) not in taken:
-            step, start, batch = stepper(name, data, fsdp)
+    def take(*case):
+        if case not in taken:
+            step, start, batch = stepper(*case)
             before = jax.device_get(start().params)
             after, terms = jax.device_get(step(start(), batch, jax.random.key(0)))
             # Adam's first moment after one step, undone: the gradient itself.
             (moments,) = optax.tree.get_all_with_path(after.opt_state, "mu")
             gradients = jax.tree.map(lambda mu: mu / (1 - B1), moments[1])
-            taken[name, data, fsdp] = FirstStep(terms, gradients, after.params, before)
-        return taken[name, data, fsdp]
+            taken[case] = FirstStep(terms, gradients, after.params, before)
+        return taken[case]
 
     return take

@@ -53,7 +53,7 @@ def world(*, lists=18, passages_per_list=PASSAGES, seed=0):
 
 
 def batches_of(store, queries, lists, **changed):
-    given = dict(batch=BATCH, models=("retriever", "reranker"), in_batch=False, shards=1)
+    given = dict(batch=BATCH, models=("retriever", "reranker"), in_batch=False, parts=1)
     return ListBatches(store, queries, INPUTS, lists, **{**given, "max_blocks": 3, **changed})
 
 
@@ -79,21 +79,21 @@ def assert_same(a, b):
 
 
 def recovered(packed):
-    """[shard][sequence] -> (tokens, types) as the model finds them, from the sequence's first token."""
-    shards = []
-    for shard, first_N in enumerate(packed.first_N):
+    """[part][sequence] -> (tokens, types) as the model finds them, from the sequence's first token."""
+    parts = []
+    for part, first_N in enumerate(packed.first_N):
         flat = [
-            np.concatenate([getattr(block, x)[shard].reshape(-1) for block in packed.blocks])
+            np.concatenate([getattr(block, x)[part].reshape(-1) for block in packed.blocks])
             for x in ("tokens_RxT", "types_RxT", "positions_RxT", "sequence_RxT")
         ]
         tokens, types, positions, sequence = flat
-        shards.append([])
+        parts.append([])
         for n, first in enumerate(first_N):
             end = first + (sequence == n).sum()
             assert (sequence[first:end] == n).all()
             assert positions[first:end].tolist() == list(range(end - first))
-            shards[-1].append((tokens[first:end].tolist(), types[first:end].tolist()))
-    return shards
+            parts[-1].append((tokens[first:end].tolist(), types[first:end].tolist()))
+    return parts
 
 
 def alone(ragged):
@@ -111,39 +111,39 @@ def expected_sequences(store, queries, query, passages):
     }
 
 
-@pytest.mark.parametrize("shards", [1, 2, 4])
-def test_every_passage_of_a_list_is_at_its_place(shards):
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_every_passage_of_a_list_is_at_its_place(parts):
     store, queries, lists = world()
-    batches = batches_of(store, queries, lists, shards=shards)
+    batches = batches_of(store, queries, lists, parts=parts)
     assert batches.steps == 4
     seen = 0
     for step in range(batches.steps):
         batch = batches.make(step)
         found = {kind: recovered(batch[kind]) for kind in ("queries", "passages", "pairs")}
-        per_shard = BATCH // shards
-        assert all(len(x) == shards for x in found.values())
-        for shard, b in itertools.product(range(shards), range(per_shard)):
-            row = step * BATCH + shard * per_shard + b
+        per_part = BATCH // parts
+        assert all(len(x) == parts for x in found.values())
+        for part, b in itertools.product(range(parts), range(per_part)):
+            row = step * BATCH + part * per_part + b
             wanted = expected_sequences(
                 store, queries, lists.query_rows_L[row], lists.passages_LxP[row]
             )
             for kind, sequences in wanted.items():
                 here = slice(b * len(sequences), (b + 1) * len(sequences))
-                assert found[kind][shard][here] == sequences, (kind, row)
-            assert batch["positive"][shard, b].tolist() == [True, False, False]
-            assert batch["where"][shard, b].all()
+                assert found[kind][part][here] == sequences, (kind, row)
+            assert batch["positive"][part, b].tolist() == [True, False, False]
+            assert batch["where"][part, b].all()
             seen += 1
         for kind, count in (("queries", 1), ("passages", PASSAGES), ("pairs", PASSAGES)):
-            assert [len(x) for x in found[kind]] == [per_shard * count] * shards
+            assert [len(x) for x in found[kind]] == [per_part * count] * parts
     assert seen == 16, "the last two lists make no whole batch"
 
 
 @pytest.mark.parametrize("in_batch", [False, True])
-@pytest.mark.parametrize("shards", [2, 4])
-def test_shards_share_the_same_lists_and_labels(shards, in_batch):
+@pytest.mark.parametrize("parts", [2, 4])
+def test_parts_share_the_same_lists_and_labels(parts, in_batch):
     given = world()
     whole = batches_of(*given, in_batch=in_batch)
-    split = batches_of(*given, in_batch=in_batch, shards=shards)
+    split = batches_of(*given, in_batch=in_batch, parts=parts)
     assert split.steps == whole.steps
     for step in range(whole.steps):
         one, many = whole.make(step), split.make(step)
@@ -154,35 +154,35 @@ def test_shards_share_the_same_lists_and_labels(shards, in_batch):
         if in_batch:
             columns |= dict.fromkeys(("in_batch_positive", "in_batch_where"), BATCH * PASSAGES)
         for label, count in columns.items():
-            assert many[label].shape == (shards, BATCH // shards, count)
+            assert many[label].shape == (parts, BATCH // parts, count)
             assert many[label].reshape(one[label].shape).tolist() == one[label].tolist()
 
 
-@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("order", [1, -1], ids=["longest last", "longest first"])
-def test_shapes_are_the_same_at_every_step(shards, order, monkeypatch):
+def test_shapes_are_the_same_at_every_step(parts, order, monkeypatch):
     store, queries, lists = world(lists=32, seed=4)
     # Most batches know nothing of the longest texts.
     length_L = INPUTS.passage_lengths(store, lists.passages_LxP).max(axis=1)
     order_L = np.argsort(length_L)[::order]
     lists = Lists(*(x[order_L] for x in vars(lists).values()))
-    batches = batches_of(store, queries, lists, shards=shards)
+    batches = batches_of(store, queries, lists, parts=parts)
     shapes = [
         {name: (x.shape, x.dtype) for name, x in leaves(batches.make(step)).items()}
         for step in range(batches.steps)
     ]
     assert len(shapes) == 8
     assert all(x == shapes[0] for x in shapes)
-    assert all(shape[0] == shards for shape, _ in shapes[0].values())
+    assert all(shape[0] == parts for shape, _ in shapes[0].values())
     # However many steps are planned at once.
     for steps in (1, 3):
         monkeypatch.setattr(batches_lib, "PLANNED_AT_ONCE", steps)
-        assert batches_of(store, queries, lists, shards=shards).shapes == batches.shapes
+        assert batches_of(store, queries, lists, parts=parts).shapes == batches.shapes
 
 
 @pytest.mark.parametrize("in_batch", [False, True])
 def test_a_stream_can_start_at_any_step(in_batch):
-    batches = batches_of(*world(lists=26), in_batch=in_batch, shards=2)
+    batches = batches_of(*world(lists=26), in_batch=in_batch, parts=2)
     made = [batches.make(step) for step in range(batches.steps)]
     assert len({batch["queries"].blocks[0].tokens_RxT.tobytes() for batch in made}) == 6
     for first in (0, 1, 4, 5):
@@ -278,7 +278,7 @@ def test_in_batch_labels_of_a_batch_use_the_relevant_pairs():
     lists = Lists(
         query_rows_L, np.stack([head_L, lists.passages_LxP[:, 0]], axis=1), lists.provenance_LxP
     )
-    batches = batches_of(store, queries, lists, batch=8, shards=2, in_batch=True)
+    batches = batches_of(store, queries, lists, batch=8, parts=2, in_batch=True)
     masked = 0
     for step in range(3):
         part = slice(step * 8, (step + 1) * 8)
@@ -292,9 +292,9 @@ def test_in_batch_labels_of_a_batch_use_the_relevant_pairs():
     assert masked > 10
 
 
-def test_a_batch_must_split_over_the_devices():
-    with pytest.raises(InputError, match="4 lists cannot be split over 3 devices; make"):
-        batches_of(*world(), shards=3)
+def test_a_batch_must_split_into_its_parts():
+    with pytest.raises(InputError, match="4 lists cannot be split into 3 parts; make"):
+        batches_of(*world(), parts=3)
 
 
 def test_there_must_be_lists_for_one_batch():

@@ -20,7 +20,7 @@ KEY = jax.random.key(0, impl="rbg")
 
 
 def load(folder, num_layers):
-    config = weights.read_config(folder, num_layers=num_layers, dropout=0.1, dtype="float32")
+    config = weights.read_config(folder, num_layers=num_layers, dropout=0.1, dtype="float32", remat="none")
     return config, weights.load_encoder(folder, config)
 
 
@@ -189,6 +189,26 @@ def test_first_states_are_those_of_all_states_in_value_and_gradient(tiny, num_la
     assert jax.tree.structure(grads) == jax.tree.structure(plain_grads)
     for ours, theirs in zip(jax.tree.leaves(grads), jax.tree.leaves(plain_grads)):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=2e-5)
+
+
+def test_rematerialised_layers_give_the_same_and_compute_more(tiny):
+    """By policy: the same value and gradient, dropout's masks included, and ever more products."""
+    config, params, _, seqs = tiny
+    block = one_row_each(seqs, pad_token=9)
+    products, found = {}, {}
+    for policy in ("none", "dots", "full"):
+
+        def loss(params, key, policy=policy):
+            own = dataclasses.replace(config, remat=policy)
+            return jnp.sum(jnp.sin(bert.first_states(own, params, *block, key)))
+
+        step = jax.jit(jax.value_and_grad(loss))
+        products[policy] = step.lower(params, KEY).as_text().count("dot_general")
+        found[policy] = step(params, KEY)
+    assert products["none"] < products["dots"] < products["full"]
+    for policy in ("dots", "full"):
+        for ours, plain in zip(jax.tree.leaves(found[policy]), jax.tree.leaves(found["none"])):
+            np.testing.assert_allclose(ours, plain, rtol=1e-4, atol=2e-5, err_msg=policy)
 
 
 def test_sequences_of_a_row_do_not_see_each_other(tiny):

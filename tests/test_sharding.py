@@ -24,8 +24,12 @@ def named_leaves(tree):
         *itertools.product(("retriever", "reranker", "paper"), ((2, 1), (4, 2), (1, 4))),
         # Differs from "paper" only in what comes after the scores.
         ("official_code", (4, 2)),
+        # The same in parts.
+        ("paper", (1, 1, 4)),
+        ("paper", (2, 2, 2)),
+        ("reranker", (2, 1, 2)),
     ],
-    ids=lambda x: x if isinstance(x, str) else f"{x[0]}x{x[1]}",
+    ids=lambda x: x if isinstance(x, str) else "x".join(map(str, x)),
 )
 def test_every_mesh_takes_the_same_step(first_step, stage_settings, name, mesh):
     one, many = first_step(name, 1, 1), first_step(name, *mesh)

@@ -1,8 +1,8 @@
 """Batches through tf.data: batch s is a function of (lists, s), so a step number resumes a run.
 
-Every leaf has a leading axis that counts device shards; whole lists belong to one shard. Shape
-suffixes: S shards, L lists of the run in the order of training, P passages of a list, B lists of a
-shard, N sequences.
+Every leaf has a leading axis that counts parts, one or several for each device; whole lists belong to
+one part. Shape suffixes: S parts, L lists of the run in the order of training, P passages of a list,
+B lists of a part, N sequences.
 """
 
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ class ListBatches:
       lists: all lists of the run; those beyond the last whole batch are left out.
       models: which inputs to build: "retriever" (queries and passages), "reranker" (pairs), or both.
       in_batch: also labels over all passages of the batch, other positives of a query masked out.
-      shards: device shards; must divide `batch`.
+      parts: parts of a batch, which a device holds one or several of; must divide `batch`.
       max_blocks: most shapes that one kind of input is laid into.
 
     A batch is a dict: `queries`, `passages`, `pairs` (`packing.Packed`), `positive` and `where`
@@ -48,13 +48,13 @@ class ListBatches:
         batch: int,
         models: tuple[str, ...],
         in_batch: bool,
-        shards: int,
+        parts: int,
         max_blocks: int,
     ):
-        if batch % shards:
+        if batch % parts:
             raise InputError(
-                f"a batch of {batch} lists cannot be split over {shards} devices; "
-                "make the stage's batch a multiple of config.mesh.data * config.mesh.fsdp"
+                f"a batch of {batch} lists cannot be split into {parts} parts; make the stage's batch "
+                "a multiple of config.mesh.data * config.mesh.fsdp, and of its accumulate"
             )
         if len(lists.query_rows_L) < batch:
             raise InputError(
@@ -64,7 +64,7 @@ class ListBatches:
         self.store, self.queries, self.inputs, self.lists = store, queries, inputs, lists
         self.positives_2xN = queries.positives()
         self.positive_LxP = lists.positive()
-        self.batch, self.models, self.in_batch, self.shards = batch, models, in_batch, shards
+        self.batch, self.models, self.in_batch, self.parts = batch, models, in_batch, parts
         self.steps = len(lists.query_rows_L) // batch
         self.shapes = {
             kind: packing.plan(self._sorted_lengths(kind), max_blocks) for kind in self._kinds()
@@ -86,7 +86,7 @@ class ListBatches:
         )
 
     def _sorted_lengths(self, kind):
-        """The element-wise longest of all shards' sorted lengths [1, N]."""
+        """The element-wise longest of all parts' sorted lengths [1, N]."""
         longest = np.zeros((1, 1), np.int64)
         for first in range(0, self.steps, PLANNED_AT_ONCE):
             steps = min(PLANNED_AT_ONCE, self.steps - first)
@@ -94,7 +94,7 @@ class ListBatches:
             lengths = self._lengths(
                 kind, self.lists.query_rows_L[part], self.lists.passages_LxP[part]
             )
-            sorted_BxN = np.sort(lengths.reshape(steps * self.shards, -1), axis=1)
+            sorted_BxN = np.sort(lengths.reshape(steps * self.parts, -1), axis=1)
             top = sorted_BxN.max(axis=0, keepdims=True)
             longest = np.maximum(longest, top)
         return longest
@@ -104,10 +104,10 @@ class ListBatches:
         part = slice(step * self.batch, (step + 1) * self.batch)
         queries_B = self.lists.query_rows_L[part]
         passages_BxP = self.lists.passages_LxP[part]
-        per_shard = self.batch // self.shards
+        per_part = self.batch // self.parts
         packed = {kind: [] for kind in self._kinds()}
-        for shard in range(self.shards):
-            own = slice(shard * per_shard, (shard + 1) * per_shard)
+        for number in range(self.parts):
+            own = slice(number * per_part, (number + 1) * per_part)
             for kind in packed:
                 ragged = self._ragged(kind, queries_B[own], passages_BxP[own])
                 packed[kind].append(packing.pack(ragged, self.shapes[kind]))
@@ -117,7 +117,7 @@ class ListBatches:
         if self.in_batch:
             positive_BxN, where_BxN = in_batch_labels(queries_B, passages_BxP, self.positives_2xN)
             labels |= {"in_batch_positive": positive_BxN, "in_batch_where": where_BxN}
-        shape = (self.shards, per_shard, -1)
+        shape = (self.parts, per_part, -1)
         return batch | {name: label.reshape(shape) for name, label in labels.items()}
 
     def _ragged(self, kind, queries_B, passages_BxP):
