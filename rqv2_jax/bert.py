@@ -36,7 +36,7 @@ ACTIVATIONS = {
 class BertConfig:
     """The shape of an encoder; field meanings are those of a Hugging Face `config.json`.
 
-    `remat` is one of `REMAT`.
+    `remat` is one of `REMAT`; `unrolled` says whether the loop over layers is.
     """
 
     vocab_size: int
@@ -52,6 +52,7 @@ class BertConfig:
     initializer_range: float
     dtype: str
     remat: str
+    unrolled: bool
 
 
 class Dropout(nn.Module):
@@ -161,16 +162,13 @@ class Encoder(nn.Module):
         x_NxD = x_RxTxD.reshape(-1, c.hidden_size)
         if c.num_layers == 0:
             return x_NxD
-        # A rolled loop stacks all activations kept for the gradient; copying them costs a CPU a
-        # quarter of the step and an accelerator next to nothing.
-        unrolled = jax.default_backend() == "cpu"
         layers = nn.scan(
-            _remat(c.remat, in_loop=not unrolled),
+            _remat(c.remat, in_loop=not c.unrolled),
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=nn.broadcast,
             length=c.num_layers,
-            unroll=c.num_layers if unrolled else 1,
+            unroll=c.num_layers if c.unrolled else 1,
         )
         x_NxD, _ = layers(c, deterministic, name="layers")(x_NxD, _bias(sequence_RxT))
         return x_NxD

@@ -73,7 +73,7 @@ def find_folder(weights: str) -> pathlib.Path:
 
 
 def read_config(
-    folder: pathlib.Path, *, num_layers: int, dropout: float, dtype: str, remat: str
+    folder: pathlib.Path, *, num_layers: int, dropout: float, dtype: str, remat: str, unrolled: bool
 ) -> bert.BertConfig:
     """`config.json` as a `BertConfig`, cut to the first `num_layers` layers.
 
@@ -110,6 +110,7 @@ def read_config(
             initializer_range=hf["initializer_range"],
             dtype=dtype,
             remat=remat,
+            unrolled=unrolled,
         )
         available = hf["num_hidden_layers"]
     except KeyError as e:

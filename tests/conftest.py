@@ -150,7 +150,9 @@ def world(make_bert):
         tower: make_bert(seed, num_hidden_layers=1)
         for seed, tower in enumerate(("query", "passage", "encoder"))
     }
-    config = weights.read_config(made["query"][0], num_layers=1, dropout=0.0, dtype="float32", remat="none")
+    config = weights.read_config(
+        made["query"][0], num_layers=1, dropout=0.0, dtype="float32", remat="none", unrolled=True
+    )
     encoders = {tower: weights.load_encoder(made[tower][0], config) for tower in made}
     params = {
         "retriever": {tower: encoders[tower] for tower in ("query", "passage")},

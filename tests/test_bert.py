@@ -20,7 +20,9 @@ KEY = jax.random.key(0, impl="rbg")
 
 
 def load(folder, num_layers):
-    config = weights.read_config(folder, num_layers=num_layers, dropout=0.1, dtype="float32", remat="none")
+    config = weights.read_config(
+        folder, num_layers=num_layers, dropout=0.1, dtype="float32", remat="none", unrolled=True
+    )
     return config, weights.load_encoder(folder, config)
 
 

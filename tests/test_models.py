@@ -29,7 +29,9 @@ def ragged(lengths=LENGTHS, seed=0):
 @pytest.fixture(scope="module")
 def tiny(make_bert):
     folder, model = make_bert(num_hidden_layers=1)
-    config = weights.read_config(folder, num_layers=1, dropout=RATE, dtype="float32", remat="none")
+    config = weights.read_config(
+        folder, num_layers=1, dropout=RATE, dtype="float32", remat="none", unrolled=True
+    )
     sequences = ragged()
     starts = np.cumsum(LENGTHS)[:-1]
     states = []

@@ -20,7 +20,9 @@ WORDS = "embeddings.word_embeddings.weight"
 
 
 def load(folder, num_layers=2):
-    config = weights.read_config(folder, num_layers=num_layers, dropout=0.1, dtype="float32", remat="none")
+    config = weights.read_config(
+        folder, num_layers=num_layers, dropout=0.1, dtype="float32", remat="none", unrolled=True
+    )
     return weights.load_encoder(folder, config)
 
 
@@ -70,7 +72,9 @@ def assert_same(tree, other):
 
 
 def test_params_are_those_the_encoder_asks_for(folder):
-    config = weights.read_config(folder, num_layers=2, dropout=0.1, dtype="float32", remat="none")
+    config = weights.read_config(
+        folder, num_layers=2, dropout=0.1, dtype="float32", remat="none", unrolled=True
+    )
     ids = jnp.zeros((1, 8), jnp.int32)
     asked = jax.eval_shape(
         lambda key: bert.Encoder(config).init(key, ids, ids, ids, ids, deterministic=True),
@@ -159,7 +163,9 @@ def test_ernie_adds_its_task_embedding(make_bert):
     """As in ERNIE 2.0, whose fine-tuning uses task 0; the hidden states say so."""
     settings = {"use_task_id": True, "task_type_vocab_size": 3, "num_hidden_layers": 1}
     found, model = make_bert(4, "ErnieModel", **settings)
-    config = weights.read_config(found, num_layers=1, dropout=0.0, dtype="float32", remat="none")
+    config = weights.read_config(
+        found, num_layers=1, dropout=0.0, dtype="float32", remat="none", unrolled=True
+    )
     params = weights.load_encoder(found, config)
     rng = np.random.default_rng(0)
     tokens, types = rng.integers(5, config.vocab_size, (1, 9)), np.array([[0] * 4 + [1] * 5])
@@ -309,11 +315,20 @@ def test_find_folder_of_a_package_without_a_model():
 
 
 def test_written_encoders_are_read_back(folder, tmp_path):
-    config = weights.read_config(folder, num_layers=1, dropout=0.1, dtype="float32", remat="none")
+    config = weights.read_config(
+        folder, num_layers=1, dropout=0.1, dtype="float32", remat="none", unrolled=True
+    )
     params = weights.load_encoder(folder, config)
     weights.save_encoder(tmp_path / "query", folder, config, params)
     assert (
-        weights.read_config(tmp_path / "query", num_layers=1, dropout=0.1, dtype="float32", remat="none")
+        weights.read_config(
+            tmp_path / "query",
+            num_layers=1,
+            dropout=0.1,
+            dtype="float32",
+            remat="none",
+            unrolled=True,
+        )
         == config
     )
     again = weights.load_encoder(tmp_path / "query", config)
