@@ -118,8 +118,9 @@ def _train_stage(
             batch=stage.batch,
             models=tuple(params),
             in_batch=in_batch,
+            shards=run.sharding.shards,
             # In-batch negatives need the whole batch at once.
-            parts=run.sharding.shards * (1 if in_batch else stage.accumulate),
+            accumulate=1 if in_batch else stage.accumulate,
             max_blocks=run.config.packing.blocks,
         )
 

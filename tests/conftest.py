@@ -102,7 +102,7 @@ class World:
     torch_models: dict  # "query", "passage", "encoder": transformers' BertModel
     folders: dict
 
-    def batches(self, *, models, in_batch, parts, batch=8):
+    def batches(self, *, models, in_batch, shards, accumulate=1, batch=8):
         from rqv2_jax.data.batches import ListBatches
 
         return ListBatches(
@@ -113,7 +113,8 @@ class World:
             batch=batch,
             models=models,
             in_batch=in_batch,
-            parts=parts,
+            shards=shards,
+            accumulate=accumulate,
             max_blocks=1,
         )
 
@@ -250,15 +251,20 @@ def stage_settings():
 
 @pytest.fixture(scope="session")
 def first_batch(world):
-    """`batch(name, parts)`: the first one of a loss, with one passage of some lists left out."""
+    """`batch(name, shards, accumulate=1)`: a loss's first, a passage of some lists left out."""
 
-    def batch(name, parts):
+    def batch(name, shards, accumulate=1):
+        from rqv2_jax.data.batches import slots
+
         _, models, in_batch = world.loss(name)
-        made = world.batches(models=models, in_batch=in_batch, parts=parts).make(0)
+        made = world.batches(
+            models=models, in_batch=in_batch, shards=shards, accumulate=accumulate
+        ).make(0)
         if name != "retriever":
-            where = made["where"].reshape(8, -1).copy()
-            where[[1, 4, 6], [1, 2, 2]] = False
-            made["where"] = where.reshape(made["where"].shape)
+            where = made["where"].copy()
+            for row, passage in ((1, 1), (4, 2), (6, 2)):
+                where[slots(8, shards, accumulate) == row, passage] = False
+            made["where"] = where
         return made
 
     return batch
@@ -284,7 +290,7 @@ def stepper(world, first_batch, optimizer_settings, stage_settings):
             made[name, data, fsdp, accumulate] = (
                 train.make_step(loss_fn, optimizer, sharding),
                 lambda: train.init_state(params, optimizer, sharding),
-                sharding.put_batch(first_batch(name, sharding.shards * accumulate)),
+                sharding.put_batch(first_batch(name, sharding.shards, accumulate)),
             )
         return made[name, data, fsdp, accumulate]
 

@@ -53,7 +53,9 @@ def world(*, lists=18, passages_per_list=PASSAGES, seed=0):
 
 
 def batches_of(store, queries, lists, **changed):
-    given = dict(batch=BATCH, models=("retriever", "reranker"), in_batch=False, parts=1)
+    given = dict(
+        batch=BATCH, models=("retriever", "reranker"), in_batch=False, shards=1, accumulate=1
+    )
     return ListBatches(store, queries, INPUTS, lists, **{**given, "max_blocks": 3, **changed})
 
 
@@ -114,7 +116,7 @@ def expected_sequences(store, queries, query, passages):
 @pytest.mark.parametrize("parts", [1, 2, 4])
 def test_every_passage_of_a_list_is_at_its_place(parts):
     store, queries, lists = world()
-    batches = batches_of(store, queries, lists, parts=parts)
+    batches = batches_of(store, queries, lists, shards=parts)
     assert batches.steps == 4
     seen = 0
     for step in range(batches.steps):
@@ -143,7 +145,7 @@ def test_every_passage_of_a_list_is_at_its_place(parts):
 def test_parts_share_the_same_lists_and_labels(parts, in_batch):
     given = world()
     whole = batches_of(*given, in_batch=in_batch)
-    split = batches_of(*given, in_batch=in_batch, parts=parts)
+    split = batches_of(*given, in_batch=in_batch, shards=parts)
     assert split.steps == whole.steps
     for step in range(whole.steps):
         one, many = whole.make(step), split.make(step)
@@ -166,7 +168,7 @@ def test_shapes_are_the_same_at_every_step(parts, order, monkeypatch):
     length_L = INPUTS.passage_lengths(store, lists.passages_LxP).max(axis=1)
     order_L = np.argsort(length_L)[::order]
     lists = Lists(*(x[order_L] for x in vars(lists).values()))
-    batches = batches_of(store, queries, lists, parts=parts)
+    batches = batches_of(store, queries, lists, shards=parts)
     shapes = [
         {name: (x.shape, x.dtype) for name, x in leaves(batches.make(step)).items()}
         for step in range(batches.steps)
@@ -177,12 +179,12 @@ def test_shapes_are_the_same_at_every_step(parts, order, monkeypatch):
     # However many steps are planned at once.
     for steps in (1, 3):
         monkeypatch.setattr(batches_lib, "PLANNED_AT_ONCE", steps)
-        assert batches_of(store, queries, lists, parts=parts).shapes == batches.shapes
+        assert batches_of(store, queries, lists, shards=parts).shapes == batches.shapes
 
 
 @pytest.mark.parametrize("in_batch", [False, True])
 def test_a_stream_can_start_at_any_step(in_batch):
-    batches = batches_of(*world(lists=26), in_batch=in_batch, parts=2)
+    batches = batches_of(*world(lists=26), in_batch=in_batch, shards=2)
     made = [batches.make(step) for step in range(batches.steps)]
     assert len({batch["queries"].blocks[0].tokens_RxT.tobytes() for batch in made}) == 6
     for first in (0, 1, 4, 5):
@@ -278,7 +280,7 @@ def test_in_batch_labels_of_a_batch_use_the_relevant_pairs():
     lists = Lists(
         query_rows_L, np.stack([head_L, lists.passages_LxP[:, 0]], axis=1), lists.provenance_LxP
     )
-    batches = batches_of(store, queries, lists, batch=8, parts=2, in_batch=True)
+    batches = batches_of(store, queries, lists, batch=8, shards=2, in_batch=True)
     masked = 0
     for step in range(3):
         part = slice(step * 8, (step + 1) * 8)
@@ -292,9 +294,37 @@ def test_in_batch_labels_of_a_batch_use_the_relevant_pairs():
     assert masked > 10
 
 
-def test_a_batch_must_split_into_its_parts():
-    with pytest.raises(InputError, match="4 lists cannot be split into 3 parts; make"):
-        batches_of(*world(), parts=3)
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 4))
+def test_slots_hold_every_list_once_and_equally_many_in_each_turn(lists, shards, accumulate):
+    batch = lists * accumulate
+    found = batches_lib.slots(batch, shards, accumulate).reshape(shards, accumulate, -1)
+    turns = [turn[turn >= 0].tolist() for turn in found.swapaxes(0, 1).reshape(accumulate, -1)]
+    assert list(itertools.chain(*turns)) == list(range(batch))
+    assert {len(turn) for turn in turns} == {lists}
+    assert found.size - batch < shards * accumulate
+
+
+@pytest.mark.parametrize("in_batch", [False, True])
+def test_slots_without_a_list_count_nowhere(in_batch):
+    given = world()
+    whole = batches_of(*given, in_batch=in_batch).make(0)
+    batches = batches_of(*given, in_batch=in_batch, shards=3)
+    assert batches.slots_SxB.tolist() == [[0, 1], [2, 3], [-1, -1]]
+    batch = batches.make(0)
+    for name in ("positive", "where"):
+        assert batch[name][:2].reshape(whole[name].shape).tolist() == whole[name].tolist()
+        assert not batch[name][2].any()
+        if in_batch:
+            label, count = batch[f"in_batch_{name}"], whole[f"in_batch_{name}"].shape[-1]
+            expected = whole[f"in_batch_{name}"].reshape(2, 2, count).tolist()
+            assert label[:2, :, :count].tolist() == expected
+            assert not label[2].any()
+            assert not label[..., count:].any()
+
+
+def test_a_batch_must_split_into_equal_parts():
+    with pytest.raises(InputError, match="4 lists cannot be computed in 3 equal parts; make"):
+        batches_of(*world(), accumulate=3)
 
 
 def test_there_must_be_lists_for_one_batch():

@@ -28,6 +28,9 @@ def named_leaves(tree):
         ("paper", (1, 1, 4)),
         ("paper", (2, 2, 2)),
         ("reranker", (2, 1, 2)),
+        # Eight lists over devices that do not divide them.
+        *itertools.product(("retriever", "paper"), ((3, 1),)),
+        ("paper", (3, 1, 2)),
     ],
     ids=lambda x: x if isinstance(x, str) else "x".join(map(str, x)),
 )

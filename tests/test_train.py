@@ -158,7 +158,7 @@ def joint(world):
         }
     )
     optimizer = train.make_optimizer(settings, stage, 60)
-    batches = world.batches(models=names, in_batch=False, parts=2, batch=4)
+    batches = world.batches(models=names, in_batch=False, shards=2, batch=4)
     return SimpleNamespace(
         sharding=sharding,
         stage=stage,

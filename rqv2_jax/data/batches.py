@@ -1,8 +1,8 @@
 """Batches through tf.data: batch s is a function of (lists, s), so a step number resumes a run.
 
-Every leaf has a leading axis that counts parts, one or several for each device; whole lists belong to
+Every leaf has a leading axis that counts parts, the same number for each device; whole lists belong to
 one part. Shape suffixes: S parts, L lists of the run in the order of training, P passages of a list,
-B lists of a part, N sequences.
+B lists of a part (of all parts where it stands alone), N sequences.
 """
 
 from collections.abc import Iterator
@@ -30,7 +30,8 @@ class ListBatches:
       lists: all lists of the run; those beyond the last whole batch are left out.
       models: which inputs to build: "retriever" (queries and passages), "reranker" (pairs), or both.
       in_batch: also labels over all passages of the batch, other positives of a query masked out.
-      parts: parts of a batch, which a device holds one or several of; must divide `batch`.
+      shards: device shards. Where they do not divide the batch, some hold lists without passages.
+      accumulate: parts of a shard, computed one after the other; must divide `batch`.
       max_blocks: most shapes that one kind of input is laid into.
 
     A batch is a dict: `queries`, `passages`, `pairs` (`packing.Packed`), `positive` and `where`
@@ -48,13 +49,14 @@ class ListBatches:
         batch: int,
         models: tuple[str, ...],
         in_batch: bool,
-        parts: int,
+        shards: int,
+        accumulate: int,
         max_blocks: int,
     ):
-        if batch % parts:
+        if batch % accumulate:
             raise InputError(
-                f"a batch of {batch} lists cannot be split into {parts} parts; make the stage's batch "
-                "a multiple of config.mesh.data * config.mesh.fsdp, and of its accumulate"
+                f"a batch of {batch} lists cannot be computed in {accumulate} equal parts; make the "
+                "stage's accumulate a divisor of its batch"
             )
         if len(lists.query_rows_L) < batch:
             raise InputError(
@@ -64,7 +66,8 @@ class ListBatches:
         self.store, self.queries, self.inputs, self.lists = store, queries, inputs, lists
         self.positives_2xN = queries.positives()
         self.positive_LxP = lists.positive()
-        self.batch, self.models, self.in_batch, self.parts = batch, models, in_batch, parts
+        self.batch, self.models, self.in_batch = batch, models, in_batch
+        self.slots_SxB = slots(batch, shards, accumulate)
         self.steps = len(lists.query_rows_L) // batch
         self.shapes = {
             kind: packing.plan(self._sorted_lengths(kind), max_blocks) for kind in self._kinds()
@@ -90,35 +93,43 @@ class ListBatches:
         longest = np.zeros((1, 1), np.int64)
         for first in range(0, self.steps, PLANNED_AT_ONCE):
             steps = min(PLANNED_AT_ONCE, self.steps - first)
-            part = slice(first * self.batch, (first + steps) * self.batch)
+            slots = self.slots_SxB.reshape(-1).clip(0)
+            rows = ((first + np.arange(steps))[:, None] * self.batch + slots).reshape(-1)
             lengths = self._lengths(
-                kind, self.lists.query_rows_L[part], self.lists.passages_LxP[part]
+                kind, self.lists.query_rows_L[rows], self.lists.passages_LxP[rows]
             )
-            sorted_BxN = np.sort(lengths.reshape(steps * self.parts, -1), axis=1)
+            sorted_BxN = np.sort(lengths.reshape(steps * len(self.slots_SxB), -1), axis=1)
             top = sorted_BxN.max(axis=0, keepdims=True)
             longest = np.maximum(longest, top)
         return longest
 
     def make(self, step: int) -> dict:
         """Batch number `step` as numpy arrays."""
-        part = slice(step * self.batch, (step + 1) * self.batch)
-        queries_B = self.lists.query_rows_L[part]
-        passages_BxP = self.lists.passages_LxP[part]
-        per_part = self.batch // self.parts
-        packed = {kind: [] for kind in self._kinds()}
-        for number in range(self.parts):
-            own = slice(number * per_part, (number + 1) * per_part)
-            for kind in packed:
-                ragged = self._ragged(kind, queries_B[own], passages_BxP[own])
-                packed[kind].append(packing.pack(ragged, self.shapes[kind]))
-        batch = {kind: packing.stack(parts) for kind, parts in packed.items()}
-        positive_BxP = self.positive_LxP[part]
-        labels = {"positive": positive_BxP, "where": np.ones_like(positive_BxP)}
+        rows_SxB = step * self.batch + self.slots_SxB.clip(0)
+        packed = {
+            kind: packing.stack([self._packed(kind, rows_B) for rows_B in rows_SxB])
+            for kind in self._kinds()
+        }
+        rows_B, real_B = rows_SxB.reshape(-1), self.slots_SxB.reshape(-1) >= 0
+        queries_B, passages_BxP = self.lists.query_rows_L[rows_B], self.lists.passages_LxP[rows_B]
+        positive_BxP = self.positive_LxP[rows_B] & real_B[:, None]
+        labels = {"positive": positive_BxP, "where": np.ones_like(positive_BxP) & real_B[:, None]}
         if self.in_batch:
             positive_BxN, where_BxN = in_batch_labels(queries_B, passages_BxP, self.positives_2xN)
-            labels |= {"in_batch_positive": positive_BxN, "in_batch_where": where_BxN}
-        shape = (self.parts, per_part, -1)
-        return batch | {name: label.reshape(shape) for name, label in labels.items()}
+            real_BxN = real_B[:, None] & real_B.repeat(passages_BxP.shape[1])
+            labels |= {
+                "in_batch_positive": positive_BxN & real_BxN,
+                "in_batch_where": where_BxN & real_BxN,
+            }
+        shape = (*self.slots_SxB.shape, -1)
+        return packed | {name: label.reshape(shape) for name, label in labels.items()}
+
+    def _packed(self, kind, rows_B):
+        """One kind of input of one part."""
+        ragged = self._ragged(
+            kind, self.lists.query_rows_L[rows_B], self.lists.passages_LxP[rows_B]
+        )
+        return packing.pack(ragged, self.shapes[kind])
 
     def _ragged(self, kind, queries_B, passages_BxP):
         if kind == "queries":
@@ -148,6 +159,19 @@ class ListBatches:
         )
         for arrays in dataset.as_numpy_iterator():
             yield tf.nest.pack_sequence_as(example, arrays)
+
+
+def slots(batch: int, shards: int, accumulate: int) -> np.ndarray:
+    """Which list of a batch each slot of each part holds [S, B], or -1 for none.
+
+    Part `s * accumulate + k` is the k-th of shard s. The k-th parts of all shards together hold an
+    equal share of the batch, so that the mean over k of their means is the mean over the batch.
+    """
+    per_step = batch // accumulate
+    size = -(-per_step // shards)
+    found = np.full((accumulate, shards * size), -1)
+    found[:, :per_step] = np.arange(batch).reshape(accumulate, per_step)
+    return found.reshape(accumulate, shards, size).swapaxes(0, 1).reshape(-1, size)
 
 
 def in_batch_labels(queries_B, passages_BxP, positives_2xN) -> tuple[np.ndarray, np.ndarray]:
