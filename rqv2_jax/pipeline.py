@@ -8,7 +8,6 @@ import contextlib
 import json
 import pathlib
 import shutil
-from functools import partial
 
 import jax
 import ml_collections
@@ -94,11 +93,8 @@ def _train_stage(
     name: str,
     params,
     lists: lists_lib.Lists,
-    loss_fn,
     dev: evaluation.Dev,
     *,
-    in_batch: bool = False,
-    frozen: tuple[str, ...] = (),
     refresh_every: int = 0,
     redraw=None,
 ):
@@ -107,7 +103,7 @@ def _train_stage(
     Every `refresh_every` steps (0: never), `redraw(step, state, number)` gives that many lists, of
     which the steps from `step` on are made; `state` may be a later one, of a run that resumes.
     """
-    stage = run.config[name]
+    settings, stage = run.config[name], train.make_stage(run.config, run.models, name)
 
     def make_batches(lists):
         return ListBatches(
@@ -115,12 +111,11 @@ def _train_stage(
             store.splits["train"],
             run.inputs,
             lists,
-            batch=stage.batch,
-            models=tuple(params),
-            in_batch=in_batch,
+            batch=settings.batch,
+            models=stage.models,
+            in_batch=stage.in_batch,
             shards=run.sharding.shards,
-            # In-batch negatives need the whole batch at once.
-            accumulate=1 if in_batch else stage.accumulate,
+            accumulate=stage.accumulate,
             max_blocks=run.config.packing.blocks,
         )
 
@@ -132,7 +127,7 @@ def _train_stage(
         if checkpoints.last_step() == steps:
             tqdm.tqdm.write("  done")
             return
-        optimizer = train.make_optimizer(run.config.optimizer, stage, steps, frozen)
+        optimizer = train.make_optimizer(run.config.optimizer, settings, steps, stage.frozen)
         state = checkpoints.restore_last(train.init_state(params, optimizer, run.sharding))
         events = tf.summary.create_file_writer(str(folder))
         stack.callback(events.close)
@@ -151,12 +146,12 @@ def _train_stage(
             mean = sum(scores.values()) / len(scores)
             checkpoints.save_best(step, params, f"dev {DEV_METRIC}, mean of models", mean)
 
-        step_fn = train.make_step(loss_fn, optimizer, run.sharding)
+        step_fn = train.make_step(stage.loss_fn, optimizer, run.sharding)
         every = refresh_every or steps
         for first in range(int(state.step) // every * every, steps, every):
             stop = min(first + every, steps)
             if first > 0:
-                number = (stop - first) * stage.batch
+                number = (stop - first) * settings.batch
                 batches = make_batches(redraw(first, state, number))
             state = train.train(
                 state,
@@ -167,7 +162,7 @@ def _train_stage(
                 dropout_key=jax.random.key(run.config.seed, impl="rbg"),
                 total_steps=steps,
                 stop=stop,
-                stage=stage,
+                stage=settings,
                 hooks=train.Hooks(evaluate, checkpoints.save_last, write),
                 name=name,
             )
@@ -189,9 +184,7 @@ def train_retriever(run: Run, store: tokens.Store):
         "retriever",
         {"retriever": run.initial("retriever")},
         mining.epochs_of_lists(draw, epochs=run.config.retriever.epochs),
-        partial(train.retriever_loss, run.models),
         evaluation.Dev(run, store, None),
-        in_batch=True,
     )
 
 
@@ -203,7 +196,6 @@ def train_reranker(run: Run, store: tokens.Store, candidates: dict):
         "reranker",
         {"reranker": run.initial("reranker")},
         mining.draw_lists(run, store, candidates, "reranker"),
-        partial(train.reranker_loss, run.models),
         evaluation.Dev(run, store, candidates["dev"]),
     )
 
@@ -241,10 +233,7 @@ def train_joint(run: Run, store: tokens.Store, candidates: dict):
             "reranker": run.params("reranker", "reranker"),
         },
         lists,
-        partial(train.joint_loss, run.models, settings.to_dict()),
         evaluation.Dev(run, store, candidates["dev"]),
-        in_batch=settings.in_batch_weight > 0,
-        frozen=() if settings.train_reranker else ("reranker",),
         refresh_every=settings.refresh_every,
         redraw=redraw,
     )

@@ -161,7 +161,11 @@ def make(data: int, fsdp: int) -> Sharding:
             f"config.mesh asks for {data} x {fsdp} devices, but there are {len(devices)}; "
             "lower config.mesh.data or config.mesh.fsdp"
         )
-    mesh = jax.make_mesh(
-        (data, fsdp), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices[: data * fsdp]
+    return over(devices[: data * fsdp], data, fsdp)
+
+
+def over(devices, data: int, fsdp: int) -> Sharding:
+    """A mesh over these `data * fsdp` devices."""
+    return Sharding(
+        jax.make_mesh((data, fsdp), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
     )
-    return Sharding(mesh)

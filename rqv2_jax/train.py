@@ -92,6 +92,35 @@ def joint_loss(models: Models, settings, params, batch, key, gather):
     return loss, {**terms, "loss": loss}
 
 
+class Stage(NamedTuple):
+    """What a training stage computes: its loss, the models in it, and how its batches are made."""
+
+    loss_fn: Callable
+    models: tuple[str, ...]  # keys of the params
+    frozen: tuple[str, ...]  # of them, those that stay as they are
+    list_size: int
+    in_batch: bool  # whether batches have labels over all their passages
+    accumulate: int
+
+
+def make_stage(config, models: Models, name: str) -> Stage:
+    """The stage "retriever", "reranker" or "joint" of a config."""
+    settings = config[name]
+    if name == "retriever":
+        return Stage(partial(retriever_loss, models), ("retriever",), (), 1, True, 1)
+    if name == "reranker":
+        loss_fn, trained, frozen = partial(reranker_loss, models), ("reranker",), ()
+        in_batch = False
+    else:
+        loss_fn, trained = (
+            partial(joint_loss, models, settings.to_dict()),
+            ("retriever", "reranker"),
+        )
+        frozen = () if settings.train_reranker else ("reranker",)
+        in_batch = settings.in_batch_weight > 0
+    return Stage(loss_fn, trained, frozen, settings.list_size, in_batch, settings.accumulate)
+
+
 def make_optimizer(
     settings, stage, total_steps: int, frozen: tuple[str, ...] = ()
 ) -> optax.GradientTransformation:

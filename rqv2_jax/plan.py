@@ -1,0 +1,49 @@
+"""Plans a run before anything is rented: will it fit, how fast can it be, what will it store?
+
+Compiles the run's own training, encoding and re-ranking steps ahead of time for a TPU slice that is not
+there (pip install -r requirements-tpu.txt) or for CPU devices, every input at its full length. Of the
+ways to make training fit it tries the cheapest first. --overlay writes what it chose as a flag file.
+
+Examples:
+  python -m rqv2_jax.plan --config configs/nq.py --topology v5e:4x8 --overlay v5e.flags
+  python -m rqv2_jax.main --config configs/nq.py --workdir DIR --flagfile v5e.flags
+"""
+
+import os
+import pathlib
+
+from absl import flags
+from ml_collections import config_flags
+
+from rqv2_jax import program
+
+_TOPOLOGY = flags.DEFINE_string("topology", None, "v4, v5e, v5p or v6e with a shape, or cpu:N.")
+_OVERLAY = flags.DEFINE_string("overlay", None, "File for the chosen settings, for --flagfile.")
+_QUERIES = flags.DEFINE_integer("queries", None, "Training queries; known for published data.")
+_PASSAGES = flags.DEFINE_integer("passages", None, "Passages; known for published data.")
+
+
+def main():
+    """Prints the plan."""
+    topology = _TOPOLOGY.value
+    if topology.startswith("cpu:"):
+        # Read when jax is first imported.
+        count = f"--xla_force_host_platform_device_count={topology.removeprefix('cpu:')}"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {count}".strip()
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    from rqv2_jax import planning
+
+    config = flags.FLAGS.config
+    machine = planning.machine(topology)
+    plan = planning.make(config, machine, report=print)
+    print(planning.render(plan, machine))
+    print(planning.render_run(config, plan, machine, _QUERIES.value, _PASSAGES.value))
+    if _OVERLAY.value is not None:
+        lines = [f"--config.{key}={value}" for key, value in plan.overlay.items()]
+        pathlib.Path(_OVERLAY.value).write_text("\n".join(lines) + "\n")
+        print(f"\nsettings: {_OVERLAY.value}")
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "Config file, as configs/nq.py[:preset].")
+    program.run(main, __doc__, required=("config", "topology"))
