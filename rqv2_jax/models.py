@@ -84,11 +84,6 @@ def retriever_scores(query_BxD, passage_BPxD):
     )
 
 
-def init_retriever(encoder: dict) -> dict:
-    """Both towers from the same encoder params."""
-    return {"query": encoder, "passage": jax.tree.map(lambda x: x.copy(), encoder)}
-
-
 def init_reranker(encoder: dict, config: bert.BertConfig, key) -> dict:
     """The encoder with a new scoring head, normal with BERT's deviation; the bias starts at 0."""
     kernel_D = jax.random.normal(key, (config.hidden_size,)) * config.initializer_range

@@ -52,8 +52,9 @@ def warm_up(run: Run) -> tuple[tokens.Store, dict[str, lists_lib.Candidates]]:
         train_retriever(run, store)
     tqdm.tqdm.write("retrieve: candidates of the training and dev queries")
     candidates = mining.retrieve(run, store)
-    tqdm.tqdm.write("reranker: warm-up on lists of retrieved negatives")
-    train_reranker(run, store, candidates)
+    if config.reranker.epochs > 0:
+        tqdm.tqdm.write("reranker: warm-up on lists of retrieved negatives")
+        train_reranker(run, store, candidates)
     if not config.joint.lists:
         tqdm.tqdm.write("mine: the re-ranker scores the candidates")
         candidates = mining.mine(run, store, candidates)

@@ -26,6 +26,7 @@ from rqv2_jax.data import batches as batches_lib
 from rqv2_jax.data.packing import Block, Packed
 from rqv2_jax.errors import InputError
 from rqv2_jax.retrieval.stream import row_widths
+from rqv2_jax.workdir import read_shape
 
 GIB = 2**30
 
@@ -194,18 +195,13 @@ def make(config: ml_collections.ConfigDict, machine: Machine, report: Callable) 
 
 
 def _shape(config, machine, report) -> bert.BertConfig:
-    how = {
-        "num_layers": config.model.num_layers,
-        "dropout": config.model.dropout,
-        "dtype": config.model.dtype,
-        "remat": config.model.remat,
-        "unrolled": machine.devices[0].platform == "cpu",
-    }
+    model, unrolled = config.model, machine.devices[0].platform == "cpu"
     try:
-        return weights_lib.read_config(weights_lib.find_folder(config.model.weights), **how)
+        return read_shape(config, weights_lib.find(model.weights).query, unrolled=unrolled)
     except InputError as error:
         report(f"planned with the shape of BERT base, because {error}")
-        return bert.BertConfig(**BASE, **how)
+        how = {name: model[name] for name in ("num_layers", "dropout", "dtype", "remat")}
+        return bert.BertConfig(**BASE, **how, unrolled=unrolled)
 
 
 def _fitting(config, shape, mesh, name, remats, machine, report) -> Step:
@@ -247,7 +243,7 @@ def _params(shape: bert.BertConfig, mesh: sharding_lib.Sharding, names: tuple[st
         inputs = (number, number, number, number)
         encoder = bert.Encoder(shape).init(key, *inputs, deterministic=True)["params"]
         made = {
-            "retriever": lambda: models_lib.init_retriever(encoder),
+            "retriever": lambda: {"query": encoder, "passage": encoder},
             "reranker": lambda: models_lib.init_reranker(encoder, shape, key),
         }
         return {name: made[name]() for name in names}

@@ -9,6 +9,7 @@ import json
 import pathlib
 import re
 import shutil
+from typing import NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -46,6 +47,31 @@ LAYERS = {
     ("norm_2", "scale"): (LAYER + "output.LayerNorm.weight",),
     ("norm_2", "bias"): (LAYER + "output.LayerNorm.bias",),
 }
+
+
+class Sources(NamedTuple):
+    """The folders that the encoders start from; `head`: whether the re-ranker's has a score too."""
+
+    query: pathlib.Path
+    passage: pathlib.Path
+    reranker: pathlib.Path
+    head: bool
+
+
+def find(weights: str) -> Sources:
+    """What `weights` names: a model for all encoders, or a folder with query/, passage/ and reranker/.
+
+    `rqv2_jax.export --format huggingface` writes the latter.
+
+    Raises:
+      InputError: as `find_folder`.
+    """
+    folder = pathlib.Path(weights)
+    if (folder / "query").is_dir():
+        towers = (find_folder(str(folder / name)) for name in ("query", "passage", "reranker"))
+        return Sources(*towers, head=True)
+    found = find_folder(weights)
+    return Sources(found, found, found, head=False)
 
 
 def find_folder(weights: str) -> pathlib.Path:
@@ -215,6 +241,27 @@ def load_encoder(folder: pathlib.Path, config: bert.BertConfig) -> dict:
                 "only BERT and ERNIE folders can be used"
             )
     return {"embeddings": embeddings, "layers": layers}
+
+
+def load_head(folder: pathlib.Path, config: bert.BertConfig) -> dict:
+    """`{"kernel": [D], "bias": []}` of a token classifier with one label, as `save_encoder` wrote it.
+
+    Raises:
+      InputError: the folder has no such head.
+    """
+    path = folder / "model.safetensors"
+    tensors = _read_tensors(path)
+    shapes = {"kernel": (1, config.hidden_size), "bias": (1,)}
+    names = {"kernel": "classifier.weight", "bias": "classifier.bias"}
+    head = {}
+    for leaf, name in names.items():
+        if name not in tensors or tensors[name].shape != shapes[leaf]:
+            raise InputError(
+                f"{path}: has no {name!r} of shape {list(shapes[leaf])}; a re-ranker is a "
+                "BertForTokenClassification with one label, as rqv2_jax.export writes it"
+            )
+        head[leaf] = tensors[name].astype(np.float32)[0]
+    return head
 
 
 def save_encoder(

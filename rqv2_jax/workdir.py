@@ -11,7 +11,7 @@ import subprocess
 import jax
 import ml_collections
 
-from rqv2_jax import artifacts, weights
+from rqv2_jax import artifacts, bert, weights
 from rqv2_jax import config as config_lib
 from rqv2_jax import models as models_lib
 from rqv2_jax import sharding as sharding_lib
@@ -34,7 +34,7 @@ class Run:
 
     config: ml_collections.ConfigDict
     workdir: pathlib.Path
-    weights: pathlib.Path
+    weights: weights.Sources
     models: models_lib.Models
     tokenizer: tokens.Tokenizer
     inputs: Inputs
@@ -43,11 +43,17 @@ class Run:
 
     def initial(self, model: str):
         """The params of one model before any training, on the devices."""
-        encoder = weights.load_encoder(self.weights, self.models.config)
+        config = self.models.config
         if model == "retriever":
-            return self.sharding.put_params(models_lib.init_retriever(encoder))
-        key = jax.random.key(self.config.seed)
-        return self.sharding.put_params(models_lib.init_reranker(encoder, self.models.config, key))
+            towers = {"query": self.weights.query, "passage": self.weights.passage}
+            params = {name: weights.load_encoder(path, config) for name, path in towers.items()}
+        elif self.weights.head:
+            encoder = weights.load_encoder(self.weights.reranker, config)
+            params = {"encoder": encoder, "head": weights.load_head(self.weights.reranker, config)}
+        else:
+            encoder = weights.load_encoder(self.weights.reranker, config)
+            params = models_lib.init_reranker(encoder, config, jax.random.key(self.config.seed))
+        return self.sharding.put_params(params)
 
     def trained_by(self, state: str, model: str) -> str:
         """The stage whose params a model has in a state; "zero_shot" for none.
@@ -60,7 +66,7 @@ class Run:
         if model == "reranker":
             if state != "reranker":
                 raise InputError(f"state {state!r} has no re-ranker; choose 'reranker' or 'joint'")
-            return "reranker"
+            return "reranker" if self.config.reranker.epochs > 0 else "zero_shot"
         warmed_up = state != "zero_shot" and self.config.retriever.epochs > 0
         return "retriever" if warmed_up else "zero_shot"
 
@@ -90,17 +96,22 @@ def open_run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Run:
     if jax.config.jax_compilation_cache_dir is None:
         compiled = workdir.resolve().parent / ".compiled"
         jax.config.update("jax_compilation_cache_dir", str(compiled))
-    folder = weights.find_folder(config.model.weights)
-    bert_config = weights.read_config(
-        folder,
-        num_layers=config.model.num_layers,
-        dropout=config.model.dropout,
-        dtype=config.model.dtype,
-        remat=config.model.remat,
-        # A rolled loop stacks all activations kept for the gradient; copying them costs a CPU a
-        # quarter of the step and an accelerator next to nothing.
-        unrolled=jax.default_backend() == "cpu",
-    )
+    sources = weights.find(config.model.weights)
+    if config.reranker.epochs == 0 and not sources.head:
+        raise InputError(
+            "config.reranker.epochs is 0, but config.model.weights has no trained re-ranker; give a "
+            "folder with query/, passage/ and reranker/, or train one"
+        )
+    # A rolled loop stacks all activations kept for the gradient; copying them costs a CPU a quarter of
+    # the step and an accelerator next to nothing.
+    bert_config = read_shape(config, sources.query, unrolled=jax.default_backend() == "cpu")
+    for folder in (sources.passage, sources.reranker):
+        if read_shape(config, folder, unrolled=bert_config.unrolled) != bert_config:
+            raise InputError(
+                f"{folder / 'config.json'}: describes another encoder than that of {sources.query}; "
+                "all three must have one shape"
+            )
+    folder = sources.query
     longest = max(config.data.query_length, config.data.passage_length, config.data.pair_length)
     if longest > bert_config.max_positions:
         raise InputError(
@@ -122,12 +133,29 @@ def open_run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Run:
     return Run(
         config=config,
         workdir=workdir,
-        weights=folder,
+        weights=sources,
         models=models,
         tokenizer=tokenizer,
         inputs=inputs,
         sharding=sharding,
         forward=make_forward(models, inputs, sharding, config.evaluate.batch_tokens),
+    )
+
+
+def read_shape(config, folder: pathlib.Path, *, unrolled: bool) -> bert.BertConfig:
+    """The encoder of a model folder, as the config has it computed.
+
+    Raises:
+      InputError: the folder's config.json cannot be used.
+    """
+    model = config.model
+    return weights.read_config(
+        folder,
+        num_layers=model.num_layers,
+        dropout=model.dropout,
+        dtype=model.dtype,
+        remat=model.remat,
+        unrolled=unrolled,
     )
 
 

@@ -171,15 +171,6 @@ def test_dropout_masks_differ_between_blocks_and_keys(tiny):
     assert apart.min() > 0.01
 
 
-def test_towers_start_equal_and_apart(tiny):
-    _, encoder, _ = tiny
-    params = models.init_retriever(encoder)
-    assert set(params) == {"query", "passage"}
-    for query, passage in zip(*map(jax.tree.leaves, (params["query"], params["passage"]))):
-        np.testing.assert_array_equal(query, passage)
-        assert not np.shares_memory(query, passage)
-
-
 def test_head_starts_at_berts_deviation_and_bias_0(tiny):
     config, encoder, _ = tiny
     wide = dataclasses.replace(config, hidden_size=10_000, initializer_range=0.05)

@@ -504,6 +504,28 @@ def test_exported_models_score_in_transformers_as_here(finished, tmp_path):
     assert "models: exists; name a folder that does not" in ended.stderr
     assert config.model.passage_format == "title_sep_text"
 
+    # They are a warm start as well: nothing is left to warm up.
+    warm = config_lib.loads(config_lib.dumps(config))
+    warm.model.weights = str(folder)
+    warm.retriever.epochs = warm.reranker.epochs = 0.0
+    run = open_run(warm, tmp_path / "warm")
+    for model in ("retriever", "reranker"):
+        found, trained = (
+            r.params(state, model)
+            for r, state in ((run, "reranker"), (open_workdir(workdir), "joint"))
+        )
+        assert jax.tree.structure(found) == jax.tree.structure(trained)
+        for ours, theirs in zip(_leaves(found), _leaves(trained)):
+            np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
+    described = json.loads((folder / "passage" / "config.json").read_text())
+    described["layer_norm_eps"] *= 2
+    (folder / "passage" / "config.json").write_text(json.dumps(described))
+    with pytest.raises(InputError, match=r"passage/config\.json: describes another encoder"):
+        open_run(warm, tmp_path / "warm")
+    warm.model.weights = config.model.weights
+    with pytest.raises(InputError, match="has no trained re-ranker; give"):
+        open_run(warm, tmp_path / "warm")
+
 
 def test_report_and_export_need_what_they_read(finished, tmp_path):
     config, workdir = finished
