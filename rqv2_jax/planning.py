@@ -116,8 +116,6 @@ def machine(topology: str) -> Machine:
             f"--topology is {topology!r}; write one of {', '.join(CHIPS)} with a shape, as v5e:4x8 or "
             "v4:2x2x2, or cpu:N"
         )
-    # libtpu would ask the cloud's metadata server, which only a TPU's host has.
-    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
     from jax.experimental import topologies
 
     try:
