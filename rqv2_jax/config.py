@@ -31,7 +31,7 @@ LOSSES = {
 }
 
 CHOICES = {
-    "data.dataset": ("docstrings", "beir", "msmarco", "rocketqa", "dpr"),
+    "data.dataset": ("docstrings", "beir", "msmarco", "rocketqa", "dpr", "tevatron"),
     "data.preset": ("core", "full"),
     "model.pooling": ("cls", "mean"),
     "model.passage_format": ("title_sep_text", "title_text"),
@@ -84,7 +84,8 @@ def default() -> ml_collections.ConfigDict:
         {
             "seed": 0,
             "data": {
-                # "docstrings", the embedded data, or files: "beir", "msmarco", "rocketqa", "dpr".
+                # "docstrings", the embedded data, or files: "beir", "msmarco", "rocketqa", "dpr",
+                # "tevatron".
                 "dataset": "beir",
                 "path": "",  # the folder
                 "preset": "core",  # docstrings: "core" or "full"
