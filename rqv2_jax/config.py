@@ -144,6 +144,7 @@ def default() -> ml_collections.ConfigDict:
                 "batch_tokens": 16384,  # of one forward pass, over all devices
                 "retrieve_depth": 1000,
                 "rerank_depth": 50,
+                # The first is tested for significance.
                 "metrics": (
                     "RR@10",
                     "Success@5",
@@ -153,6 +154,8 @@ def default() -> ml_collections.ConfigDict:
                     "R@1000",
                     "nDCG@10",
                 ),
+                # Of a relevant passage, in all metrics but nDCG: 2 for TREC's deep learning track.
+                "min_relevance": 1,
                 "permutations": 10000,  # of the significance test
                 "scann": {
                     "brute_force_below": 20_000,  # passages; fewer are not worth a tree

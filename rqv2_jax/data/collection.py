@@ -135,6 +135,13 @@ def _unknown_query(source: str, query_id: str) -> InputError:
     )
 
 
+def open_file(path: Path) -> Path:
+    """The path itself; `InputError` if there is no such file."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; give the path of a file")
+    return path
+
+
 def open_folder(path, layout: str) -> Path:
     """The folder at `path`; `InputError`, which names the layout, if there is none."""
     folder = Path(path)

@@ -115,7 +115,7 @@ def _collection(folder: Path, texts: Path, titles: Path | None, splits: dict[str
     )
 
 
-def _pairs(file: Path, what: str, *, empty: bool = False) -> Iterator[tuple[str, str, str]]:
+def pairs(file: Path, what: str, *, empty: bool = False) -> Iterator[tuple[str, str, str]]:
     """(`path:line`, id, text) of a table with two columns; texts may be empty where `empty` says so."""
     for number, line in lines(file):
         source = f"{file}:{number}"
@@ -133,9 +133,10 @@ def _pairs(file: Path, what: str, *, empty: bool = False) -> Iterator[tuple[str,
         yield source, key, text
 
 
-def _unique(pairs: Iterator[tuple[str, str, str]]) -> Iterator[tuple[str, str, str]]:
+def unique(rows: Iterator[tuple[str, str, str]]) -> Iterator[tuple[str, str, str]]:
+    """The same (`path:line`, id, text); `InputError` at an id that comes twice."""
     seen = set()
-    for source, key, text in pairs:
+    for source, key, text in rows:
         if key in seen:
             raise InputError(f"{source}: duplicate id {key!r}; make ids unique")
         seen.add(key)
@@ -143,12 +144,12 @@ def _unique(pairs: Iterator[tuple[str, str, str]]) -> Iterator[tuple[str, str, s
 
 
 def _passages(texts: Path, titles: Path | None) -> Iterator[Passage]:
-    rows = _unique(_pairs(texts, "passage"))
+    rows = unique(pairs(texts, "passage"))
     if titles is None:
         for _, key, text in rows:
             yield Passage(key, "", text)
         return
-    heads = _pairs(titles, "title", empty=True)
+    heads = pairs(titles, "title", empty=True)
     for source, key, text in rows:
         head = next(heads, None)
         if head is None:
@@ -167,7 +168,7 @@ def _passages(texts: Path, titles: Path | None) -> Iterator[Passage]:
 
 def _ids(split: _Split) -> Iterator[tuple[str, str]]:
     """(id, text) of the queries a split takes."""
-    for number, (_, key, text) in enumerate(_unique(_pairs(split.queries, "query"))):
+    for number, (_, key, text) in enumerate(unique(pairs(split.queries, "query"))):
         if takes(number, split.held_out):
             yield key, text
 
