@@ -30,8 +30,11 @@ LOSSES = {
     },
 }
 
+# Fetched from their publishers where data.path is empty.
+_BEIR = ("beir_msmarco", "beir_nfcorpus", "beir_hotpotqa", "beir_fiqa", "beir_fever")
+FETCHED = ("msmarco", *_BEIR)
 CHOICES = {
-    "data.dataset": ("docstrings", "beir", "msmarco", "rocketqa", "dpr", "tevatron"),
+    "data.dataset": ("docstrings", "beir", "msmarco", "rocketqa", "dpr", "tevatron", *_BEIR),
     "data.preset": ("core", "full"),
     "model.pooling": ("cls", "mean"),
     "model.passage_format": ("title_sep_text", "title_text"),
@@ -85,9 +88,9 @@ def default() -> ml_collections.ConfigDict:
             "seed": 0,
             "data": {
                 # "docstrings", the embedded data, or files: "beir", "msmarco", "rocketqa", "dpr",
-                # "tevatron".
+                # "tevatron", or "beir_fiqa" and others in BEIR layout.
                 "dataset": "beir",
-                "path": "",  # the folder
+                "path": "",  # the folder; left empty, "msmarco" and "beir_..." are fetched
                 "preset": "core",  # docstrings: "core" or "full"
                 "train_qrels": "qrels",  # beir: folder of the labels to train on
                 "eval_qrels": "qrels",  # beir: folder of the labels of dev and test
@@ -227,9 +230,10 @@ def check(config: ml_collections.ConfigDict):
                 raise InputError(f"config.{key} is {value}; it must be above 0 and finite")
             if low is not None and not low <= value <= high:
                 raise InputError(f"config.{key} is {value}; it must lie in [{low}, {high}]")
-    if given["data.dataset"] != "docstrings" and not given["data.path"]:
+    if given["data.dataset"] not in ("docstrings", *FETCHED) and not given["data.path"]:
         raise InputError(
-            "config.data.path is empty; give the folder of the data as --config.data.path=DIR"
+            "config.data.path is empty; give the folder of the data as --config.data.path=DIR, or a "
+            f"data.dataset that is fetched ({', '.join(FETCHED)})"
         )
     if given["mine.negative_below"] > given["mine.positive_above"]:
         raise InputError(
