@@ -7,7 +7,7 @@ run files and qrels and prints differences, 95% intervals and paired p-values.
 
 Examples:
   python -m rqv2_jax.evaluate --workdir workdir/docstrings --split dev --index exact
-  python -m rqv2_jax.evaluate --workdir workdir/msmarco --topics msmarco-test2019-queries.tsv \
+  python -m rqv2_jax.evaluate --workdir workdir/msmarco --topics msmarco-test2019-queries.tsv \\
       --qrels 2019qrels-pass.txt --min_relevance 2
   python -m rqv2_jax.evaluate --compare A.trec B.trec --qrels qrels/test.tsv
 """
