@@ -16,9 +16,10 @@ def read_qrels(path: pathlib.Path) -> dict[tuple[str, str], int]:
     Raises:
       InputError: there is no such file, or what `collection.labels` raises.
     """
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; give --qrels a file of relevance labels")
-    return {(q.query_id, q.passage_id): q.relevance for q in collection.labels(path)}
+    return {
+        (q.query_id, q.passage_id): q.relevance
+        for q in collection.labels(collection.open_file(path))
+    }
 
 
 def _arrays(run, query_ids, passage_rows):
@@ -38,6 +39,7 @@ def compare(
     qrels: pathlib.Path,
     *,
     names: Sequence[str],
+    min_relevance: int,
     permutations: int,
     seed: int,
 ) -> tuple[list[dict], int]:
@@ -45,7 +47,8 @@ def compare(
 
     A row has the means `a` and `b`, `difference` = a - b with its 95% bootstrap interval from `low`
     to `high`, and the p-value of the two-sided paired randomisation test. All queries with a relevant
-    passage count; in a run that does not name one it has 0.
+    passage count; in a run that does not name one it has 0. `min_relevance` is that of a relevant
+    passage in all metrics but nDCG, as their names then say.
 
     Raises:
       InputError: a file cannot be used, or a run shares no query with the qrels.
@@ -62,6 +65,7 @@ def compare(
     )
     pairs = [(query_rows[q], passage_rows[p], relevance) for (q, p), relevance in judged.items()]
     qrels_3xN = tuple(np.array(pairs, np.int64).T)
+    names = metrics.at_relevance(names, min_relevance)
     values = [
         metrics.evaluate(*_arrays(run, query_ids, passage_rows), passage_ids, qrels_3xN, names)
         for run in runs
@@ -79,11 +83,12 @@ def compare(
 def render(rows: list[dict], queries: int, a: str, b: str) -> str:
     """The comparison as a table for people."""
     lines = [f"a: {a}", f"b: {b}", f"{queries} queries with a relevant passage", ""]
-    lines.append(f"{'metric':12} {'a':>8} {'b':>8} {'a - b':>9} {'95% interval':>20} {'p':>8}")
+    width = max(12, *(len(row["metric"]) for row in rows))
+    lines.append(f"{'metric':{width}} {'a':>8} {'b':>8} {'a - b':>9} {'95% interval':>20} {'p':>8}")
     for row in rows:
         interval = f"[{row['low']:+.4f}, {row['high']:+.4f}]"
         lines.append(
-            f"{row['metric']:12} {row['a']:8.4f} {row['b']:8.4f} {row['difference']:+9.4f} "
+            f"{row['metric']:{width}} {row['a']:8.4f} {row['b']:8.4f} {row['difference']:+9.4f} "
             f"{interval:>20} {row['p_value']:8.4f}"
         )
     return "\n".join(lines)

@@ -30,8 +30,11 @@ LOSSES = {
     },
 }
 
+# Fetched from their publishers where data.path is empty.
+_BEIR = ("beir_msmarco", "beir_nfcorpus", "beir_hotpotqa", "beir_fiqa", "beir_fever")
+FETCHED = ("msmarco", *_BEIR)
 CHOICES = {
-    "data.dataset": ("docstrings", "beir", "msmarco", "rocketqa", "dpr"),
+    "data.dataset": ("docstrings", "beir", "msmarco", "rocketqa", "dpr", "tevatron", *_BEIR),
     "data.preset": ("core", "full"),
     "model.pooling": ("cls", "mean"),
     "model.passage_format": ("title_sep_text", "title_text"),
@@ -86,9 +89,10 @@ def default() -> ml_collections.ConfigDict:
         {
             "seed": 0,
             "data": {
-                # "docstrings", the embedded data, or files: "beir", "msmarco", "rocketqa", "dpr".
+                # "docstrings", the embedded data, or files: "beir", "msmarco", "rocketqa", "dpr",
+                # "tevatron", or "beir_fiqa" and others in BEIR layout.
                 "dataset": "beir",
-                "path": "",  # the folder
+                "path": "",  # the folder; left empty, "msmarco" and "beir_..." are fetched
                 "preset": "core",  # docstrings: "core" or "full"
                 "train_qrels": "qrels",  # beir: folder of the labels to train on
                 "eval_qrels": "qrels",  # beir: folder of the labels of dev and test
@@ -150,6 +154,7 @@ def default() -> ml_collections.ConfigDict:
                 "batch_tokens": 16384,  # of one forward pass, over all devices
                 "retrieve_depth": 1000,
                 "rerank_depth": 50,
+                # The first is tested for significance.
                 "metrics": (
                     "RR@10",
                     "Success@5",
@@ -159,6 +164,8 @@ def default() -> ml_collections.ConfigDict:
                     "R@1000",
                     "nDCG@10",
                 ),
+                # Of a relevant passage, in all metrics but nDCG: 2 for TREC's deep learning track.
+                "min_relevance": 1,
                 "permutations": 10000,  # of the significance test
                 "scann": {
                     "brute_force_below": 20_000,  # passages; fewer are not worth a tree
@@ -273,9 +280,10 @@ def check(config: ml_collections.ConfigDict):
                 raise InputError(f"config.{key} is {value}; it must be above 0 and finite")
             if low is not None and not low <= value <= high:
                 raise InputError(f"config.{key} is {value}; it must lie in [{low}, {high}]")
-    if given["data.dataset"] != "docstrings" and not given["data.path"]:
+    if given["data.dataset"] not in ("docstrings", *FETCHED) and not given["data.path"]:
         raise InputError(
-            "config.data.path is empty; give the folder of the data as --config.data.path=DIR"
+            "config.data.path is empty; give the folder of the data as --config.data.path=DIR, or a "
+            f"data.dataset that is fetched ({', '.join(FETCHED)})"
         )
     if given["mine.negative_below"] > given["mine.positive_above"]:
         raise InputError(

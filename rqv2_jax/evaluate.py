@@ -1,10 +1,14 @@
 """Evaluates every model state of a workdir, or compares two run files.
 
-The first form retrieves, re-ranks, writes run files and metrics. The second takes any two TREC run
-files and qrels (TREC, MS MARCO or BEIR) and prints differences, 95% intervals and paired p-values.
+The first form retrieves, re-ranks, writes run files and metrics. With --topics and --qrels its queries
+and labels are those of the files (`qid <tab> text` or TREC topics; TREC, MS MARCO or BEIR qrels), the
+passages the workdir's; what it writes is named after the topics file. The last form takes any two TREC
+run files and qrels and prints differences, 95% intervals and paired p-values.
 
 Examples:
   python -m rqv2_jax.evaluate --workdir workdir/docstrings --split dev --index exact
+  python -m rqv2_jax.evaluate --workdir workdir/msmarco --topics msmarco-test2019-queries.tsv \\
+      --qrels 2019qrels-pass.txt --min_relevance 2
   python -m rqv2_jax.evaluate --compare A.trec B.trec --qrels qrels/test.tsv
 """
 
@@ -18,7 +22,11 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "A workdir that rqv2_jax.main ha
 _SPLIT = flags.DEFINE_enum("split", "test", ["train", "dev", "test"], "Which queries.")
 _INDEX = flags.DEFINE_enum("index", "exact", ["exact", "scann"], "How passages are searched.")
 _COMPARE = flags.DEFINE_bool("compare", False, "Compare the two run files given as arguments.")
-_QRELS = flags.DEFINE_string("qrels", None, "With --compare: file of relevance labels.")
+_TOPICS = flags.DEFINE_string("topics", None, "With --qrels: file of queries, in place of a split.")
+_QRELS = flags.DEFINE_string("qrels", None, "With --topics or --compare: file of relevance labels.")
+_MIN_RELEVANCE = flags.DEFINE_integer(
+    "min_relevance", None, "Of a relevant passage; else config.evaluate.min_relevance.", 1
+)
 
 
 def main(*files: str):
@@ -30,6 +38,10 @@ def main(*files: str):
             raise InputError(f"unexpected argument {files[0]!r}; --help shows an example")
         if _WORKDIR.value is None:
             raise InputError("--workdir is missing; --help shows an example")
+        if (_TOPICS.value is None) != (_QRELS.value is None):
+            raise InputError("--topics and --qrels go together; --help shows an example")
+        if _TOPICS.value and flags.FLAGS["split"].present:
+            raise InputError("--topics takes the place of --split; give one of the two")
         return _evaluate(pathlib.Path(_WORKDIR.value))
     if len(files) != 2 or _QRELS.value is None:
         raise InputError("--compare takes two run files and --qrels FILE; --help shows an example")
@@ -42,8 +54,13 @@ def _evaluate(workdir: pathlib.Path):
     from rqv2_jax.workdir import open_workdir
 
     run = open_workdir(workdir)
-    store = tokens.open_store(run.workdir / "data" / "tokens")
-    print(evaluation.render(evaluation.evaluate(run, store, _SPLIT.value, (_INDEX.value,))))
+    store, split = tokens.open_store(run.workdir / "data" / "tokens"), _SPLIT.value
+    if _TOPICS.value:
+        files = pathlib.Path(_TOPICS.value), pathlib.Path(_QRELS.value)
+        store, split = evaluation.with_topics(run, store, *files)
+    if _MIN_RELEVANCE.value:
+        run.config.evaluate.min_relevance = _MIN_RELEVANCE.value
+    print(evaluation.render(evaluation.evaluate(run, store, split, (_INDEX.value,))))
 
 
 def _compare(a: str, b: str):
@@ -56,6 +73,7 @@ def _compare(a: str, b: str):
         pathlib.Path(b),
         pathlib.Path(_QRELS.value),
         names=defaults.evaluate.metrics,
+        min_relevance=_MIN_RELEVANCE.value or defaults.evaluate.min_relevance,
         permutations=defaults.evaluate.permutations,
         seed=defaults.seed,
     )

@@ -1,13 +1,16 @@
 """What the models are worth: on dev during training, on a split in full after it."""
 
+import dataclasses
 import json
+import pathlib
+import re
 
 import numpy as np
 
 from rqv2_jax import artifacts, metrics, mining
 from rqv2_jax.data import answers as answers_lib
+from rqv2_jax.data import collection, tokens, topics
 from rqv2_jax.data import lists as lists_lib
-from rqv2_jax.data import tokens
 from rqv2_jax.errors import InputError
 from rqv2_jax.retrieval import encode, index, rerank
 from rqv2_jax.workdir import Run, texts_of
@@ -72,6 +75,38 @@ class Dev:
         return self._score(passages_QxK, scores_QxK)
 
 
+def with_topics(
+    run: Run, store: tokens.Store, topics_file: pathlib.Path, qrels_file: pathlib.Path
+) -> tuple[tokens.Store, str]:
+    """The store with one split more, and its name: queries and labels of files over its passages.
+
+    The split is named after the topics file. Its queries are those with a relevant passage.
+
+    Raises:
+      InputError: a file cannot be used, or the labels name what the corpus or the topics lack.
+    """
+    name = re.sub(r"(\.tsv|\.txt)?(\.gz)?$", "", topics_file.name)
+    if name in store.splits:
+        raise InputError(
+            f"{topics_file}: the run has a split {name!r} of its own, and results are named after the "
+            "file; rename it"
+        )
+    qrels = list(collection.labels(collection.open_file(qrels_file)))
+    judged = {label.query_id for label in qrels if label.relevance > 0}
+    queries = [query for query in topics.topics(topics_file) if query.id in judged]
+    ids = [query.id for query in queries]
+    query_rows, passage_rows = (
+        {key: row for row, key in enumerate(each)} for each in (ids, store.passage_ids)
+    )
+    qrels_3xN = np.stack(collection.check_qrels(qrels, query_rows, passage_rows)).astype(np.int64)
+    if not ids:
+        raise InputError(f"{qrels_file}: no relevance is above 0; give labels of {topics_file}")
+    texts = run.tokenizer.texts([query.text for query in queries])
+    fingerprint = collection.content_hash([topics_file, qrels_file])
+    further = tokens.Queries(texts, ids, qrels_3xN, fingerprint)
+    return dataclasses.replace(store, splits={**store.splits, name: further}), name
+
+
 def evaluate(
     run: Run, store: tokens.Store, split: str, indexes: tuple[str, ...], states=STATES
 ) -> dict:
@@ -87,6 +122,7 @@ def evaluate(
     if split not in store.splits:
         raise InputError(f"--split {split}: the data has only {', '.join(store.splits)}")
     settings, queries = run.config.evaluate, store.splits[split]
+    compared = metrics.at_relevance(settings.metrics, settings.min_relevance)[0]
     # The same queries for every seed, so that runs can be compared by query.
     rows_Q = np.sort(mining.subset(len(queries.ids), settings.queries, 0))
     query_ids, measured = [queries.ids[row] for row in rows_Q], _measure(run, store, split, rows_Q)
@@ -132,6 +168,7 @@ def evaluate(
 
             path = run.workdir / "eval" / f"{split}.{state}.reranked.{indexes[0]}.npz"
             source = f"{store.fingerprint} {settings.queries} {settings.rerank_depth}"
+            source += queries.fingerprint
             top = artifacts.cached(path, source, compute)["scores"]
             add(state, "reranker", indexes[0], passages_QxK, rerank.merge(top, scores_QxK))
 
@@ -147,11 +184,11 @@ def evaluate(
     for a, b in dict.fromkeys(pairs):
         if not {(*a, first), (*b, first)} <= set(per_query):
             continue
-        values = [per_query[(*x, first)][DEV_METRIC] for x in (a, b)]
+        values = [per_query[(*x, first)][compared] for x in (a, b)]
         difference, p_value = metrics.paired_test(
             *values, permutations=settings.permutations, seed=run.config.seed
         )
-        names = {"a": " ".join(a), "b": " ".join(b), "metric": DEV_METRIC}
+        names = {"a": " ".join(a), "b": " ".join(b), "metric": compared}
         significance.append({**names, "difference": difference, "p_value": p_value})
     titles = run.config.data.titles and len(store.titles.tokens) > 0
     report = {"rows": rows, "significance": significance, "titles": titles}
@@ -166,7 +203,8 @@ def evaluate(
 
 def _measure(run: Run, store: tokens.Store, split: str, rows_Q: np.ndarray):
     """`measure(passages_QxK, scores_QxK)`: the values of every metric for queries of a split."""
-    names, queries = run.config.evaluate.metrics, store.splits[split]
+    settings, queries = run.config.evaluate, store.splits[split]
+    names = metrics.at_relevance(settings.metrics, settings.min_relevance)
     if queries.qrels_3xN.size:
         qrels = _qrels_of(queries, rows_Q)
         return lambda *found: metrics.evaluate(*found, store.passage_ids, qrels, names)
@@ -212,7 +250,8 @@ def _search(run: Run, store: tokens.Store, split: str, rows_Q: np.ndarray, state
         return ranked(*index.exact(vectors(), shards, settings.retrieve_depth))
 
     folder = run.workdir / "eval"
-    found = artifacts.cached(folder / f"{split}.{stage}.exact.npz", source, exact)
+    made_from = source + queries.fingerprint
+    found = artifacts.cached(folder / f"{split}.{stage}.exact.npz", made_from, exact)
     if name == "exact":
         return found, {}
 
@@ -223,7 +262,7 @@ def _search(run: Run, store: tokens.Store, split: str, rows_Q: np.ndarray, state
         )
         return ranked(*index.scann_search(searcher, vectors(), settings.retrieve_depth))
 
-    approximate = artifacts.cached(folder / f"{split}.{stage}.scann.npz", source, scann)
+    approximate = artifacts.cached(folder / f"{split}.{stage}.scann.npz", made_from, scann)
     recalls = {
         f"recall@{depth} against exact": index.recall(
             approximate["passages"][:, :depth], found["passages"][:, :depth]
@@ -236,10 +275,11 @@ def _search(run: Run, store: tokens.Store, split: str, rows_Q: np.ndarray, state
 def render(report: dict) -> str:
     """The report as a table for people."""
     names = list(report["rows"][0]["metrics"])
-    head = f"{'state':10} {'model':10} {'index':6} " + " ".join(f"{n:>11}" for n in names)
+    width = max(11, *map(len, names))
+    head = f"{'state':10} {'model':10} {'index':6} " + " ".join(f"{n:>{width}}" for n in names)
     lines = [head, "-" * len(head)]
     for row in report["rows"]:
-        cells = " ".join(f"{row['metrics'][n]:11.4f}" for n in names)
+        cells = " ".join(f"{row['metrics'][n]:{width}.4f}" for n in names)
         recalls = [f"{k} {v:.3f}" for k, v in row.items() if k.startswith("recall@")]
         note = f"  {', '.join(recalls)}" if recalls else ""
         lines.append(f"{row['state']:10} {row['model']:10} {row['index']:6} {cells}{note}")

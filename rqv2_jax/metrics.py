@@ -4,8 +4,8 @@ A *run* is two arrays with a row for every query of a split: `passages_QxK`, pas
 which a negative number is padding, and `scores_QxK`. A query without results is a row of padding.
 
 *Qrels* are three arrays `(query_rows_N, passage_rows_N, relevances_N)`, one entry per judgement.
-A query row is a row of the run. A passage is relevant from relevance 1 on; an unjudged passage has
-relevance 0, and a negative judgement counts as 0.
+A query row is a row of the run. A passage is relevant from relevance 1 on, or from the one that the
+measure's name gives; an unjudged passage has relevance 0, and a negative judgement counts as 0.
 
 **Tie rule** (trec_eval's). Scores are compared as float32, and equal scores are ordered by passage
 id, lexicographically descending (by code point, which is the byte order of UTF-8). The rule sees
@@ -130,10 +130,10 @@ def judged_queries(qrels: Qrels) -> np.ndarray:
     return rows_J
 
 
-def num_relevant(qrels: Qrels, num_queries: int) -> np.ndarray:
-    """Returns num_relevant_Q, how many passages are relevant (relevance 1 or more)."""
+def num_relevant(qrels: Qrels, num_queries: int, min_relevance: int) -> np.ndarray:
+    """Returns num_relevant_Q, how many passages have relevance `min_relevance` or more."""
     query_rows_N, _, relevances_N = qrels
-    return np.bincount(query_rows_N[relevances_N >= 1], minlength=num_queries)
+    return np.bincount(query_rows_N[relevances_N >= min_relevance], minlength=num_queries)
 
 
 def ideal_dcg(qrels: Qrels, num_queries: int, k: int) -> np.ndarray:
@@ -147,18 +147,30 @@ def ideal_dcg(qrels: Qrels, num_queries: int, k: int) -> np.ndarray:
     return np.bincount(query_rows_N, weights=dcg_N, minlength=num_queries)
 
 
-def parse_metric(name: str) -> tuple[str, int]:
-    """Returns measure and cutoff of a name such as `nDCG@10`.
+def parse_metric(name: str) -> tuple[str, int, int]:
+    """Returns measure, cutoff and least relevance of a name such as `nDCG@10` or `RR(rel=2)@10`.
 
     Raises:
       InputError: the name is not known.
     """
-    match = re.fullmatch(r"(RR|Success|R|nDCG)@([1-9][0-9]*)", name)
+    match = re.fullmatch(r"(?:(RR|Success|R)(?:\(rel=([1-9]\d*)\))?|(nDCG))@([1-9]\d*)", name, re.A)
     if not match:
         raise InputError(
-            f"unknown metric {name!r}: known are RR@k, Success@k, R@k and nDCG@k with k from 1"
+            f"unknown metric {name!r}: known are RR@k, Success@k, R@k and nDCG@k with k from 1, the "
+            "first three also as RR(rel=2)@k"
         )
-    return match[1], int(match[2])
+    return match[1] or match[3], int(match[4]), int(match[2] or 1)
+
+
+def at_relevance(names: Sequence[str], min_relevance: int) -> tuple[str, ...]:
+    """The same metrics where passages are relevant from `min_relevance` on: `RR(rel=2)@10`.
+
+    What says so itself and nDCG, whose gains are the relevances, keep their names.
+    """
+    if min_relevance == 1:
+        return tuple(names)
+    said = rf"\1(rel={min_relevance})@"
+    return tuple(re.sub("^(RR|Success|R)@", said, name) for name in names)
 
 
 def evaluate(
@@ -180,22 +192,30 @@ def evaluate(
     - `RR@k`: 1 / rank of the first relevant passage, 0 if it is beyond k.
     - `Success@k`: 1 if the first k hold a relevant passage, else 0. Often called recall@k.
     - `R@k`: the part of the relevant passages that the first k hold.
+    - `RR(rel=2)@k` and so on: the same where passages are relevant from 2 on. A query whose
+      passages are all below has 0, so all metrics are over the same queries.
     - `nDCG@k`: gain is the relevance, the discount log2(rank + 1), the ideal over all judgements.
 
     Raises:
       InputError: an unknown name, one that cannot be measured, no relevant passage, a judged query
         beyond the run, or what `sort_run` and `relevance_of` raise.
     """
-    cutoffs = {name: parse_metric(name) for name in names}
+    parsed = {name: parse_metric(name) for name in names}
     if rows_J is None:
         rows_J = judged_queries(qrels)
     else:
-        for name, (measure, _) in cutoffs.items():
+        for name, (measure, _, _) in parsed.items():
             if measure in ("R", "nDCG"):
                 raise InputError(
                     f"config.evaluate.metrics: {name} needs labels of all relevant passages, but this "
                     "split has answers; take RR@k and Success@k"
                 )
+    for name, (_, _, least) in parsed.items():
+        if least > 1 and not (qrels[2] >= least).any():
+            raise InputError(
+                f"{name}: the labels hold no passage of relevance {least} or more; lower "
+                "min_relevance"
+            )
     num_queries = len(passages_QxK)
     if qrels[0].max(initial=0) >= num_queries:
         raise InputError(
@@ -204,19 +224,20 @@ def evaluate(
         )
     passages_QxK, _ = sort_run(passages_QxK, scores_QxK, passage_ids)
     relevance_JxK = relevance_of(passages_QxK, qrels)[rows_J]
-    num_relevant_J = num_relevant(qrels, num_queries)[rows_J]
 
     values = {}
-    for name, (measure, k) in cutoffs.items():
+    for name, (measure, k, least) in parsed.items():
         top_JxK = relevance_JxK[:, :k]
+        hit_JxK = top_JxK >= least
         rank_K = np.arange(top_JxK.shape[1]) + 1
         match measure:
             case "RR":
-                values_J = ((top_JxK >= 1) / rank_K).max(axis=1, initial=0)
+                values_J = (hit_JxK / rank_K).max(axis=1, initial=0)
             case "Success":
-                values_J = (top_JxK >= 1).any(axis=1).astype(np.float64)
+                values_J = hit_JxK.any(axis=1).astype(np.float64)
             case "R":
-                values_J = (top_JxK >= 1).sum(axis=1) / num_relevant_J
+                relevant_J = num_relevant(qrels, num_queries, least)[rows_J]
+                values_J = hit_JxK.sum(axis=1) / np.maximum(relevant_J, 1)
             case "nDCG":
                 dcg_J = (top_JxK / np.log2(rank_K + 1)).sum(axis=1)
                 values_J = dcg_J / ideal_dcg(qrels, num_queries, k)[rows_J]

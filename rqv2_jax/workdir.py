@@ -16,7 +16,7 @@ from rqv2_jax import config as config_lib
 from rqv2_jax import models as models_lib
 from rqv2_jax import sharding as sharding_lib
 from rqv2_jax.checkpoint import restore_best
-from rqv2_jax.data import collection, docstrings, dpr, tables, tokens
+from rqv2_jax.data import builders, collection, docstrings, dpr, tables, tevatron, tokens
 from rqv2_jax.data.inputs import Inputs
 from rqv2_jax.errors import InputError
 from rqv2_jax.retrieval.stream import Forward, make_forward
@@ -240,7 +240,9 @@ def branch(run: Run, warm: Run):
 def open_collection(run: Run) -> collection.Collection:
     """The texts and labels the config names; the embedded ones are extracted into `data/tfds`."""
     data = run.config.data
-    match data.dataset:
+    if data.dataset != "docstrings" and not data.path:
+        return builders.fetched(data.dataset)
+    match data.dataset.split("_")[0]:
         case "docstrings":
             return docstrings.docstrings(run.workdir / "data" / "tfds", preset=data.preset)
         case "beir":
@@ -253,6 +255,8 @@ def open_collection(run: Run) -> collection.Collection:
             return tables.rocketqa(data.path)
         case "dpr":
             return dpr.dpr(data.path)
+        case "tevatron":
+            return tevatron.tevatron(data.path)
 
 
 def texts_of(run: Run, store: tokens.Store) -> collection.Collection:

@@ -31,20 +31,30 @@ def files(tmp_path_factory):
     return folder
 
 
-def compared(folder, a="a.trec", b="b.trec", qrels="qrels"):
+def compared(folder, a="a.trec", b="b.trec", qrels="qrels", min_relevance=1):
     return compare.compare(
-        folder / a, folder / b, folder / qrels, names=NAMES, permutations=500, seed=0
+        folder / a,
+        folder / b,
+        folder / qrels,
+        names=NAMES,
+        min_relevance=min_relevance,
+        permutations=500,
+        seed=0,
     )
 
 
-def test_means_are_those_of_ir_measures(files):
-    rows, queries = compared(files)
+@pytest.mark.parametrize("least", [1, 2, 3])
+def test_means_are_those_of_ir_measures(files, least):
+    rows, queries = compared(files, min_relevance=least)
     assert queries == 40
+    said = f"(rel={least})" if least > 1 else ""
+    names = [name.replace("@", f"{said}@") if name != "nDCG@10" else name for name in NAMES]
+    assert [row["metric"] for row in rows] == names
     qrels = list(ir_measures.read_trec_qrels(str(files / "qrels")))
     for column in ("a", "b"):
         run = list(ir_measures.read_trec_run(str(files / f"{column}.trec")))
         expected = ir_measures.calc_aggregate(
-            [ir_measures.parse_measure(n) for n in NAMES], qrels, run
+            [ir_measures.parse_measure(n) for n in names], qrels, run
         )
         for row in rows:
             assert row[column] == pytest.approx(expected[ir_measures.parse_measure(row["metric"])])
@@ -106,10 +116,13 @@ def test_bad_qrels_are_one_line_with_the_place(files, tmp_path, text, message):
 
 def test_the_program_prints_the_table_and_refuses_half_a_comparison(files):
     a, b = str(files / "a.trec"), str(files / "b.trec")
-    ended = run_program("rqv2_jax.evaluate", "--compare", a, b, f"--qrels={files / 'qrels'}")
+    flags = f"--qrels={files / 'qrels'}", "--min_relevance=2"
+    ended = run_program("rqv2_jax.evaluate", "--compare", a, b, *flags)
     assert ended.returncode == 0, ended.stderr
-    rows, _ = compared(files)
-    assert f"nDCG@10      {rows[3]['a']:8.4f} {rows[3]['b']:8.4f}" in ended.stdout
+    rows, _ = compared(files, min_relevance=2)
+    table = {line.split()[0]: line.split()[1:3] for line in ended.stdout.splitlines()[5:]}
+    assert table["RR(rel=2)@10"] == [f"{rows[0]['a']:.4f}", f"{rows[0]['b']:.4f}"]
+    assert table["nDCG@10"] == [f"{rows[-1]['a']:.4f}", f"{rows[-1]['b']:.4f}"]
     for arguments in ([a, f"--qrels={files / 'qrels'}"], [a, b], [a, b, "third"]):
         ended = run_program("rqv2_jax.evaluate", "--compare", *arguments)
         assert ended.returncode != 0

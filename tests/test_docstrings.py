@@ -252,10 +252,10 @@ def test_records_label_each_passage_once():
     assert len(passages) == 40
     assert {"p:m.f0", "p:m.f0~2"} <= passages.keys()
     queries = [(split, row) for split in docstrings.SPLITS for row in rows[split]]
-    assert sorted(row["positives"][0] for _, row in queries) == sorted(passages)
+    assert sorted(row["labelled"][0] for _, row in queries) == sorted(passages)
     assert not {row["id"] for _, row in queries} & passages.keys()
     for split, row in queries:
-        (positive,) = row["positives"]
+        (positive,) = row["labelled"]
         assert row["text"].removeprefix("query ") == passages[positive]["text"].split()[1]
         assert docstrings.split_of(passages[positive]["title"]) == split
     assert passages["p:m.f7"]["title"] == "p m.f7"
@@ -267,7 +267,7 @@ def test_order_tells_nothing():
     rows = records(docs)
     place = {row["id"]: i for i, row in enumerate(rows["passages"])}
     read = [int(row["title"][5:]) for row in rows["passages"]]
-    positives = [place[row["positives"][0]] for row in rows["train"]]
+    positives = [place[row["labelled"][0]] for row in rows["train"]]
     for sequence in (read, positives):
         ascending = sum(a < b for a, b in itertools.pairwise(sequence)) / (len(sequence) - 1)
         # A shuffled sequence rises half the time, with a deviation of 0.29 / sqrt(n).
@@ -343,7 +343,7 @@ def test_collection_round_trip_and_rebuild(fake, tmp_path, capfd):
         )
         assert query_N.tolist() == list(range(len(queries)))
         assert [passages[row].id for row in passage_N] == [
-            row["positives"][0] for row in rows[split]
+            row["labelled"][0] for row in rows[split]
         ]
         assert (relevance_N == 1).all()
         labels += len(query_N)

@@ -77,7 +77,10 @@ def trained(**more):
     [
         ({"psgs_w100.tsv": None}, "no psgs_w100.tsv or psgs_w100.tsv.gz"),
         ({"biencoder-nq-dev.json": None}, "no biencoder-*-dev.json or"),
-        ({"biencoder-tq-dev.json": "[]"}, "biencoder-nq-dev.json, biencoder-tq-dev.json are all"),
+        (
+            {"biencoder-tq-dev.json": "[]"},
+            "biencoder-nq-dev.json: stands beside biencoder-tq-dev.json",
+        ),
         ({"psgs_w100.tsv": "1\ttext\n"}, "psgs_w100.tsv:1: 2 tab-separated columns instead of 3"),
         ({"psgs_w100.tsv": "1\ta\tb\n\n1\ta\tb\n"}, "psgs_w100.tsv:3: duplicate id '1'"),
         ({"psgs_w100.tsv": "1\t \tb\n"}, "psgs_w100.tsv:1: empty passage"),

@@ -72,12 +72,12 @@ def trec_values(passage_ids, passages_QxK, scores_QxK, qrels, names):
     values = {}
     for name in names:
         measure, k = name.split("@")
-        asked = ir_measures.parse_measure("RR" if measure == "RR" else name)
+        asked = ir_measures.parse_measure(measure if measure.startswith("RR") else name)
         found = {
             m.query_id: m.value for m in ir_measures.pytrec_eval.iter_calc([asked], truth, run)
         }
         values_J = np.array([found[query] for query in kept])
-        if measure == "RR":
+        if measure.startswith("RR"):
             values_J = np.where(values_J >= 1 / int(k) - 1e-9, values_J, 0)
         values[name] = values_J
     return values
@@ -145,6 +145,49 @@ def test_agrees_with_trec_eval_on_ties_missing_queries_and_grades(collection, k)
     values = metrics.evaluate(passages_QxK, scores_QxK, passage_ids, qrels, names)
     assert_same_values(
         values, trec_values(passage_ids, passages_QxK, scores_QxK, qrels, list(values))
+    )
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(collections(), st.integers(2, 3), st.integers(1, 6))
+def test_least_relevance_agrees_with_ir_measures(collection, least, k):
+    """As in the deep learning track; where a query's best grade is 1 it counts, as 0."""
+    passage_ids, passages_QxK, scores_QxK, qrels = collection
+    qrels[2][0] = least
+    plain = ["RR@10", "R@1000", "Success@5", "nDCG@10", f"RR@{k}", f"R@{k}", f"Success@{k}"]
+    names = metrics.at_relevance(plain, least)
+    assert {f"RR(rel={least})@10", f"R(rel={least})@1000", "nDCG@10"} <= set(names)
+    values = metrics.evaluate(passages_QxK, scores_QxK, passage_ids, qrels, names)
+    assert_same_values(
+        values, trec_values(passage_ids, passages_QxK, scores_QxK, qrels, list(values))
+    )
+
+
+def test_least_relevance_by_hand():
+    run = np.array([[0, 1, 2], [0, 1, 2]]), np.array([[3, 2, 1], [3, 2, 1]]), ["a", "b", "c"]
+    qrels = as_qrels((0, 0, 1), (0, 1, 2), (0, 2, 3), (0, 9, 2), (1, 1, 1))
+    names = ("RR(rel=2)@10", "RR(rel=3)@10", "R(rel=2)@10", "Success(rel=3)@2", "RR(rel=1)@10")
+    assert_same_values(
+        metrics.evaluate(*run, qrels, names),
+        {
+            "RR(rel=2)@10": np.array([1 / 2, 0]),
+            "RR(rel=3)@10": np.array([1 / 3, 0]),
+            "R(rel=2)@10": np.array([2 / 3, 0]),
+            "Success(rel=3)@2": np.array([0, 0]),
+            "RR(rel=1)@10": np.array([1, 1 / 2]),
+        },
+    )
+    with pytest.raises(
+        InputError, match=r"RR\(rel=4\)@10: the labels hold no passage of relevance 4"
+    ):
+        metrics.evaluate(*run, qrels, ["RR(rel=4)@10"])
+
+
+def test_names_say_the_least_relevance():
+    names = ("RR@10", "R@1000", "Success(rel=3)@5", "nDCG@10")
+    assert metrics.at_relevance(names, 1) == names
+    assert metrics.at_relevance(names, 2) == (
+        *("RR(rel=2)@10", "R(rel=2)@1000", "Success(rel=3)@5", "nDCG@10"),
     )
 
 
@@ -220,12 +263,17 @@ def test_relevance_of_padding_is_not_the_previous_querys_last_passage():
 
 def test_relevant_counts_and_ideal_gains_cover_every_query():
     qrels = as_qrels((2, 5, 1), (0, 1, 1), (0, 2, 3), (0, 3, 0), (1, 1, -1), (0, 9, 2))
-    assert metrics.num_relevant(qrels, 4).tolist() == [3, 0, 1, 0]
+    assert metrics.num_relevant(qrels, 4, 1).tolist() == [3, 0, 1, 0]
+    assert metrics.num_relevant(qrels, 4, 2).tolist() == [2, 0, 0, 0]
     np.testing.assert_allclose(metrics.ideal_dcg(qrels, 4, 2), [3 + 2 / math.log2(3), 0, 1, 0])
 
 
 @pytest.mark.parametrize(
-    "name", ["MRR@10", "RR", "RR@0", "RR@", "RR@1.5", "rr@10", "nDCG@10 ", "R@-1", "Recall@5"]
+    "name",
+    [
+        *("MRR@10", "RR", "RR@0", "RR@", "RR@1.5", "rr@10", "nDCG@10 ", "R@-1", "Recall@5"),
+        *("nDCG(rel=2)@10", "RR(rel=0)@10", "RR(rel=2)", "R(rel=two)@5", "RR(rel=2)@10 "),
+    ],
 )
 def test_unknown_metric_lists_the_known(name):
     with pytest.raises(InputError, match=r"known are RR@k, Success@k, R@k and nDCG@k") as error:

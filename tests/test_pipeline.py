@@ -15,9 +15,11 @@ import pytest
 import torch
 import tqdm
 import transformers
+from absl import flags
+from absl.testing import flagsaver
 
 from rqv2_jax import config as config_lib
-from rqv2_jax import evaluation, mining, pipeline, score, train, weights
+from rqv2_jax import evaluate, evaluation, mining, pipeline, score, train, weights
 from rqv2_jax.checkpoint import Checkpoints
 from rqv2_jax.data import tokens
 from rqv2_jax.errors import InputError
@@ -236,6 +238,108 @@ def test_evaluation_of_some_queries_is_theirs_in_the_whole(finished, tmp_path):
         assert "joint.reranker.exact.nDCG@10" in part.files
         for name in part.files:
             np.testing.assert_allclose(part[name], whole[name][rows], atol=1e-6)
+
+
+@pytest.fixture
+def deep(finished, tmp_path):
+    """The finished run's copy, and graded labels of new queries over its passages, as TREC's are."""
+    config, workdir = finished
+    shutil.copytree(workdir, tmp_path / "w")
+    corpus = [json.loads(line) for line in (pathlib.Path(config.data.path) / "corpus.jsonl").open()]
+    rng = np.random.default_rng(3)
+    asked = [" ".join(rng.permutation(corpus[i]["text"].split())[:4]) for i in range(10)]
+    rows = [f"{i}\t{text}\n" for i, text in enumerate(asked)]
+    (tmp_path / "msmarco-test2019-queries.tsv").write_text("".join(rows))
+    # Queries 8 and 9 are not judged, and query 7 has a best grade of 1.
+    graded = [
+        (i, (i + n) % 48, max(0, 3 - n) if i < 7 else n % 2) for i in range(8) for n in range(6)
+    ]
+    lines = [f"{query} Q0 p{passage} {grade}\n" for query, passage, grade in graded]
+    (tmp_path / "2019qrels-pass.txt").write_text("".join(lines))
+    return tmp_path
+
+
+def evaluate_program(folder, **more):
+    arguments = {
+        "workdir": str(folder / "w"),
+        "topics": str(folder / "msmarco-test2019-queries.tsv"),
+        "qrels": str(folder / "2019qrels-pass.txt"),
+    } | more
+    flags.FLAGS.mark_as_parsed()
+    with flagsaver.flagsaver(**arguments):
+        evaluate.main()
+    return json.loads((folder / "w" / "eval" / "msmarco-test2019-queries.json").read_text())
+
+
+def test_further_queries_over_the_runs_passages(deep):
+    before = {path: path.read_bytes() for path in (deep / "w").rglob("test.*") if path.is_file()}
+    report = evaluate_program(deep, min_relevance=2)
+    assert report["rows"]
+    assert all(row["queries"] == 8 for row in report["rows"])
+    qrels = list(ir_measures.read_trec_qrels(str(deep / "2019qrels-pass.txt")))
+    for row in report["rows"]:
+        assert row["split"] == "msmarco-test2019-queries"
+        assert {"RR(rel=2)@10", "R(rel=2)@1000", "nDCG@10"} < row["metrics"].keys()
+        name = "{split}.{state}.{model}.{index}.trec".format(**row)
+        # By rank: ir-measures takes RR@10 from a script whose tie rule is not trec_eval's.
+        lines = (deep / "w" / "runs" / name).read_text().splitlines()
+        run = [ir_measures.ScoredDoc(x[0], x[2], -float(x[3])) for x in map(str.split, lines)]
+        measures = [ir_measures.parse_measure(metric) for metric in row["metrics"]]
+        for measure, value in ir_measures.calc_aggregate(measures, qrels, run).items():
+            assert row["metrics"][str(measure)] == pytest.approx(value, abs=1e-9)
+    assert {each["metric"] for each in report["significance"]} == {"RR(rel=2)@10"}
+    assert all(path.read_bytes() == content for path, content in before.items())
+    # Other text under the same names is searched for anew, over the same vectors.
+    topics = deep / "msmarco-test2019-queries.tsv"
+    queries = dict(line.split("\t") for line in topics.read_text().splitlines())
+    blocks = [
+        f"<top>\n<num> Number: {i}\n<title> {queries[str(7 - i)]}\n</top>\n" for i in range(8)
+    ]
+    topics.write_text("".join(blocks))
+    stamps = {path: path.stat().st_mtime_ns for path in (deep / "w" / "vectors").rglob("*")}
+    other = evaluate_program(deep)
+    assert stamps == {path: path.stat().st_mtime_ns for path in (deep / "w" / "vectors").rglob("*")}
+    assert other["rows"][0]["metrics"]["nDCG@10"] != report["rows"][0]["metrics"]["nDCG@10"]
+    assert "RR@10" in other["rows"][0]["metrics"]
+
+
+@pytest.mark.parametrize(
+    ("topics", "qrels", "name", "message"),
+    [
+        ("0\ta\n", "0 0 p1 1\n", "test.tsv.gz", "has a split 'test' of its own"),
+        ("0\ta\n", "0 0 p1 1\n7 0 p1 1\n", "t.txt", "qrels:2: qrels name query '7'"),
+        ("0\ta\n", "0 0 p1 1\n0 0 x 0\n", "t.tsv", "qrels:2: qrels name passage 'x'"),
+        ("0\ta\n", "0 0 p1 0\n", "t.tsv", "qrels: no relevance is above 0"),
+        ("0\ta\n", None, "t.tsv", "qrels: no such file"),
+    ],
+)
+def test_further_queries_that_do_not_fit(finished, tmp_path, topics, qrels, name, message):
+    run = open_workdir(finished[1])
+    (tmp_path / name).write_text(topics)
+    if qrels is not None:
+        (tmp_path / "qrels").write_text(qrels)
+    store = tokens.open_store(run.workdir / "data" / "tokens")
+    with pytest.raises(InputError, match=message):
+        evaluation.with_topics(run, store, tmp_path / name, tmp_path / "qrels")
+
+
+def test_topics_and_qrels_go_together():
+    for arguments, message in (
+        (["--topics=t"], "--topics and --qrels go together"),
+        (["--qrels=q"], "--topics and --qrels go together"),
+        (["--topics=t", "--qrels=q", "--split=test"], "--topics takes the place of --split"),
+    ):
+        ended = run_program("rqv2_jax.evaluate", "--workdir=w", *arguments)
+        assert (ended.returncode, ended.stdout) == (1, "")
+        assert message in ended.stderr
+
+
+def test_metrics_without_rr_are_compared_by_their_first(deep):
+    run = open_workdir(deep / "w")
+    run.config.evaluate.metrics = ("Success@5", "R@1000")
+    store = tokens.open_store(run.workdir / "data" / "tokens")
+    report = evaluation.evaluate(run, store, "test", ("exact",))
+    assert {each["metric"] for each in report["significance"]} == {"Success@5"}
 
 
 def test_second_run_of_the_same_command_does_nothing_and_keeps_the_results(finished):

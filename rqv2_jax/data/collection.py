@@ -13,14 +13,17 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from rqv2_jax.errors import InputError
 
+T = TypeVar("T")
 QRELS_HEADER = ("query-id", "corpus-id", "score")
 MAX_RELEVANCE = int(np.iinfo(np.int32).max)
+# Of the training queries, where the files have no split to look at during training.
+HELD_OUT = 100
 
 
 class Passage(NamedTuple):
@@ -75,10 +78,8 @@ def beir(path, *, train_qrels: str, eval_qrels: str) -> Collection:
     `<eval_qrels>/{dev,test}.tsv`, with or without the header line `query-id corpus-id score`.
     A file that is missing raises `InputError` here, a bad line when it is reached.
     """
-    root = Path(path)
-    if not root.is_dir():
-        raise InputError(f"{root}: no such folder; give the path of a folder in BEIR layout")
-    corpus = _required(root, "corpus.jsonl")
+    root = open_folder(path, "BEIR")
+    corpus = required(root, "BEIR", "corpus.jsonl")
     qrels = {}
     for split, folder in (("train", train_qrels), ("dev", eval_qrels), ("test", eval_qrels)):
         if not (root / folder).is_dir():
@@ -89,22 +90,17 @@ def beir(path, *, train_qrels: str, eval_qrels: str) -> Collection:
     if "train" not in qrels:
         raise InputError(f"{root / train_qrels}: no train.tsv or train.tsv.gz; add the train split")
     queries = {
-        split: find_file(root, f"queries.{split}.jsonl") or _required(root, "queries.jsonl")
+        split: find_file(root, f"queries.{split}.jsonl") or required(root, "BEIR", "queries.jsonl")
         for split in qrels
     }
-
-    def file_of(split: str, files: Mapping[str, Path]) -> Path:
-        if split not in files:
-            raise InputError(f"{root}: no split {split!r}; it has {', '.join(files)}")
-        return files[split]
-
+    of = functools.partial(of_split, root)
     return Collection(
         name=root.resolve().name,
         fingerprint=content_hash([corpus, *queries.values(), *qrels.values()]),
         splits=tuple(qrels),
-        passages=functools.partial(_read_passages, corpus),
-        queries=lambda split: _read_queries(file_of(split, queries), file_of(split, qrels)),
-        qrels=lambda split: _read_qrels(file_of(split, qrels)),
+        passages=functools.partial(read_passages, corpus, "_id"),
+        queries=lambda split: _read_queries(of(queries, split), of(qrels, split)),
+        qrels=lambda split: _read_qrels(of(qrels, split)),
     )
 
 
@@ -139,23 +135,58 @@ def _unknown_query(source: str, query_id: str) -> InputError:
     )
 
 
-def find_file(folder: Path, name: str) -> Path | None:
-    """The file of that name in a folder, plain or gzipped; None if there is none.
+def open_file(path: Path) -> Path:
+    """The path itself; `InputError` if there is no such file."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; give the path of a file")
+    return path
+
+
+def open_folder(path, layout: str) -> Path:
+    """The folder at `path`; `InputError`, which names the layout, if there is none."""
+    folder = Path(path)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; give the path of a folder in {layout} layout")
+    return folder
+
+
+def find_file(folder: Path, *names: str) -> Path | None:
+    """The file of one of those names (`*`: any text) in a folder, plain or gzipped, or None.
 
     Raises:
-      InputError: there are both.
+      InputError: there are several.
     """
-    found = [file for file in (folder / name, folder / f"{name}.gz") if file.is_file()]
+    patterns = [pattern for name in names for pattern in (name, f"{name}.gz")]
+    found = sorted(file for pattern in patterns for file in folder.glob(pattern) if file.is_file())
     if len(found) > 1:
-        raise InputError(f"{found[0]}: stands beside {found[1].name}; remove one of the two")
+        others = ", ".join(file.name for file in found[1:])
+        raise InputError(f"{found[0]}: stands beside {others}; keep one of them")
     return found[0] if found else None
 
 
-def _required(folder: Path, name: str) -> Path:
-    file = find_file(folder, name)
+def required(folder: Path, layout: str, *names: str) -> Path:
+    """What `find_file` finds; `InputError`, which names the layout, if that is nothing."""
+    file = find_file(folder, *names)
     if file is None:
-        raise InputError(f"{folder}: no {name} or {name}.gz; a folder in BEIR layout needs it")
+        raise InputError(
+            f"{folder}: no {names[0]} or {names[0]}.gz; a folder in {layout} layout needs it"
+        )
     return file
+
+
+def of_split(folder: Path, splits: Mapping[str, T], split: str) -> T:
+    """What belongs to a split; `InputError` if the folder does not have it."""
+    if split not in splits:
+        raise InputError(f"{folder}: no split {split!r}; it has {', '.join(splits)}")
+    return splits[split]
+
+
+def takes(number: int, held_out: bool | None) -> bool:
+    """Does a split take the training query of that number? Dev is every hundredth, train the rest.
+
+    `held_out` says which of the two the split is; None takes every query.
+    """
+    return held_out is None or (number % HELD_OUT == HELD_OUT - 1) == held_out
 
 
 def content_hash(files: list[Path]) -> str:
@@ -233,8 +264,12 @@ def labels(file: Path) -> Iterator[Qrel]:
             )
 
 
-def _objects(file: Path) -> Iterator[tuple[str, str, dict]]:
-    """(`path:line`, id, object) of a JSON-lines file whose objects each have their own `_id`."""
+def objects(file: Path, id_field: str) -> Iterator[tuple[str, str, dict]]:
+    """(`path:line`, id, object) of a JSON-lines file whose objects each have an id of their own.
+
+    Raises:
+      InputError: a line is no such object, or an id comes twice.
+    """
     first_lines = {}
     for number, line in lines(file):
         source = f"{file}:{number}"
@@ -243,11 +278,11 @@ def _objects(file: Path) -> Iterator[tuple[str, str, dict]]:
         except (ValueError, RecursionError) as error:
             raise InputError(f"{source}: not JSON ({error}); write one object per line") from None
         if not isinstance(value, dict):
-            raise InputError(f'{source}: no JSON object; write {{"_id": "...", "text": "..."}}')
-        key = value.get("_id")
+            raise InputError(f'{source}: no JSON object; write {{"{id_field}": "...", ...}}')
+        key = value.get(id_field)
         if not isinstance(key, str) or not key:
-            found = f"is {key!r}" if "_id" in value else "is missing"
-            raise InputError(f"{source}: `_id` {found}; give every line a non-empty string")
+            found = f"is {key!r}" if id_field in value else "is missing"
+            raise InputError(f"{source}: `{id_field}` {found}; give every line a non-empty string")
         if key in first_lines:
             raise InputError(
                 f"{source}: duplicate id {key!r}, first on line {first_lines[key]}; make ids unique"
@@ -256,23 +291,35 @@ def _objects(file: Path) -> Iterator[tuple[str, str, dict]]:
         yield source, key, value
 
 
-def _text(source: str, value: dict, what: str) -> str:
-    if "text" not in value:
-        raise InputError(f"{source}: {what} without `text`; add the field or remove the line")
-    text = value["text"]
+def text_of(source: str, value: dict, what: str, field: str = "text") -> str:
+    """The text of a passage or query (`what`) in a JSON object; `InputError` if it has none."""
+    if field not in value:
+        raise InputError(f"{source}: {what} without `{field}`; add the field or remove the line")
+    text = value[field]
     if not isinstance(text, str):
-        raise InputError(f"{source}: `text` is {text!r}; make it a string")
+        raise InputError(f"{source}: `{field}` is {text!r}; make it a string")
     if not text.strip():
         raise InputError(f"{source}: empty {what}; give it text or remove the line")
     return text
 
 
-def _read_passages(file: Path) -> Iterator[Passage]:
-    for source, key, value in _objects(file):
+def answers_of(source: str, value: dict) -> tuple[str, ...]:
+    """The strings in `answers` of a JSON object; none where it is absent or null."""
+    answers = value.get("answers")
+    if answers is None:
+        return ()
+    if not isinstance(answers, list) or not all(isinstance(each, str) for each in answers):
+        raise InputError(f"{source}: `answers` is {answers!r}; make it a list of strings")
+    return tuple(answers)
+
+
+def read_passages(file: Path, id_field: str) -> Iterator[Passage]:
+    """The passages of a JSON-lines file: id, `text` and, if there is one, `title`."""
+    for source, key, value in objects(file, id_field):
         title = value.get("title")
         if not isinstance(title, str | None):
             raise InputError(f"{source}: `title` is {title!r}; make it a string or leave it out")
-        yield Passage(key, title or "", _text(source, value, "passage"))
+        yield Passage(key, title or "", text_of(source, value, "passage"))
 
 
 def _read_queries(file: Path, qrels_file: Path) -> Iterator[Query]:
@@ -284,16 +331,11 @@ def _read_queries(file: Path, qrels_file: Path) -> Iterator[Query]:
             positive.add(query_id)
     if not positive:
         raise InputError(f"{qrels_file}: no row has a score above 0; add the positive passages")
-    for source, key, value in _objects(file):
-        text = _text(source, value, "query")
-        answers = value.get("answers")
-        if answers is None:
-            answers = []
-        if not isinstance(answers, list) or not all(isinstance(each, str) for each in answers):
-            raise InputError(f"{source}: `answers` is {answers!r}; make it a list of strings")
+    for source, key, value in objects(file, "_id"):
+        query = Query(key, text_of(source, value, "query"), answers_of(source, value))
         unseen.pop(key, None)
         if key in positive:
-            yield Query(key, text, tuple(answers))
+            yield query
     for key, source in unseen.items():
         raise _unknown_query(source, key)
 

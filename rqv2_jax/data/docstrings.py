@@ -23,7 +23,8 @@ from typing import NamedTuple
 
 import tensorflow_datasets as tfds
 
-from rqv2_jax.data.collection import Collection, Passage, Qrel, Query
+from rqv2_jax.data import prepared
+from rqv2_jax.data.collection import Collection
 from rqv2_jax.errors import InputError
 
 STDLIB = "python"
@@ -168,7 +169,7 @@ def split_of(name: str) -> str:
 
 
 def records(docs: Iterable[Doc]) -> dict[str, list[dict]]:
-    """The rows of splits `passages`, `train`, `dev` and `test`: id, title, text, positives.
+    """The rows of splits `passages`, `train`, `dev` and `test`, as `prepared` has them.
 
     Passages and queries are each shuffled by a hash, so neither order tells anything of the other.
     """
@@ -180,14 +181,15 @@ def records(docs: Iterable[Doc]) -> dict[str, list[dict]]:
         if copies[passage_id] > 1:
             passage_id += f"~{copies[passage_id]}"
         title = f"{doc.package} {doc.name}"
-        passages.append(_row(passage_id, title, doc.text, []))
-        queries[split_of(doc.name)].append(_row(f"query:{passage_id}", "", doc.query, [passage_id]))
+        passages.append(prepared.row(passage_id, title, doc.text))
+        query = prepared.row(f"query:{passage_id}", "", doc.query, [(passage_id, 1)])
+        queries[split_of(doc.name)].append(query)
     rows = {"passages": passages} | {split: queries[split] for split in SPLITS}
     return {split: sorted(rows[split], key=lambda row: _digest(row["id"])) for split in rows}
 
 
-class Docstrings(tfds.core.GeneratorBasedBuilder):
-    """Splits `passages`, `train`, `dev`, `test`; in the last three `text` is the query."""
+class Docstrings(prepared.Builder):
+    """Documentation of installed packages; a query is a docstring's first paragraph."""
 
     VERSION = tfds.core.Version("1.0.0")
     # The code is the version: `docstrings` keeps each state of it in a folder of its own.
@@ -196,77 +198,24 @@ class Docstrings(tfds.core.GeneratorBasedBuilder):
         for preset, packages in PRESETS.items()
     )
 
-    def _info(self):
-        text = tfds.features.Text()
-        positives = tfds.features.Sequence(text)
-        features = {"id": text, "title": text, "text": text, "positives": positives}
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description=__doc__,
-            features=tfds.features.FeaturesDict(features),
-            # Keep the order of `records`.
-            disable_shuffling=True,
-        )
-
     def _split_generators(self, dl_manager):
         del dl_manager
         splits = records(select(read_packages(PRESETS[self.builder_config.name])))
-        return {split: self._generate_examples(rows) for split, rows in splits.items()}
-
-    def _generate_examples(self, rows):
-        yield from enumerate(rows)
+        return {split: self._generate_examples(lambda r=rows: r) for split, rows in splits.items()}
 
 
 def docstrings(data_dir, *, preset: str) -> Collection:
     """The embedded collection, prepared below `data_dir` unless it is there already.
 
     `preset` is a key of `PRESETS`. The fingerprint hashes every source file that would be read, the
-    Python version and this module, and names the folder: another package version is another set.
+    Python version and this code, and names the folder: another package version is another set.
     """
     if preset not in PRESETS:
         raise InputError(f"docstrings: no preset {preset!r}; choose from {', '.join(PRESETS)}")
-    import tensorflow as tf
-
-    tf.config.set_visible_devices([], "GPU")
     fingerprint = _fingerprint(preset)
     builder = Docstrings(data_dir=Path(data_dir) / fingerprint[:16], config=preset)
-    tfds.disable_progress_bar()
-    builder.download_and_prepare()
-
-    def rows(split: str) -> Iterator[dict]:
-        if split not in builder.info.splits:
-            raise InputError(f"docstrings: no split {split!r}; it has {', '.join(SPLITS)}")
-        # One shard after the other, in the order of `records`.
-        read_config = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False)
-        for row in tfds.as_numpy(builder.as_dataset(split=split, read_config=read_config)):
-            yield {
-                "id": row["id"].decode(),
-                "title": row["title"].decode(),
-                "text": row["text"].decode(),
-                "positives": [each.decode() for each in row["positives"]],
-            }
-
-    def queries(split: str) -> Iterator[Query]:
-        for row in rows(split):
-            yield Query(row["id"], row["text"], ())
-
-    def qrels(split: str) -> Iterator[Qrel]:
-        for number, row in enumerate(rows(split), 1):
-            for passage_id in row["positives"]:
-                yield Qrel(row["id"], passage_id, 1, f"docstrings/{preset}/{split}:{number}")
-
-    def passages() -> Iterator[Passage]:
-        for row in rows("passages"):
-            yield Passage(row["id"], row["title"], row["text"])
-
-    return Collection(
-        name=f"docstrings/{preset}",
-        fingerprint=fingerprint,
-        splits=SPLITS,
-        passages=passages,
-        queries=queries,
-        qrels=qrels,
-    )
+    prepared.prepare(builder)
+    return prepared.collection(builder, name=f"docstrings/{preset}", fingerprint=fingerprint)
 
 
 def _documented(body: list[ast.stmt], prefix: list[str]) -> Iterator[tuple[str, str]]:
@@ -344,17 +293,14 @@ def _query_and_text(docstring: str) -> tuple[str, str]:
     return first, " ".join(rest)
 
 
-def _row(key: str, title: str, text: str, positives: list[str]) -> dict:
-    return {"id": key, "title": title, "text": text, "positives": positives}
-
-
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _fingerprint(preset: str) -> str:
     total = hashlib.sha256(f"{preset} {platform.python_version()}\n".encode())
-    total.update(Path(__file__).read_bytes())
+    for module in (__file__, prepared.__file__):
+        total.update(Path(module).read_bytes())
     for package in PRESETS[preset]:
         for path, file in source_files(package).items():
             total.update(f"{path} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())

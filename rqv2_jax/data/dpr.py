@@ -19,7 +19,17 @@ from pathlib import Path
 
 import ijson
 
-from rqv2_jax.data.collection import Collection, Passage, Qrel, Query, content_hash, lines
+from rqv2_jax.data.collection import (
+    Collection,
+    Passage,
+    Qrel,
+    Query,
+    content_hash,
+    lines,
+    of_split,
+    open_folder,
+    required,
+)
 from rqv2_jax.errors import InputError
 
 PASSAGES = "psgs_w100.tsv"
@@ -32,45 +42,31 @@ def dpr(path: str) -> Collection:
     Raises:
       InputError: a file is missing; bad lines raise it when they are reached.
     """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; give the folder of DPR's files")
-    passages = _one(folder, PASSAGES)
-    training = {split: _one(folder, f"biencoder-*-{split}.json") for split in ("train", "dev")}
-    test = _one(folder, "*-test.qa.csv")
-
-    def of(split: str) -> Path | None:
-        if split not in (*training, "test"):
-            raise InputError(f"{folder}: no split {split!r}; it has train, dev, test")
-        return training.get(split)
+    folder = open_folder(path, "DPR")
+    passages = required(folder, "DPR", PASSAGES)
+    files = {
+        "train": required(folder, "DPR", "biencoder-*-train.json"),
+        "dev": required(folder, "DPR", "biencoder-*-dev.json"),
+        "test": required(folder, "DPR", "*-test.qa.csv"),
+    }
 
     def queries(split: str) -> Iterator[Query]:
-        file = of(split)
-        return _tested(test) if file is None else (query for query, _ in _trained(file, split))
+        file = of_split(folder, files, split)
+        return _tested(file) if split == "test" else (query for query, _ in _trained(file, split))
 
     def qrels(split: str) -> Iterator[Qrel]:
-        file = of(split)
-        return iter(()) if file is None else (label for _, label in _trained(file, split))
+        file = of_split(folder, files, split)
+        return iter(()) if split == "test" else (label for _, label in _trained(file, split))
 
     return Collection(
         name=folder.resolve().name,
-        fingerprint=content_hash([passages, *training.values(), test]),
-        splits=(*training, "test"),
+        fingerprint=content_hash([passages, *files.values()]),
+        splits=tuple(files),
         passages=functools.partial(_passages, passages),
         queries=queries,
         qrels=qrels,
         answer_splits=("test",),
     )
-
-
-def _one(folder: Path, pattern: str) -> Path:
-    found = sorted([*folder.glob(pattern), *folder.glob(f"{pattern}.gz")])
-    if not found:
-        raise InputError(f"{folder}: no {pattern} or {pattern}.gz; put DPR's file there")
-    if len(found) > 1:
-        names = ", ".join(file.name for file in found)
-        raise InputError(f"{folder}: {names} are all {pattern}; keep one of them")
-    return found[0]
 
 
 def _rows(file: Path, count: int, what: str) -> Iterator[tuple[str, list[str]]]:

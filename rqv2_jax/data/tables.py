@@ -24,10 +24,13 @@ from rqv2_jax.data.collection import (
     find_file,
     labels,
     lines,
+    of_split,
+    open_folder,
+    required,
+    takes,
 )
 from rqv2_jax.errors import InputError
 
-HELD_OUT = 100
 TITLES = "para.title.txt"
 
 
@@ -40,9 +43,6 @@ class _Split:
     answers: Path | None
     held_out: bool | None
 
-    def takes(self, number: int) -> bool:
-        return self.held_out is None or (number % HELD_OUT == HELD_OUT - 1) == self.held_out
-
 
 def msmarco(path: str) -> Collection:
     """MS MARCO's passage ranking files; test is `dev.small`, the papers' 6,980 dev queries.
@@ -50,13 +50,14 @@ def msmarco(path: str) -> Collection:
     Raises:
       InputError: a file is missing; bad lines raise it when they are reached.
     """
-    folder = _folder(path)
+    folder = open_folder(path, "MS MARCO")
+    file = functools.partial(required, folder, "MS MARCO")
     split = functools.partial(_Split, answers=None)
-    train = _required(folder, "queries.train.tsv"), _required(folder, "qrels.train.tsv")
-    test = _required(folder, "queries.dev.small.tsv"), _required(folder, "qrels.dev.small.tsv")
+    train = file("queries.train.tsv"), file("qrels.train.tsv")
+    test = file("queries.dev.small.tsv"), file("qrels.dev.small.tsv")
     return _collection(
         folder,
-        _required(folder, "collection.tsv"),
+        file("collection.tsv"),
         find_file(folder, TITLES),
         {
             "train": split(*train, held_out=False),
@@ -74,19 +75,20 @@ def rocketqa(path: str) -> Collection:
     Raises:
       InputError: a file is missing; bad lines raise it when they are reached.
     """
-    folder = _folder(path)
-    train = _required(folder, "train.query.txt"), _required(folder, "qrels.train.tsv")
+    folder = open_folder(path, "RocketQA")
+    file = functools.partial(required, folder, "RocketQA")
+    train = file("train.query.txt"), file("qrels.train.tsv")
     name = "test" if find_file(folder, "test.query.txt") else "dev"
     answers = find_file(folder, f"{name}.answers.txt")
     test = _Split(
-        _required(folder, f"{name}.query.txt"),
-        None if answers else _required(folder, f"qrels.{name}.tsv"),
+        file(f"{name}.query.txt"),
+        None if answers else file(f"qrels.{name}.tsv"),
         answers,
         held_out=None,
     )
     return _collection(
         folder,
-        _required(folder, "para.txt"),
+        file("para.txt"),
         find_file(folder, TITLES),
         {
             "train": _Split(*train, answers=None, held_out=False),
@@ -96,30 +98,12 @@ def rocketqa(path: str) -> Collection:
     )
 
 
-def _folder(path: str) -> Path:
-    folder = Path(path)
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; give the folder of the collection's files")
-    return folder
-
-
-def _required(folder: Path, name: str) -> Path:
-    file = find_file(folder, name)
-    if file is None:
-        raise InputError(f"{folder}: no {name} or {name}.gz; put the collection's file there")
-    return file
-
-
 def _collection(folder: Path, texts: Path, titles: Path | None, splits: dict[str, _Split]):
     files = [texts, *([titles] if titles else [])]
     for split in splits.values():
         files += [f for f in (split.queries, split.labels, split.answers) if f]
 
-    def of(split: str) -> _Split:
-        if split not in splits:
-            raise InputError(f"{folder}: no split {split!r}; it has {', '.join(splits)}")
-        return splits[split]
-
+    of = functools.partial(of_split, folder, splits)
     return Collection(
         name=folder.resolve().name,
         fingerprint=content_hash(files),
@@ -131,7 +115,7 @@ def _collection(folder: Path, texts: Path, titles: Path | None, splits: dict[str
     )
 
 
-def _pairs(file: Path, what: str, *, empty: bool = False) -> Iterator[tuple[str, str, str]]:
+def pairs(file: Path, what: str, *, empty: bool = False) -> Iterator[tuple[str, str, str]]:
     """(`path:line`, id, text) of a table with two columns; texts may be empty where `empty` says so."""
     for number, line in lines(file):
         source = f"{file}:{number}"
@@ -149,9 +133,10 @@ def _pairs(file: Path, what: str, *, empty: bool = False) -> Iterator[tuple[str,
         yield source, key, text
 
 
-def _unique(pairs: Iterator[tuple[str, str, str]]) -> Iterator[tuple[str, str, str]]:
+def unique(rows: Iterator[tuple[str, str, str]]) -> Iterator[tuple[str, str, str]]:
+    """The same (`path:line`, id, text); `InputError` at an id that comes twice."""
     seen = set()
-    for source, key, text in pairs:
+    for source, key, text in rows:
         if key in seen:
             raise InputError(f"{source}: duplicate id {key!r}; make ids unique")
         seen.add(key)
@@ -159,12 +144,12 @@ def _unique(pairs: Iterator[tuple[str, str, str]]) -> Iterator[tuple[str, str, s
 
 
 def _passages(texts: Path, titles: Path | None) -> Iterator[Passage]:
-    rows = _unique(_pairs(texts, "passage"))
+    rows = unique(pairs(texts, "passage"))
     if titles is None:
         for _, key, text in rows:
             yield Passage(key, "", text)
         return
-    heads = _pairs(titles, "title", empty=True)
+    heads = pairs(titles, "title", empty=True)
     for source, key, text in rows:
         head = next(heads, None)
         if head is None:
@@ -183,8 +168,8 @@ def _passages(texts: Path, titles: Path | None) -> Iterator[Passage]:
 
 def _ids(split: _Split) -> Iterator[tuple[str, str]]:
     """(id, text) of the queries a split takes."""
-    for number, (_, key, text) in enumerate(_unique(_pairs(split.queries, "query"))):
-        if split.takes(number):
+    for number, (_, key, text) in enumerate(unique(pairs(split.queries, "query"))):
+        if takes(number, split.held_out):
             yield key, text
 
 

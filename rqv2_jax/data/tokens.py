@@ -50,11 +50,15 @@ class Texts:
 
 @dataclasses.dataclass(frozen=True)
 class Queries:
-    """The queries of one split with their labels: `qrels_3xN` = query row, passage row, relevance."""
+    """The queries of one split with their labels: `qrels_3xN` = query row, passage row, relevance.
+
+    `fingerprint` is that of queries which do not belong to the store.
+    """
 
     texts: Texts
     ids: list[str]
     qrels_3xN: np.ndarray
+    fingerprint: str = ""
 
     def positives(self) -> np.ndarray:
         """The relevant pairs [2, N]: query row, passage row; sorted by query row."""

@@ -1,0 +1,64 @@
+"""Reader of queries that come as a file of their own, for labels over a corpus that is at hand.
+
+    qid <tab> text                      MS MARCO's, as msmarco-test2019-queries.tsv of TREC's deep
+                                        learning track
+    <top> <num> <title> ... </top>      TREC's classic topics (trec.nist.gov/data/topics_eng); the
+                                        query is the title, description and narrative are not read
+
+Gzipped or not.
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from rqv2_jax.data.collection import Query, lines, open_file
+from rqv2_jax.data.tables import pairs, unique
+from rqv2_jax.errors import InputError
+
+_TAG = re.compile(r"<(/?\w+)>(.*)")
+# What stands before the number and, until 1994, before the title.
+_LABELS = {"num": "Number:", "title": "Topic:"}
+
+
+def topics(file: Path) -> Iterator[Query]:
+    """The queries of a file, in its order.
+
+    Raises:
+      InputError: there is no such file, or a line or a topic is not as it must be.
+    """
+    _, first = next(lines(open_file(file)), (0, ""))
+    rows = _trec(file) if first.lstrip().lower().startswith("<top>") else pairs(file, "query")
+    for _, key, text in unique(rows):
+        yield Query(key, text, ())
+
+
+def _trec(file: Path) -> Iterator[tuple[str, str, str]]:
+    """(`path:line`, number, title) of every topic."""
+    start, fields, field = 0, {}, ""
+    for number, line in lines(file):
+        match = _TAG.match(line.strip())
+        tag, text = (match[1].lower(), match[2]) if match else ("", line)
+        if (tag == "top") == bool(start):
+            what = f"line {start} begins a topic" if start else "no topic begins before it"
+            raise InputError(f"{file}:{number}: {what}; put each between <top> and </top>")
+        if tag == "top":
+            start, fields, field = number, {}, ""
+        elif tag == "/top":
+            source = f"{file}:{start}"
+            key, title = (_value(source, fields, name) for name in ("num", "title"))
+            yield source, key, title
+            start = 0
+        else:
+            field = tag or field
+            fields.setdefault(field, []).append(re.sub(r"</\w+>\s*$", "", text))
+    if start:
+        raise InputError(f"{file}:{start}: this topic has no end; close it by </top>")
+
+
+def _value(source: str, fields: dict[str, list[str]], name: str) -> str:
+    text = " ".join(" ".join(fields.get(name, ())).split())
+    text = text.removeprefix(_LABELS[name]).strip()
+    if not text:
+        raise InputError(f"{source}: topic without <{name}>; add it or remove the topic")
+    return text
