@@ -308,17 +308,16 @@ def _train_step(config, shape, mesh, name, machine, report) -> Step | None:
 
 
 def _least_bytes(shape, sequences, params, mesh) -> float:
-    """Fewer bytes than a training step can need: state, gradients, kept activations."""
+    """About the fewest bytes a training step can need: state, gradients, kept activations."""
     d, f = shape.hidden_size, shape.intermediate_size
     size = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
-    values = {"none": 6 * d + 2 * f, "dots": 5 * d + f, "full": d}[shape.remat]
-    width = jnp.dtype(shape.dtype).itemsize
-    tokens = sum(rows * length for rows, length in sequences)
-    return (
-        12.0 * size / mesh.mesh.shape["fsdp"]
-        + 4.0 * size
-        + (tokens * shape.num_layers * values * width)
-    )
+    kept = 0.0
+    for rows, length in sequences:
+        attention = 2 * shape.num_heads * length
+        values = {"none": 7 * d + 2 * f + attention, "dots": 6 * d + f, "full": d}[shape.remat]
+        kept += rows * length * shape.num_layers * values * jnp.dtype(shape.dtype).itemsize
+    # Weights and both of Adam's moments, split over fsdp; whole weights' gradients.
+    return 12.0 * size / mesh.mesh.shape["fsdp"] + 4.0 * size + kept
 
 
 def _forward_step(config, shape, mesh, name, machine, report) -> Step:

@@ -3,9 +3,9 @@
     import rqv2_jax.data.builders
     tfds.load("passage_ranking/msmarco", split="passages")
 
-A format with a known checksum (md5, as ir_datasets records it in etc/downloads.json) is fetched; the
-others read `manual_dir`, a folder in the layout that their reader describes. Records are those of
-`prepared`. What is fetched and prepared lies in tensorflow-datasets' own folder (TFDS_DATA_DIR, else
+A format with a published checksum is fetched (md5; of BEIR as ir_datasets records it, of MS MARCO as
+Anserini does); the others read `manual_dir`, a folder in the layout that their reader describes.
+Records are those of `prepared`. What is fetched and prepared lies in tensorflow-datasets' own folder (TFDS_DATA_DIR, else
 ~/tensorflow_datasets), for all workdirs.
 """
 
