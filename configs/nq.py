@@ -22,8 +22,9 @@ FIXTURES = pathlib.Path(__file__).parent.parent / "tests" / "fixtures"
 def get_config(preset: str = "full"):
     """Presets, joined by commas.
 
-    full, tiny (all of the recipe on invented passages, for a CPU) or warmstart (from a retriever and a re-ranker in
-    config.model.weights); dpr or rocketqa (the data's layout); paper or official_code (the loss).
+    full, tiny (all of the recipe on invented passages, for a CPU) or warmstart (from a retriever and a
+    re-ranker in config.model.weights); dpr or rocketqa (the data's layout); paper or
+    official_code (the loss).
     """
     config = config_lib.default()
     config_lib.paper(config)
