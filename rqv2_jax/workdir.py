@@ -11,7 +11,7 @@ import subprocess
 import jax
 import ml_collections
 
-from rqv2_jax import artifacts, weights
+from rqv2_jax import artifacts, bert, weights
 from rqv2_jax import config as config_lib
 from rqv2_jax import models as models_lib
 from rqv2_jax import sharding as sharding_lib
@@ -71,19 +71,15 @@ class Run:
         return restore_best(self.workdir / stage, model, initial)
 
 
-def open_run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Run:
-    """Checks the config, the weights' config and tokenizer, and the devices.
-
-    Unless JAX has been given a folder for what it compiles, that becomes `.compiled` beside the
-    workdir, so that a program compiled once starts at once ever after.
+def open_inputs(
+    config: ml_collections.ConfigDict,
+) -> tuple[pathlib.Path, bert.BertConfig, tokens.Tokenizer, Inputs]:
+    """The weights' folder, their config and tokenizer, and how the models read tokens.
 
     Raises:
-      InputError: one of them cannot be used.
+      InputError: the config or one of them cannot be used.
     """
     config_lib.check(config)
-    if jax.config.jax_compilation_cache_dir is None:
-        compiled = workdir.resolve().parent / ".compiled"
-        jax.config.update("jax_compilation_cache_dir", str(compiled))
     folder = weights.find_folder(config.model.weights)
     bert_config = weights.read_config(
         folder,
@@ -98,7 +94,6 @@ def open_run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Run:
             f"{bert_config.max_positions} positions; lower query_length, passage_length, pair_length"
         )
     tokenizer = tokens.load_tokenizer(folder, bert_config.vocab_size)
-    models = models_lib.Models(bert_config, config.model.pooling)
     inputs = Inputs(
         cls=tokenizer.cls,
         sep=tokenizer.sep,
@@ -108,6 +103,23 @@ def open_run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Run:
         passage_length=config.data.passage_length,
         pair_length=config.data.pair_length,
     )
+    return folder, bert_config, tokenizer, inputs
+
+
+def open_run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Run:
+    """Checks the config, the weights' config and tokenizer, and the devices.
+
+    Unless JAX has been given a folder for what it compiles, that becomes `.compiled` beside the
+    workdir, so that a program compiled once starts at once ever after.
+
+    Raises:
+      InputError: one of them cannot be used.
+    """
+    folder, bert_config, tokenizer, inputs = open_inputs(config)
+    if jax.config.jax_compilation_cache_dir is None:
+        compiled = workdir.resolve().parent / ".compiled"
+        jax.config.update("jax_compilation_cache_dir", str(compiled))
+    models = models_lib.Models(bert_config, config.model.pooling)
     sharding = sharding_lib.make(config.mesh.data, config.mesh.fsdp)
     return Run(
         config=config,
@@ -200,12 +212,11 @@ def branch(run: Run, warm: Run):
                 link.symlink_to(os.path.relpath(path.resolve(), link.parent.resolve()))
 
 
-def open_collection(run: Run) -> collection.Collection:
-    """The texts and labels the config names; the embedded ones are extracted into `data/tfds`."""
-    data = run.config.data
+def open_collection(data: ml_collections.ConfigDict, folder: pathlib.Path) -> collection.Collection:
+    """The texts and labels that `config.data` names; the embedded ones are extracted into a folder."""
     match data.dataset:
         case "docstrings":
-            return docstrings.docstrings(run.workdir / "data" / "tfds", preset=data.preset)
+            return docstrings.docstrings(folder, preset=data.preset)
         case "beir":
             return collection.beir(
                 pathlib.Path(data.path), train_qrels=data.train_qrels, eval_qrels=data.eval_qrels
@@ -224,7 +235,7 @@ def texts_of(run: Run, store: tokens.Store) -> collection.Collection:
     Raises:
       InputError: they have changed since.
     """
-    texts = open_collection(run)
+    texts = open_collection(run.config.data, run.workdir / "data" / "tfds")
     if store.fingerprint != f"{texts.fingerprint}-{run.tokenizer.fingerprint}":
         raise InputError(
             f"{run.workdir}: the texts of {texts.name} have changed since this workdir was made; "

@@ -53,7 +53,8 @@ class Collection:
     """Passages, queries and qrels as streams that can be opened again and again.
 
     `queries(split)` yields the queries with at least one positive (relevance > 0) in that split; in
-    one of `answer_splits`, which have no qrels, those with an answer.
+    one of `answer_splits`, which have no qrels, those with an answer. `query_file(split)` yields
+    every query of the file they are selected from, whatever its labels; nothing where all are taken.
     `fingerprint` changes whenever the content may have changed. `splits` is the part of
     train, dev, test that exists; asking for another raises `InputError`.
     """
@@ -65,6 +66,7 @@ class Collection:
     queries: Callable[[str], Iterator[Query]]
     qrels: Callable[[str], Iterator[Qrel]]
     answer_splits: tuple[str, ...] = ()
+    query_file: Callable[[str], Iterator[Query]] = lambda _split: iter(())
 
 
 def beir(path, *, train_qrels: str, eval_qrels: str) -> Collection:
@@ -105,6 +107,7 @@ def beir(path, *, train_qrels: str, eval_qrels: str) -> Collection:
         passages=functools.partial(_read_passages, corpus),
         queries=lambda split: _read_queries(file_of(split, queries), file_of(split, qrels)),
         qrels=lambda split: _read_qrels(file_of(split, qrels)),
+        query_file=lambda split: _read_query_file(file_of(split, queries)),
     )
 
 
@@ -275,6 +278,17 @@ def _read_passages(file: Path) -> Iterator[Passage]:
         yield Passage(key, title or "", _text(source, value, "passage"))
 
 
+def _read_query_file(file: Path) -> Iterator[Query]:
+    for source, key, value in _objects(file):
+        text = _text(source, value, "query")
+        answers = value.get("answers")
+        if answers is None:
+            answers = []
+        if not isinstance(answers, list) or not all(isinstance(each, str) for each in answers):
+            raise InputError(f"{source}: `answers` is {answers!r}; make it a list of strings")
+        yield Query(key, text, tuple(answers))
+
+
 def _read_queries(file: Path, qrels_file: Path) -> Iterator[Query]:
     unseen = {}
     positive = set()
@@ -284,16 +298,10 @@ def _read_queries(file: Path, qrels_file: Path) -> Iterator[Query]:
             positive.add(query_id)
     if not positive:
         raise InputError(f"{qrels_file}: no row has a score above 0; add the positive passages")
-    for source, key, value in _objects(file):
-        text = _text(source, value, "query")
-        answers = value.get("answers")
-        if answers is None:
-            answers = []
-        if not isinstance(answers, list) or not all(isinstance(each, str) for each in answers):
-            raise InputError(f"{source}: `answers` is {answers!r}; make it a list of strings")
-        unseen.pop(key, None)
-        if key in positive:
-            yield Query(key, text, tuple(answers))
+    for query in _read_query_file(file):
+        unseen.pop(query.id, None)
+        if query.id in positive:
+            yield query
     for key, source in unseen.items():
         raise _unknown_query(source, key)
 
