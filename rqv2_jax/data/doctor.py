@@ -289,6 +289,8 @@ class _Doctor:
                 self.found("error", where, f"{texts.name}: {split} is empty; label some queries")
         mend = "join them and their labels, or the positives of one become negatives of the other"
         self.repeats(where, queries, lambda: texts.queries(split), mend)
+        if split == "train" and judged and complete:
+            self.num_lists |= dict.fromkeys(("retriever", "reranker"), int(relevant_N.sum()))
         remark = f"{len(queries):,} with {'an answer' if answered else 'a positive'}"
         self.streamed(where, len(file) or len(queries), remark, complete)
         if not answered:
@@ -316,11 +318,10 @@ class _Doctor:
         """Reports labels that name what there is not; `known(label)` gives rows that it does name."""
         if wrong_N.any():
             label = next(itertools.islice(texts.qrels(split), int(wrong_N.argmax()), None))
-            share = _share(wrong_N.sum(), len(wrong_N), "labels")
             try:
                 collection.check_qrels([label], *known(label))
             except InputError as error:
-                self.found("error", f"{split} qrels", f"{error}; so with {share}")
+                self.found("error", f"{split} qrels", f"{error} (such labels: {wrong_N.sum():,})")
 
     def between_splits(self, texts: collection.Collection):
         missing = {"train", "dev", "test"} - self.splits.keys()
@@ -337,27 +338,28 @@ class _Doctor:
                 share = _share(unlabelled, len(files), "queries")
                 self.found("note", "queries", f"{share} have no positive in any split; left out")
         train = self.splits["train"]
-        for name in [name for name in self.splits if name != "train"]:
-            self.leak(texts, name, "train", train.queries.texts_N, train.pairs_N())
-            positives = np.unique(self.splits[name].passage_texts_N)
+        self.leaks(texts, "train", train.queries.texts_N, train.pairs_N())
+        for name, split in self.splits.items():
+            positives = np.unique(split.passage_texts_N)
             shared = np.isin(positives, train.passage_texts_N).sum()
-            if shared:
+            if name != "train" and shared:
                 share = _share(shared, len(positives), "positives")
                 self.found("note", f"{name} qrels", f"{share} are positives in train too")
 
-    def leak(self, texts, name: str, source: str, trained_texts, trained_pairs):
-        """Reports the queries of a split that `source` trains on."""
-        split = self.splits[name]
-        leaked_Q = np.isin(split.queries.texts_N, trained_texts)
-        if leaked_Q.any():
-            count = len(leaked_Q)
+    def leaks(self, texts, source: str, trained_texts, trained_pairs):
+        """Reports the queries of dev and test that `source` trains on."""
+        for name, split in self.splits.items():
+            leaked_Q = np.isin(split.queries.texts_N, trained_texts)
+            if name == "train" or not leaked_Q.any():
+                continue
             same = len(np.unique(split.query_rows_N[np.isin(split.pairs_N(), trained_pairs)]))
             (first,) = _ids(texts.queries(name), [int(leaked_Q.argmax())])
+            share = _share(leaked_Q.sum(), len(leaked_Q), "queries")
             self.found(
-                "error" if same > MOSTLY * count else "warning",
+                "error" if same > MOSTLY * len(leaked_Q) else "warning",
                 f"{name} queries",
-                f"{_share(leaked_Q.sum(), count, 'queries')} are in {source} too, {same:,} of them "
-                f"with a positive of theirs, first {first}; remove them from either",
+                f"{share} are in {source} too, {same:,} of them with a positive of theirs, "
+                f"first {first}; remove them from either",
             )
 
     def lists(self, texts: collection.Collection | None):
@@ -400,15 +402,10 @@ class _Doctor:
             if foreign:
                 share = _share(foreign, len(corpus), "passages")
                 self.found("note", "joint lists", f"{share} are not in the corpus")
-        for name in [name for name in self.splits if name != "train"]:
-            self.leak(texts, name, "joint.lists", query_texts_L, heads_L)
+        self.leaks(texts, "joint.lists", query_texts_L, heads_L)
 
     def batches(self):
         """Reports stages that have not enough lists for a single step."""
-        train = self.splits.get("train")
-        if train is not None and train.complete:
-            positives = len(train.passage_texts_N)
-            self.num_lists |= {"retriever": positives, "reranker": positives}
         for stage, count in self.num_lists.items():
             settings = self.config[stage]
             lists = round(settings.epochs * count)
