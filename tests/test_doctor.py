@@ -303,6 +303,25 @@ def test_every_stream_has_its_say(tmp_path):
     assert streams["test qrels"][1] == "2 positive, then an error"
 
 
+def test_labels_of_relevance_zero_are_no_positives(tmp_path):
+    changed = {
+        "qrels/train.tsv": added("q5\tp6\t0"),
+        "qrels/test.tsv": added("q11\tp0\t0"),
+        "lists.tsv": added(*given_list(5, 5, 6)),
+    }
+    report = examine(write(tmp_path, changed), lists=True)
+    assert report.findings == []
+    assert ("test qrels", 3, "2 positive") in report.streams
+
+
+@pytest.mark.parametrize(("epochs", "lists"), [(0.0, None), (0.4, 3), (0.5, None), (2.0, None)])
+def test_lists_of_a_stage_are_counted_over_its_epochs(tmp_path, epochs, lists):
+    report = examine(write(tmp_path), **{"retriever.epochs": epochs})
+    assert [f.what.split(",")[0] for f in report.findings] == (
+        [f"{lists} lists in {epochs} epochs"] if lists else []
+    )
+
+
 def test_lists_are_read_where_there_is_no_collection(tmp_path):
     changed = {"corpus.jsonl": None, "lists.tsv": replaced(0, "question")}
     report = examine(write(tmp_path, changed), lists=True)
@@ -341,6 +360,8 @@ def test_tables_are_examined_too(tmp_path, names, reader):
     (unlabelled,) = (f for f in report.findings if f.where == "queries")
     assert unlabelled.what.startswith("2 of 253 queries (0.8%) have no positive")
     labels = [f"q{n}\t0\t{n % 41}\t1" for n in range(252)]
+    # A label of relevance 0 of a query that is nowhere is left out.
+    labels[3] = "q260\t0\t0\t0"
     test_tables.write(tmp_path, {"train labels": labels}, names=names)
     report = examine(folder, lambda: reader(str(folder)))
     assert report.verdict() == "not usable: 2 errors"
