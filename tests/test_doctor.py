@@ -322,6 +322,24 @@ def test_lists_of_a_stage_are_counted_over_its_epochs(tmp_path, epochs, lists):
     )
 
 
+def test_what_holds_for_two_splits_is_said_of_both(tmp_path):
+    changed = {
+        "qrels/dev.tsv": added("q9\tp0\t1"),
+        "qrels/test.tsv": added("q11\tp0\t1"),
+    }
+    report = examine(write(tmp_path, changed))
+    assert [f.where for f in report.findings] == ["dev qrels", "test qrels"]
+    assert len({f.what for f in report.findings}) == 1
+
+
+def test_a_corpus_may_have_no_titles(tmp_path):
+    corpus = [passage(key, "", text) for key, _, text in CORPUS]
+    report = examine(write(tmp_path, {"corpus.jsonl": corpus}))
+    assert report.verdict() == "ok"
+    assert report.streams[0] == ("passages", 12, "0 with a title (0.0%)")
+    assert report.lengths[1] == ("title", 0.0, (0, 0, 0, 0, 0), None, 0.0, 0.0)
+
+
 def test_lists_are_read_where_there_is_no_collection(tmp_path):
     changed = {"corpus.jsonl": None, "lists.tsv": replaced(0, "question")}
     report = examine(write(tmp_path, changed), lists=True)
@@ -377,10 +395,16 @@ def test_dpr_is_examined_too(tmp_path):
     assert report.verdict() == "ok"
     assert ("test queries", 2, "2 with an answer") in report.streams
     train = json.dumps([test_dpr.question("who?", "2"), test_dpr.question("what?", "9")])
-    test_dpr.write(tmp_path, {"biencoder-nq-train.json": train, "nq-test.qa.csv": "where?\n"})
+    broken = {
+        "biencoder-nq-train.json": train,
+        "biencoder-nq-dev.json": "[]",
+        "nq-test.qa.csv": "where?\n",
+    }
+    test_dpr.write(tmp_path, broken)
     report = examine(tmp_path, lambda: dpr.dpr(folder), **changes)
     errors = [f.where for f in report.findings if f.kind == "error"]
-    assert errors == ["train qrels", "test queries"]
+    assert errors == ["train qrels", "dev queries", "test queries"]
+    assert "dev is empty" in report.findings[1].what
 
 
 def test_lengths_and_truncation_by_hand():

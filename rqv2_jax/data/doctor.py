@@ -216,16 +216,16 @@ class _Doctor:
         self.passage_sample, self.query_sample = _Sample(config.seed), _Sample(config.seed)
 
     def found(self, kind: str, where: str, what: str):
-        # Two streams may read the same file.
-        if all(finding.what != what for finding in self.findings):
-            self.findings.append(Finding(kind, where, what))
+        self.findings.append(Finding(kind, where, what))
 
     def attempt(self, where: str, action: Callable):
         """What `action` returns; None, and an error found, if it raises InputError."""
         try:
             return action()
         except InputError as error:
-            self.found("error", where, str(error))
+            # Several streams may read one file.
+            if all(finding.what != str(error) for finding in self.findings):
+                self.found("error", where, str(error))
             return None
 
     def read(self, where: str, stream: Callable[[], Iterator], take: Callable) -> bool:
@@ -316,12 +316,16 @@ class _Doctor:
         self, texts: collection.Collection, split: str, wrong_N: np.ndarray, known: Callable
     ):
         """Reports labels that name what there is not; `known(label)` gives rows that it does name."""
-        if wrong_N.any():
+
+        def check():
             label = next(itertools.islice(texts.qrels(split), int(wrong_N.argmax()), None))
             try:
                 collection.check_qrels([label], *known(label))
             except InputError as error:
-                self.found("error", f"{split} qrels", f"{error} (such labels: {wrong_N.sum():,})")
+                raise InputError(f"{error} (such labels: {wrong_N.sum():,})") from None
+
+        if wrong_N.any():
+            self.attempt(f"{split} qrels", check)
 
     def between_splits(self, texts: collection.Collection):
         missing = {"train", "dev", "test"} - self.splits.keys()
@@ -405,7 +409,7 @@ class _Doctor:
         self.leaks(texts, "joint.lists", query_texts_L, heads_L)
 
     def batches(self):
-        """Reports stages that have not enough lists for a single step."""
+        """Reports stages whose lists are known to be too few for a single step."""
         for stage, count in self.num_lists.items():
             settings = self.config[stage]
             lists = round(settings.epochs * count)
@@ -452,7 +456,7 @@ def measure(
             tuple(np.quantile(whole_N, QUANTILES, method="nearest").tolist()),
             getattr(inputs, f"{name}_length", None),
             float((whole_N > kept_N).mean()),
-            float((whole_N - kept_N).sum() / whole_N.sum()),
+            float((whole_N - kept_N).sum() / max(whole_N.sum(), 1)),
         )
 
     title = row("title", lambda _: titles.lengths(passages_N))
