@@ -1,33 +1,73 @@
-"""Reports what denoising keeps and drops in a workdir: is the re-ranker to be believed, and where?
+"""The data doctor, and the report of what denoising keeps and drops.
 
-Prints score histograms, counts by threshold and some candidates that were not trusted as negatives;
-writes the counts to eval/denoise.json. With fuller labels than those trained on, in a qrels folder
-beside them, also how often denoising is right.
+With --config: reads everything the config will use, passages, queries, labels and lists, and prints
+what is wrong with it, how long the inputs are, and a verdict. Trains nothing; the exit status is 1 if
+the data are not usable.
 
-Example:
+With --workdir: is the re-ranker to be believed, and where? Prints score histograms, counts by threshold
+and some candidates that were not trusted as negatives; writes the counts to eval/denoise.json. With
+fuller labels than those trained on, in a qrels folder beside them, also how often denoising is right.
+
+Examples:
+  python -m rqv2_jax.check --config configs/beir.py --config.data.path=FOLDER
   python -m rqv2_jax.check --workdir workdir/medquad --labels qrels_full
 """
 
 import json
 import pathlib
+import sys
+import tempfile
 import textwrap
 
 from absl import flags
+from ml_collections import config_flags
 
 from rqv2_jax import program
 
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config whose data are examined.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "A workdir whose candidates have been scored.")
-_LABELS = flags.DEFINE_string("labels", "", "Folder with fuller train.tsv, beside the qrels.")
-_SAMPLES = flags.DEFINE_integer("samples", 5, "Untrusted candidates to print.", lower_bound=0)
+_LABELS = flags.DEFINE_string(
+    "labels", "", "With --workdir: folder with fuller train.tsv, beside the qrels."
+)
+_SAMPLES = flags.DEFINE_integer(
+    "samples", 5, "With --workdir: untrusted candidates to print.", lower_bound=0
+)
 
 
 def main():
-    """Prints the report."""
+    """Prints one report or the other."""
+    from rqv2_jax.errors import InputError
+
+    if _CONFIG.value is None:
+        return _denoising(pathlib.Path(_WORKDIR.value))
+    for flag in (_LABELS, _SAMPLES):
+        if flag.present:
+            raise InputError(f"--{flag.name} goes with --workdir; leave it out")
+    return _data(_CONFIG.value)
+
+
+def _data(config):
+    from rqv2_jax import workdir
+    from rqv2_jax.data import doctor
+
+    _, _, tokenizer, inputs = workdir.open_inputs(config)
+    with tempfile.TemporaryDirectory() as folder:
+        report = doctor.examine(
+            config,
+            lambda: workdir.open_collection(config.data, pathlib.Path(folder)),
+            tokenizer,
+            inputs,
+        )
+    print(doctor.render(report))
+    sys.exit(0 if report.usable() else 1)
+
+
+def _denoising(workdir: pathlib.Path):
     from rqv2_jax import artifacts, pipeline
     from rqv2_jax.data import denoise
     from rqv2_jax.workdir import open_workdir
 
-    run = open_workdir(pathlib.Path(_WORKDIR.value))
+    run = open_workdir(workdir)
     report, samples = pipeline.denoise_report(run, _LABELS.value, _SAMPLES.value)
     print(denoise.render(report))
     for sample in samples:
@@ -44,4 +84,4 @@ def main():
 
 
 if __name__ == "__main__":
-    program.run(main, __doc__, required=("workdir",))
+    program.run(main, __doc__, one_of=("config", "workdir"))

@@ -73,7 +73,7 @@ def finish(run: Run, store: tokens.Store, candidates: dict, indexes=("exact", "s
 
 def prepare(run: Run) -> tokens.Store:
     """The collection as a token store in `data/`."""
-    texts = open_collection(run)
+    texts = open_collection(run.config.data, run.workdir / "data" / "tfds")
     missing = {"train", "dev", "test"} - set(texts.splits)
     if missing:
         raise InputError(

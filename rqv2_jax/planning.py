@@ -193,13 +193,14 @@ def make(config: ml_collections.ConfigDict, machine: Machine, report: Callable) 
 
 
 def _shape(config, machine, report) -> bert.BertConfig:
-    model, unrolled = config.model, machine.devices[0].platform == "cpu"
+    model = config.model
     try:
-        return read_shape(config, weights_lib.find(model.weights).query, unrolled=unrolled)
+        shape = read_shape(config, weights_lib.find(model.weights).query)
     except InputError as error:
         report(f"planned with the shape of BERT base, because {error}")
         how = {name: model[name] for name in ("num_layers", "dropout", "dtype", "remat")}
-        return bert.BertConfig(**BASE, **how, unrolled=unrolled)
+        shape = bert.BertConfig(**BASE, **how, unrolled=False)
+    return dataclasses.replace(shape, unrolled=machine.devices[0].platform == "cpu")
 
 
 def _fitting(config, shape, mesh, name, remats, machine, report) -> Step:

@@ -9,12 +9,19 @@ from absl import flags, logging
 from rqv2_jax.errors import InputError
 
 
-def run(main: Callable[..., None], doc: str, required: tuple[str, ...] = (), arguments: int = 0):
+def run(
+    main: Callable[..., None],
+    doc: str,
+    required: tuple[str, ...] = (),
+    arguments: int = 0,
+    one_of: tuple[str, ...] = (),
+):
     """Parses the flags and runs `main`; exits 2 on bad flags, 1 on an InputError, 130 on Ctrl-C.
 
     Args:
       doc: the program's docstring, printed by --help and with an example in it.
       required: names of flags that must be given.
+      one_of: names of flags of which exactly one must be given.
       arguments: most arguments beside the flags; `main` gets them.
     """
     # TensorFlow's greeting would bury what the program has to say.
@@ -30,12 +37,15 @@ def run(main: Callable[..., None], doc: str, required: tuple[str, ...] = (), arg
         rest = flags.FLAGS(sys.argv)[1:]
         if len(rest) > arguments:
             raise InputError(f"unexpected argument {rest[arguments]!r}; --help shows an example")
-        for name in required:
-            value = getattr(flags.FLAGS, name)
+        values = {name: getattr(flags.FLAGS, name) for name in (*required, *one_of)}
+        for name, value in values.items():
             # A config that could not be loaded raises OSError when it is first looked into.
             getattr(value, "keys", None)
-            if value is None:
+            if value is None and name in required:
                 raise InputError(f"--{name} is missing; --help shows an example")
+        if one_of and sum(values[name] is not None for name in one_of) != 1:
+            names = " and ".join(f"--{name}" for name in one_of)
+            raise InputError(f"give exactly one of {names}; --help shows an example")
     except AttributeError as e:
         # ml_collections wraps the KeyError of a key that the config file does not have.
         key = " ".join(str(getattr(x, "args", [x])[0]) for x in e.args)

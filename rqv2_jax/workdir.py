@@ -83,30 +83,24 @@ class Run:
         return restore_best(self.workdir / stage, model, initial)
 
 
-def open_run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Run:
-    """Checks the config, the weights' config and tokenizer, and the devices.
-
-    Unless JAX has been given a folder for what it compiles, that becomes `.compiled` beside the
-    workdir, so that a program compiled once starts at once ever after.
+def open_inputs(
+    config: ml_collections.ConfigDict,
+) -> tuple[weights.Sources, bert.BertConfig, tokens.Tokenizer, Inputs]:
+    """The weights' folders, their config and tokenizer, and how the models read tokens.
 
     Raises:
-      InputError: one of them cannot be used.
+      InputError: the config or one of them cannot be used.
     """
     config_lib.check(config)
-    if jax.config.jax_compilation_cache_dir is None:
-        compiled = workdir.resolve().parent / ".compiled"
-        jax.config.update("jax_compilation_cache_dir", str(compiled))
     sources = weights.find(config.model.weights)
     if config.reranker.epochs == 0 and not sources.head:
         raise InputError(
             "config.reranker.epochs is 0, but config.model.weights has no trained re-ranker; give a "
             "folder with query/, passage/ and reranker/, or train one"
         )
-    # A rolled loop stacks all activations kept for the gradient; copying them costs a CPU a quarter of
-    # the step and an accelerator next to nothing.
-    bert_config = read_shape(config, sources.query, unrolled=jax.default_backend() == "cpu")
+    bert_config = read_shape(config, sources.query)
     for folder in (sources.passage, sources.reranker):
-        if read_shape(config, folder, unrolled=bert_config.unrolled) != bert_config:
+        if read_shape(config, folder) != bert_config:
             raise InputError(
                 f"{folder / 'config.json'}: describes another encoder than that of {sources.query}; "
                 "all three must have one shape"
@@ -119,7 +113,6 @@ def open_run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Run:
             f"{bert_config.max_positions} positions; lower query_length, passage_length, pair_length"
         )
     tokenizer = tokens.load_tokenizer(folder, bert_config.vocab_size)
-    models = models_lib.Models(bert_config, config.model.pooling)
     inputs = Inputs(
         cls=tokenizer.cls,
         sep=tokenizer.sep,
@@ -129,6 +122,26 @@ def open_run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Run:
         passage_length=config.data.passage_length,
         pair_length=config.data.pair_length,
     )
+    return sources, bert_config, tokenizer, inputs
+
+
+def open_run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Run:
+    """Checks the config, the weights' config and tokenizer, and the devices.
+
+    Unless JAX has been given a folder for what it compiles, that becomes `.compiled` beside the
+    workdir, so that a program compiled once starts at once ever after.
+
+    Raises:
+      InputError: one of them cannot be used.
+    """
+    sources, bert_config, tokenizer, inputs = open_inputs(config)
+    if jax.config.jax_compilation_cache_dir is None:
+        compiled = workdir.resolve().parent / ".compiled"
+        jax.config.update("jax_compilation_cache_dir", str(compiled))
+    # A rolled loop stacks all activations kept for the gradient; copying them costs a CPU a quarter of
+    # the step and an accelerator next to nothing.
+    bert_config = dataclasses.replace(bert_config, unrolled=jax.default_backend() == "cpu")
+    models = models_lib.Models(bert_config, config.model.pooling)
     sharding = sharding_lib.make(config.mesh.data, config.mesh.fsdp)
     return Run(
         config=config,
@@ -142,8 +155,8 @@ def open_run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Run:
     )
 
 
-def read_shape(config, folder: pathlib.Path, *, unrolled: bool) -> bert.BertConfig:
-    """The encoder of a model folder, as the config has it computed.
+def read_shape(config, folder: pathlib.Path) -> bert.BertConfig:
+    """The encoder of a model folder as the config has it computed, layers in a loop.
 
     Raises:
       InputError: the folder's config.json cannot be used.
@@ -155,7 +168,7 @@ def read_shape(config, folder: pathlib.Path, *, unrolled: bool) -> bert.BertConf
         dropout=model.dropout,
         dtype=model.dtype,
         remat=model.remat,
-        unrolled=unrolled,
+        unrolled=False,
     )
 
 
@@ -237,14 +250,13 @@ def branch(run: Run, warm: Run):
                 link.symlink_to(os.path.relpath(path.resolve(), link.parent.resolve()))
 
 
-def open_collection(run: Run) -> collection.Collection:
-    """The texts and labels the config names; the embedded ones are extracted into `data/tfds`."""
-    data = run.config.data
+def open_collection(data: ml_collections.ConfigDict, folder: pathlib.Path) -> collection.Collection:
+    """The texts and labels that `config.data` names; the embedded ones are extracted into a folder."""
     if data.dataset != "docstrings" and not data.path:
         return builders.fetched(data.dataset)
     match data.dataset.split("_")[0]:
         case "docstrings":
-            return docstrings.docstrings(run.workdir / "data" / "tfds", preset=data.preset)
+            return docstrings.docstrings(folder, preset=data.preset)
         case "beir":
             return collection.beir(
                 pathlib.Path(data.path), train_qrels=data.train_qrels, eval_qrels=data.eval_qrels
@@ -265,7 +277,7 @@ def texts_of(run: Run, store: tokens.Store) -> collection.Collection:
     Raises:
       InputError: they have changed since.
     """
-    texts = open_collection(run)
+    texts = open_collection(run.config.data, run.workdir / "data" / "tfds")
     if store.fingerprint != f"{texts.fingerprint}-{run.tokenizer.fingerprint}":
         raise InputError(
             f"{run.workdir}: the texts of {texts.name} have changed since this workdir was made; "

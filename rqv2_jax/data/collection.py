@@ -56,7 +56,8 @@ class Collection:
     """Passages, queries and qrels as streams that can be opened again and again.
 
     `queries(split)` yields the queries with at least one positive (relevance > 0) in that split; in
-    one of `answer_splits`, which have no qrels, those with an answer.
+    one of `answer_splits`, which have no qrels, those with an answer. `query_file(split)` yields
+    every query of the file they are selected from, whatever its labels; nothing where all are taken.
     `fingerprint` changes whenever the content may have changed. `splits` is the part of
     train, dev, test that exists; asking for another raises `InputError`.
     """
@@ -68,6 +69,7 @@ class Collection:
     queries: Callable[[str], Iterator[Query]]
     qrels: Callable[[str], Iterator[Qrel]]
     answer_splits: tuple[str, ...] = ()
+    query_file: Callable[[str], Iterator[Query]] = lambda _split: iter(())
 
 
 def beir(path, *, train_qrels: str, eval_qrels: str) -> Collection:
@@ -101,6 +103,7 @@ def beir(path, *, train_qrels: str, eval_qrels: str) -> Collection:
         passages=functools.partial(read_passages, corpus, "_id"),
         queries=lambda split: _read_queries(of(queries, split), of(qrels, split)),
         qrels=lambda split: _read_qrels(of(qrels, split)),
+        query_file=lambda split: _read_query_file(of(queries, split)),
     )
 
 
@@ -322,6 +325,11 @@ def read_passages(file: Path, id_field: str) -> Iterator[Passage]:
         yield Passage(key, title or "", text_of(source, value, "passage"))
 
 
+def _read_query_file(file: Path) -> Iterator[Query]:
+    for source, key, value in objects(file, "_id"):
+        yield Query(key, text_of(source, value, "query"), answers_of(source, value))
+
+
 def _read_queries(file: Path, qrels_file: Path) -> Iterator[Query]:
     unseen = {}
     positive = set()
@@ -331,10 +339,9 @@ def _read_queries(file: Path, qrels_file: Path) -> Iterator[Query]:
             positive.add(query_id)
     if not positive:
         raise InputError(f"{qrels_file}: no row has a score above 0; add the positive passages")
-    for source, key, value in objects(file, "_id"):
-        query = Query(key, text_of(source, value, "query"), answers_of(source, value))
-        unseen.pop(key, None)
-        if key in positive:
+    for query in _read_query_file(file):
+        unseen.pop(query.id, None)
+        if query.id in positive:
             yield query
     for key, source in unseen.items():
         raise _unknown_query(source, key)

@@ -111,6 +111,7 @@ def _collection(folder: Path, texts: Path, titles: Path | None, splits: dict[str
         passages=functools.partial(_passages, texts, titles),
         queries=lambda split: _queries(of(split)),
         qrels=lambda split: _qrels(of(split)),
+        query_file=lambda split: (Query(key, text, ()) for key, text in _ids(of(split))),
         answer_splits=tuple(name for name, split in splits.items() if split.answers),
     )
 
