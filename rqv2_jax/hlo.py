@@ -79,10 +79,10 @@ def _parse(text: str):
             root, name, shape, op, rest = found.groups()
             inside, rest = _split_operands(rest)
             operands = re.findall(r"%([\w.\-]+)", inside)
-            # A parameter's number and a constant's value stand where others have operands.
-            current[name] = _Instruction(
-                name, shape, op, operands or [inside], rest, root is not None
-            )
+            if op in ("parameter", "constant"):
+                # Its number or value stands where others have operands.
+                operands = [inside]
+            current[name] = _Instruction(name, shape, op, operands, rest, root is not None)
     return computations, entry
 
 

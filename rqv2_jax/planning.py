@@ -38,6 +38,7 @@ CHIPS = {
     "v5p": (95 * GIB, 459e12, 2765e9, 600e9),
     "v6e": (32 * GIB, 918e12, 1640e9, 448e9),
 }
+USABLE = 0.98  # of a chip's memory; the rest is the runtime's
 
 # Devlin et al. 2019, and ERNIE 2.0 base: what is planned where the weights are not there yet.
 BASE = {
@@ -127,7 +128,8 @@ def machine(topology: str) -> Machine:
             ) from None
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"--topology {topology}: libtpu does not know it ({reason})") from None
-    return Machine(topology, found.devices, *CHIPS[kind])
+    memory, *rates = CHIPS[kind]
+    return Machine(topology, found.devices, USABLE * memory, *rates)
 
 
 def _measure() -> tuple[float, float]:
@@ -314,8 +316,9 @@ def _least_bytes(shape, sequences, params, mesh) -> float:
     size = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
     kept = 0.0
     for rows, length in sequences:
-        attention = 2 * shape.num_heads * length
-        values = {"none": 7 * d + 2 * f + attention, "dots": 6 * d + f, "full": d}[shape.remat]
+        # Without rematerialisation every elementwise function keeps something, much of it in float32.
+        every = 24 * d + 7 * f + 12 * shape.num_heads * length
+        values = {"none": every, "dots": 6 * d + f, "full": d}[shape.remat]
         kept += rows * length * shape.num_layers * values * jnp.dtype(shape.dtype).itemsize
     # Weights and both of Adam's moments, split over fsdp; whole weights' gradients.
     return 12.0 * size / mesh.mesh.shape["fsdp"] + 4.0 * size + kept
@@ -378,7 +381,7 @@ def _compile(fn, arguments, what, machine, report) -> tuple[int, hlo.Cost, float
 def render(plan: Plan, machine: Machine) -> str:
     """The steps as a table in Markdown, per device."""
     lines = [
-        f"\n{machine.topology}: {len(machine.devices)} devices with {machine.memory / GIB:.0f} GiB and "
+        f"\n{machine.topology}: {len(machine.devices)} devices with {machine.memory / GIB:.1f} GiB and "
         f"{machine.flops / 1e12:.3g} TFLOP/s each; every input at its full length",
         "",
         "| step | rematerialised | parts | memory, GiB | TFLOP, model | compiled / model "

@@ -1,0 +1,222 @@
+"""Compiled programs are read right, and plans follow from them."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from rqv2_jax import bert, hlo, planning
+from rqv2_jax import config as config_lib
+from rqv2_jax.errors import InputError
+
+ROWS, WIDTH, LAYERS = 24, 16, 5
+
+
+def compiled(fn, *shapes):
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    return jax.jit(fn).lower(*arguments).compile().as_text()
+
+
+def layers(weights_LxWxW, x_RxW):
+    """A loop over layers of one product each."""
+    x_RxW, _ = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x_RxW, weights_LxWxW)
+    return jnp.sum(x_RxW)
+
+
+def test_a_loops_products_count_as_often_as_it_runs():
+    shapes = (LAYERS, WIDTH, WIDTH), (ROWS, WIDTH)
+    one = 2 * ROWS * WIDTH * WIDTH
+    assert hlo.cost(compiled(layers, *shapes)).flops == LAYERS * one
+    # Backwards there are two products more, but for the gradient of what nobody asked for.
+    gradient = hlo.cost(compiled(jax.grad(layers), *shapes)).flops
+    assert gradient in (3 * LAYERS * one, (3 * LAYERS - 1) * one)
+
+
+def test_batched_products_are_counted():
+    found = hlo.cost(compiled(lambda a, b: a @ b, (3, 4, 5, 7), (3, 4, 7, 6)))
+    assert found.flops == 2 * 3 * 4 * 5 * 6 * 7
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_collectives_of_a_loop_count_as_often_as_it_runs(times):
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+
+    def each(x):
+        def body(total, part):
+            return total + jax.lax.psum(part, "data"), None
+
+        return jax.lax.scan(body, jnp.zeros((1, 8)), jnp.stack([x * i for i in range(times)]))[0]
+
+    f = jax.shard_map(each, mesh=mesh, in_specs=P("data"), out_specs=P(), check_vma=False)
+    found = hlo.cost(compiled(f, (4, 8)))
+    assert found.collectives == {"all-reduce": times}
+    assert found.collective_bytes == {"all-reduce": times * 8 * 4}
+
+
+# A TPU writes a matrix product as a convolution, here in a loop whose condition bears its count. The
+# batch of the second is a window that meets itself once: stride and dilation pad with zeros.
+TPU = """HloModule jit_f, is_scheduled=true
+
+%body (t: (s32[], bf16[512,768])) -> (s32[], bf16[512,768]) {
+  %t = (s32[]{:T(128)}, bf16[512,768]{1,0:T(8,128)(2,1)}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%t), index=0
+  %x = bf16[512,768]{1,0:T(8,128)(2,1)} get-tuple-element(%t), index=1
+  %w = bf16[768,768]{1,0:T(8,128)(2,1)S(1)} constant({...})
+  %c = bf16[512,768]{1,0} convolution(%x, %w), dim_labels=bf_io->bf, metadata={op_name="("}
+  ROOT %out = (s32[]{:T(128)}, bf16[512,768]{1,0:T(8,128)(2,1)}) tuple(%i, %c)
+}
+
+%condition (t.1: (s32[], bf16[512,768])) -> pred[] {
+  %t.1 = (s32[]{:T(128)}, bf16[512,768]{1,0:T(8,128)(2,1)}) parameter(0)
+  %i.1 = s32[]{:T(128)} get-tuple-element(%t.1), index=0
+  %limit = s32[]{:T(128)} constant(12)
+  ROOT %less = pred[]{:T(512)} compare(%i.1, %limit), direction=LT
+}
+
+ENTRY %main (p: (s32[], bf16[512,768]), a: f32[6,32,8], b: f32[6,16,8]) -> f32[6,32,16] {
+  %p = (s32[]{:T(128)}, bf16[512,768]{1,0:T(8,128)(2,1)}) parameter(0)
+  %a = f32[6,32,8]{2,1,0:T(8,128)} parameter(1)
+  %b = f32[6,16,8]{2,1,0:T(8,128)} parameter(2)
+  %loop = (s32[]{:T(128)}, bf16[512,768]{1,0:T(8,128)(2,1)}) while(%p), condition=%condition, body=%body
+  ROOT %r = f32[6,32,16]{2,1,0} convolution(%a, %b), WINDOW, dim_labels=0bf_0oi->0bf
+}
+""".replace("WINDOW", "window={size=6 stride=5 lhs_dilate=6}")
+
+
+def test_products_of_a_tpu_are_counted():
+    found = hlo.cost(TPU)
+    assert found.flops == 12 * 2 * 512 * 768 * 768 + 2 * 6 * 32 * 16 * 8
+    # In the loop x is read and c written, while w lies in the core's own memory; then a, b and r.
+    assert found.bytes == 12 * 2 * 512 * 768 * 2 + 4 * 6 * (32 * 8 + 16 * 8 + 32 * 16)
+
+
+def test_a_loop_that_does_not_tell_its_count_is_refused():
+    with pytest.raises(ValueError, match="loop loop does not say how often it runs"):
+        hlo.cost(TPU.replace("s32[]{:T(128)} constant(12)", "s32[]{:T(128)} copy(%i.1)"))
+
+
+def test_a_slice_moves_its_own_bytes_only():
+    def take(table, i):
+        return jax.lax.dynamic_slice_in_dim(table, i, 1) * 2.0
+
+    arguments = jax.ShapeDtypeStruct((1000, 64), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
+    text = jax.jit(take).lower(*arguments).compile().as_text()
+    assert hlo.cost(text).bytes < 1000 * 64
+
+
+@pytest.fixture(scope="module")
+def config(bert_folder):
+    config = config_lib.default()
+    config.data.update({"query_length": 16, "passage_length": 16, "pair_length": 32})
+    config.model.update({"weights": str(bert_folder), "num_layers": 2})
+    config.data.path = "nowhere"
+    config.retriever.batch = 8
+    config.reranker.update({"batch": 8, "list_size": 3})
+    config.joint.update({"batch": 8, "list_size": 3})
+    return config
+
+
+def machine(memory):
+    return planning.Machine("toy:2", jax.devices()[:2], memory, 1e9, 1e8, 1e7)
+
+
+@pytest.fixture(scope="module")
+def roomy(config):
+    lines = []
+    return planning.make(config, machine(1e12), report=lines.append), lines
+
+
+def test_with_room_nothing_is_computed_again(roomy, config):
+    plan, _ = roomy
+    assert list(plan.steps) == ["joint", "reranker", "retriever", "encode", "re-rank"]
+    joint = plan.steps["joint"]
+    assert (joint.remat, joint.accumulate) == ("none", 1)
+    expected = {"mesh.data": 2, "mesh.fsdp": 1, "model.remat": "none"}
+    assert expected.items() <= plan.overlay.items()
+    changed = config_lib.loads(config_lib.dumps(config))
+    changed.update_from_flattened_dict(plan.overlay)
+    config_lib.check(changed)
+    # All lists of a device's share: 4 queries, 12 passages, 12 pairs.
+    assert joint.tokens == 4 * 16 + 12 * 16 + 12 * 32
+    assert joint.cost.flops == pytest.approx(joint.formula, rel=0.35)
+    assert joint.cost.collectives["all-reduce"] == 1
+
+
+def test_formula_counts_the_products_of_a_plain_encoder(config):
+    shape = planning._shape(config, machine(1e12), print)
+    params = planning._params(
+        shape, planning.sharding_lib.over(jax.devices()[:1], 1, 1), ("retriever",)
+    )
+    params = params["retriever"]["query"]
+
+    def encode(params, tokens):
+        encoder = bert.Encoder(shape)
+        return encoder.apply({"params": params}, *[tokens] * 4, deterministic=True)
+
+    tokens = jax.ShapeDtypeStruct((ROWS, WIDTH), jnp.int32)
+    text = jax.jit(encode).lower(params, tokens).compile().as_text()
+    assert hlo.cost(text).flops == planning.forward_flops(shape, ROWS, WIDTH)
+
+
+def test_with_less_room_the_cheapest_way_that_fits_is_taken(roomy, config):
+    plan, _ = roomy
+    needed = plan.steps["joint"].memory
+    lines = []
+    tight = planning.make(config, machine(needed - 1), report=lines.append)
+    joint = tight.steps["joint"]
+    assert "does not fit" in lines[0] or "not compiled" in lines[0]
+    assert joint.memory < needed
+    assert (joint.remat, joint.accumulate) != ("none", 1)
+    assert tight.overlay["joint.accumulate"] == joint.accumulate
+    # The same lists, whatever the parts.
+    assert joint.tokens == plan.steps["joint"].tokens
+
+
+def test_what_fits_in_no_way_is_one_line(config):
+    with pytest.raises(InputError, match=r"config\.joint: its step fits in no way on toy:2; lower"):
+        planning.make(config, machine(1e5), report=lambda line: None)
+
+
+def test_the_whole_run_adds_up(roomy, config):
+    plan, _ = roomy
+    own = config_lib.loads(config_lib.dumps(config))
+    own.data.dataset = "dpr"
+    text = planning.render_run(own, plan, machine(1e12), None, None)
+    passages, queries = planning.PUBLISHED["dpr"]
+    assert f"all of it, {queries:,} training queries, {passages:,} passages" in text
+    steps = round(own.joint.epochs * queries / own.joint.batch)
+    hours = steps * plan.steps["joint"].seconds(machine(1e12)) / 3600
+    assert f"| joint | {steps:,} steps | {hours:.2f} |" in text
+    assert f"| vectors, disk, each retriever | {passages * 32 * 4 / 2**30:.1f} |" in text
+    own.data.dataset = "beir"
+    with pytest.raises(InputError, match="give --queries and --passages"):
+        planning.render_run(own, plan, machine(1e12), None, 7)
+
+
+def test_no_step_is_faster_than_its_slowest_part():
+    cost = hlo.Cost(flops=4e9, bytes=1e8)
+    step = planning.Step("joint", "none", 1, 0, 0, 1, 1.0, cost, 0.0)
+    assert step.seconds(machine(1.0)) == 4.0
+    slow = dataclasses.replace(machine(1.0), bandwidth=1e7)
+    assert step.seconds(slow) == 10.0
+    cost.collective_bytes["all-reduce"] = 2e7
+    assert math.isclose(step.seconds(slow), 12.0)
+
+
+@pytest.mark.parametrize("topology", ["v5e", "v9:2x2", "cpu:two", "v5e:4y8"])
+def test_a_topology_that_is_none_is_one_line(topology):
+    with pytest.raises(InputError, match=r"--topology is .*write one of v4, v5e"):
+        planning.machine(topology)
+
+
+def test_this_machine_can_be_planned_for():
+    found = planning.machine("cpu:2")
+    assert len(found.devices) == 2
+    assert 2**30 < found.memory < 2**50
+    assert 1e8 < found.flops < 1e14
+    assert np.isfinite(found.bandwidth)
