@@ -34,6 +34,8 @@ def run(
         print(f"{doc.strip()}\n\nFlags:{flags.FLAGS.main_module_help()}")
         return
     try:
+        # The config's own flag looks for --config.group.key in sys.argv, so flag files are read first.
+        sys.argv[1:] = flags.FLAGS.read_flags_from_files(sys.argv[1:])
         rest = flags.FLAGS(sys.argv)[1:]
         if len(rest) > arguments:
             raise InputError(f"unexpected argument {rest[arguments]!r}; --help shows an example")

@@ -1,7 +1,9 @@
 """The check of a config, its way through JSON, and the differences between two."""
 
+import importlib.util
 import json
 import math
+import pathlib
 
 import ml_collections
 import pytest
@@ -9,6 +11,15 @@ import pytest
 from rqv2_jax import config as config_lib
 from rqv2_jax import losses
 from rqv2_jax.errors import InputError
+
+
+def read_config_file(name):
+    """`get_config` of a file in configs/."""
+    path = pathlib.Path(__file__).parent.parent / "configs" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"configs_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config
 
 
 def usable(**changes):
@@ -227,3 +238,52 @@ def test_differences_see_settings_that_only_one_has():
         "joint.epochs: 2.0 -> None",
         "joint.passes: None -> 2.0",
     ]
+
+
+@pytest.mark.parametrize("name", ["nq", "msmarco"])
+@pytest.mark.parametrize("preset", ["full", "tiny", "warmstart", "rocketqa,official_code"])
+def test_presets_of_the_published_data_can_be_used(name, preset):
+    config = read_config_file(name)(preset)
+    if preset != "tiny":
+        assert config.data.path == ""
+        config.data.path = "folder"
+    config_lib.check(config)
+    chosen = "official_code" if "official_code" in preset else "paper"
+    assert config.joint.loss.to_dict() == config_lib.LOSSES[chosen]
+    if "rocketqa" in preset:
+        assert config.data.dataset == "rocketqa"
+    assert (
+        (config.reranker.epochs == 0) == (config.retriever.epochs == 0) == (preset == "warmstart")
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "list_size", "joint_epochs", "retriever_epochs"),
+    [("nq", 32, 3.0, 30.0), ("msmarco", 128, 2.0, 40.0)],
+)
+def test_full_is_the_papers_recipe(name, list_size, joint_epochs, retriever_epochs):
+    """Section 4.1 of the paper, as far as it says."""
+    config = read_config_file(name)("full")
+    joint, retriever, data = config.joint, config.retriever, config.data
+    assert (joint.list_size, joint.epochs, joint.batch) == (list_size, joint_epochs, 96)
+    assert (joint.learning_rate, joint.schedule, joint.warmup_steps) == (1e-5, "constant", 0)
+    assert (joint.kl_weight, joint.in_batch_weight, joint.denoised_share) == (1.0, 0.0, 0.5)
+    assert joint.train_reranker
+    assert (retriever.learning_rate, retriever.batch) == (3e-5, 4096)
+    assert retriever.epochs == retriever_epochs
+    assert (config.reranker.learning_rate, config.reranker.epochs) == (1e-5, 2.0)
+    assert (data.query_length, data.passage_length, data.pair_length) == (32, 128, 160)
+    assert (config.model.num_layers, config.model.pooling, config.model.dropout) == (12, "cls", 0.1)
+    assert config.model.passage_format == "title_sep_text"
+    assert (config.optimizer.weight_decay, config.optimizer.clip_norm) == (0.01, 1.0)
+    assert (config.mine.negative_below, config.mine.positive_above) == (0.1, 0.9)
+    # A list takes its negatives from what is retrieved.
+    assert min(config.mine.depth, config.mine.scored_depth) >= list_size - 1
+
+
+@pytest.mark.parametrize("name", ["nq", "msmarco"])
+def test_a_preset_that_is_none_is_refused(name):
+    with pytest.raises(
+        ValueError, match="no preset 'huge'; choose of full, tiny, warmstart, paper"
+    ):
+        read_config_file(name)("huge")

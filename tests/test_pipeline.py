@@ -771,10 +771,45 @@ def test_wrong_command_lines_end_in_one_line_and_a_failure(tmp_path, arguments, 
     assert "Traceback" not in ended.stderr
 
 
+def test_a_flag_file_changes_the_config(tmp_path):
+    file = tmp_path / "machine.flags"
+    file.write_text("--config.mesh.data=2\n--config.seed=-2\n")
+    base = ["--config=configs/beir.py", f"--workdir={tmp_path / 'w'}", "--config.data.path=x"]
+    ended = run_program("rqv2_jax.main", *base, f"--flagfile={file}")
+    assert ended.returncode == 1
+    assert "error: config.seed is -2; it must lie in" in ended.stderr
+    ended = run_program("rqv2_jax.main", *base, "--flagfile=/nowhere")
+    assert ended.returncode == 2
+    assert "error: ERROR:: Unable to open flagfile" in ended.stderr
+
+
 def test_help_shows_an_example():
     ended = run_program("rqv2_jax.main", "--help")
     assert ended.returncode == 0
     assert "python -m rqv2_jax.main --config" in ended.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "metrics"),
+    [
+        ("nq", {"Success@5", "Success@20", "Success@100"}),
+        ("msmarco", {"RR@10", "Success@50", "R@1000", "nDCG@10"}),
+    ],
+)
+def test_tiny_presets_run_the_whole_recipe(tmp_path, name, metrics):
+    workdir = tmp_path / "workdir"
+    ended = run_program("rqv2_jax.main", f"--config=configs/{name}.py:tiny", f"--workdir={workdir}")
+    assert ended.returncode == 0, ended.stderr
+    rows = json.loads((workdir / "results.json").read_text())["rows"]
+    exact = [(row["state"], row["model"]) for row in rows if row["index"] == "exact"]
+    assert exact == [
+        *(("zero_shot", "retriever"), ("retriever", "retriever"), ("reranker", "reranker")),
+        *(("joint", "retriever"), ("joint", "reranker")),
+    ]
+    for row in rows:
+        assert set(row["metrics"]) == metrics
+        assert row["queries"] == 60
 
 
 @pytest.mark.slow
