@@ -179,6 +179,43 @@ def test_ernie_adds_its_task_embedding(make_bert):
     assert task.abs().min() > 0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["BertModel", "ErnieModel"])
+def test_base_models_give_the_hidden_states_of_transformers(make_bert, name):
+    """At real size, ERNIE 2.0's key names and task embedding included; value and gradient."""
+    settings = {"vocab_size": 30522, "hidden_size": 768, "num_hidden_layers": 12}
+    settings |= {"num_attention_heads": 12, "intermediate_size": 3072}
+    settings |= {"max_position_embeddings": 512, "type_vocab_size": 2}
+    if name == "ErnieModel":
+        settings |= {"use_task_id": True, "task_type_vocab_size": 3, "type_vocab_size": 4}
+    found, model = make_bert(5, name, **settings)
+    config = weights.read_config(
+        found, num_layers=12, dropout=0.0, dtype="float32", remat="none", unrolled=False
+    )
+    params = weights.load_encoder(found, config)
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(5, config.vocab_size, (2, 48))
+    types = np.repeat([0, 1], 24)[None].repeat(2, 0)
+    theirs = model(torch.tensor(tokens), token_type_ids=torch.tensor(types))[0].flatten(0, 1)
+    direction = rng.normal(size=theirs.shape).astype(np.float32)
+    (theirs * torch.tensor(direction)).sum().backward()
+
+    def encode(params):
+        positions = np.arange(48)[None].repeat(2, 0)
+        sequence = np.arange(2)[:, None].repeat(48, 1)
+        states = bert.Encoder(config).apply(
+            {"params": params}, tokens, types, positions, sequence, deterministic=True
+        )
+        return jnp.vdot(states, direction), states
+
+    (_, ours), grads = jax.jit(jax.value_and_grad(encode, has_aux=True))(params)
+    np.testing.assert_allclose(ours, theirs.detach(), rtol=0, atol=1e-4)
+    for layer in (0, 11):
+        expected = model.encoder.layer[layer].intermediate.dense.weight.grad.T.numpy()
+        found_grad = grads["layers"]["intermediate"]["kernel"][layer]
+        np.testing.assert_allclose(found_grad, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+
+
 @pytest.mark.parametrize("name", [QUERY, WORDS, NORM + ".bias", "embeddings.LayerNorm.weight"])
 def test_missing_tensor(copy, name):
     copy.tensors(lambda tensors: tensors.pop(name))
