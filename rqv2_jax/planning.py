@@ -72,7 +72,10 @@ class Machine:
 
 
 class Step(NamedTuple):
-    """One compiled step on one device. `memory` in bytes; `tokens` and `formula` (FLOPs) per device."""
+    """One compiled step on one device.
+
+    `memory` and `gradients` in bytes, `tokens` and `formula` (FLOPs): each per device.
+    """
 
     name: str
     remat: str
@@ -81,6 +84,7 @@ class Step(NamedTuple):
     tokens: int
     items: int  # lists or sequences of one step, over all devices
     formula: float
+    gradients: int
     cost: hlo.Cost
     compile_seconds: float
 
@@ -302,10 +306,11 @@ def _train_step(config, shape, mesh, name, machine, report) -> Step | None:
         name,
         shape.remat,
         kept,
-        *compiled[:1],
+        compiled[0],
         tokens * kept,
         settings.batch,
         formula,
+        sum(4 * math.prod(x.shape) for x in jax.tree.leaves(params)),
         *compiled[1:],
     )
 
@@ -343,7 +348,7 @@ def _forward_step(config, shape, mesh, name, machine, report) -> Step:
             memory, *rest = compiled
             formula = forward_flops(shape, rows, width)
             items = rows * mesh.shards
-            return Step(name, "", 1, memory, rows * width, items, formula, *rest)
+            return Step(name, "", 1, memory, rows * width, items, formula, 0, *rest)
         rows //= 2
     raise InputError(
         f"{name}: no row of {width} tokens fits on {machine.topology}; take larger chips"
@@ -385,15 +390,17 @@ def render(plan: Plan, machine: Machine) -> str:
         f"{machine.flops / 1e12:.3g} TFLOP/s each; every input at its full length",
         "",
         "| step | rematerialised | parts | memory, GiB | TFLOP, model | compiled / model "
-        "| collectives | no faster than, s | compiled in, s |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| collectives | reduced / gradients | no faster than, s | compiled in, s |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for step in plan.steps.values():
         collectives = ", ".join(f"{n} {kind}" for kind, n in sorted(step.cost.collectives.items()))
+        sums = sum(step.cost.collective_bytes[kind] for kind in ("all-reduce", "reduce-scatter"))
+        reduced = f"{sums / step.gradients:.2f}" if step.gradients else ""
         lines.append(
             f"| {step.name} | {step.remat} | {step.accumulate} | {step.memory / GIB:.2f} "
             f"| {step.formula / 1e12:.3g} | {step.cost.flops / step.formula:.2f} | {collectives} "
-            f"| {step.seconds(machine):.3g} | {step.compile_seconds:.0f} |"
+            f"| {reduced} | {step.seconds(machine):.3g} | {step.compile_seconds:.0f} |"
         )
     return "\n".join(lines)
 

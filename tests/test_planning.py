@@ -144,7 +144,10 @@ def test_with_room_nothing_is_computed_again(roomy, config):
     # All lists of a device's share: 4 queries, 12 passages, 12 pairs.
     assert joint.tokens == 4 * 16 + 12 * 16 + 12 * 32
     assert joint.cost.flops == pytest.approx(joint.formula, rel=0.35)
+    # Every gradient is summed over the devices once, and next to nothing else is.
     assert joint.cost.collectives["all-reduce"] == 1
+    sums = joint.cost.collective_bytes["all-reduce"]
+    assert sums == pytest.approx(joint.gradients, rel=0.01)
 
 
 def test_formula_counts_the_products_of_a_plain_encoder(config):
@@ -200,7 +203,7 @@ def test_the_whole_run_adds_up(roomy, config):
 
 def test_no_step_is_faster_than_its_slowest_part():
     cost = hlo.Cost(flops=4e9, bytes=1e8)
-    step = planning.Step("joint", "none", 1, 0, 0, 1, 1.0, cost, 0.0)
+    step = planning.Step("joint", "none", 1, 0, 0, 1, 1.0, 0, cost, 0.0)
     assert step.seconds(machine(1.0)) == 4.0
     slow = dataclasses.replace(machine(1.0), bandwidth=1e7)
     assert step.seconds(slow) == 10.0
