@@ -319,12 +319,16 @@ def _least_bytes(shape, sequences, params, mesh) -> float:
     """About the fewest bytes a training step can need: state, gradients, kept activations."""
     d, f = shape.hidden_size, shape.intermediate_size
     size = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
-    kept = 0.0
+    kept, busiest, width = 0.0, 0.0, jnp.dtype(shape.dtype).itemsize
     for rows, length in sequences:
-        # Without rematerialisation every elementwise function keeps something, much of it in float32.
-        every = 24 * d + 7 * f + 12 * shape.num_heads * length
-        values = {"none": every, "dots": 6 * d + f, "full": d}[shape.remat]
-        kept += rows * length * shape.num_layers * values * jnp.dtype(shape.dtype).itemsize
+        # Every elementwise function of a layer keeps something, much of it in float32.
+        layer = 24 * d + 7 * f + 12 * shape.num_heads * length
+        values = {"none": layer, "dots": 6 * d + f, "full": d}[shape.remat]
+        kept += width * rows * length * shape.num_layers * values
+        busiest = max(busiest, width * rows * length * layer)
+    if shape.remat != "none":
+        # One layer at a time is computed again, and then keeps all.
+        kept += busiest
     # Weights and both of Adam's moments, split over fsdp; whole weights' gradients.
     return 12.0 * size / mesh.mesh.shape["fsdp"] + 4.0 * size + kept
 
