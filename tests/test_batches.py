@@ -56,7 +56,9 @@ def batches_of(store, queries, lists, **changed):
     given = dict(
         batch=BATCH, models=("retriever", "reranker"), in_batch=False, shards=1, accumulate=1
     )
-    return ListBatches(store, queries, INPUTS, lists, **{**given, "max_blocks": 3, **changed})
+    given |= {"max_blocks": 3} | changed
+    own = range(given["shards"] * given["accumulate"])
+    return ListBatches(store, queries, INPUTS, lists, **{"own": own, **given})
 
 
 def leaves(batch):
@@ -266,7 +268,9 @@ def in_batch_by_hand(queries, passages, relevant):
 def test_in_batch_labels_against_plain_python(lists, relevant):
     queries, passages = zip(*lists)
     pairs_2xN = np.array(sorted(relevant), np.int64).reshape(-1, 2).T
-    positive, where = in_batch_labels(np.array(queries), np.array(passages), pairs_2xN)
+    positive, where = in_batch_labels(
+        np.array(queries), np.array(passages), pairs_2xN, np.arange(len(queries))
+    )
     assert positive.dtype == where.dtype == bool
     assert (positive.tolist(), where.tolist()) == in_batch_by_hand(queries, passages, relevant)
 
