@@ -3,6 +3,7 @@
 Shape suffixes: N sequences, n sequences of a shard, D vector size.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -36,17 +37,19 @@ def passages(forward: Forward, tower, store: Store, rows_N: np.ndarray, bar=None
 
     Progress goes to `bar` if there is one, else to a bar of its own.
     """
-    own = tqdm.tqdm(
-        desc="encode passages", total=len(rows_N), unit=" passages", disable=bar is not None
+    own = (
+        tqdm.tqdm(desc="encode passages", total=len(rows_N), unit=" passages")
+        if bar is None
+        else contextlib.nullcontext(bar)
     )
-    with own:
+    with own as shown:
         return forward.run(
             forward.vectors,
             tower,
             lengths_N=forward.inputs.passage_lengths(store, rows_N),
             longest=forward.inputs.passage_length,
             build=lambda part: forward.inputs.passages(store, rows_N[part]),
-            bar=own if bar is None else bar,
+            bar=shown,
         )
 
 
