@@ -326,6 +326,16 @@ def test_slots_without_a_list_count_nowhere(in_batch):
             assert not label[..., count:].any()
 
 
+@pytest.mark.parametrize("own", [[1], [0, 3], [2, 3, 4, 5]])
+def test_a_host_makes_its_own_parts_of_the_same_batch(own):
+    given, split = world(), {"in_batch": True, "shards": 3, "accumulate": 2}
+    whole = leaves(batches_of(*given, **split).make(1))
+    parts = leaves(batches_of(*given, **split, own=own).make(1))
+    assert parts.keys() == whole.keys() > {"pairs.first", "where", "in_batch_where"}
+    for name, part in parts.items():
+        np.testing.assert_array_equal(part, whole[name][own], err_msg=name)
+
+
 def test_a_batch_must_split_into_equal_parts():
     with pytest.raises(InputError, match="4 lists cannot be computed in 3 equal parts; make"):
         batches_of(*world(), accumulate=3)

@@ -12,6 +12,8 @@ import sys
 
 import numpy as np
 import pytest
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from tensorboard.util import tensor_util
 from test_pipeline import ROOT, _leaves, last_joint_params, run_program, tiny_config, write_beir
 
 from rqv2_jax import config as config_lib
@@ -26,11 +28,19 @@ def start(*arguments, **settings):
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
-    flags = f"--xla_force_host_platform_device_count={DEVICES} --xla_backend_optimization_level=0"
+    # A process that a busy machine lets wait is not lost.
+    timeouts = ("collective_timeout", "collective_call_terminate_timeout")
+    flags = (
+        *(
+            f"--xla_force_host_platform_device_count={DEVICES}",
+            "--xla_backend_optimization_level=0",
+        ),
+        *(f"--xla_cpu_{name}_seconds=600" for name in timeouts),
+    )
     shared = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": flags,
+        "XLA_FLAGS": " ".join(flags),
         "JAX_PLATFORMS": "cpu",
         "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
         "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
@@ -175,9 +185,8 @@ def alone(tmp_path_factory, bert_folder):
     """A config for four devices, its file, and the workdir of a run in one process."""
     folder = tmp_path_factory.mktemp("hosts")
     config = tiny_config(write_beir(folder / "data"), bert_folder)
-    config.mesh.data = PROCESSES * DEVICES
-    # A gradient that is nearly nothing has a sign by rounding, by which Adam goes at first.
-    config.joint.learning_rate = 1e-4
+    # Params lie in pieces on the devices of both processes.
+    config.mesh.fsdp = PROCESSES * DEVICES
     file = folder / "config.py"
     file.write_text(
         "from rqv2_jax import config\n"
@@ -192,7 +201,20 @@ def command(file, workdir):
 
 
 def joint(workdir):
-    return list(map(np.asarray, _leaves(last_joint_params(open_workdir(workdir)))))
+    """All params after the last joint step, end to end."""
+    leaves = _leaves(last_joint_params(open_workdir(workdir)))
+    return np.concatenate([np.asarray(leaf).reshape(-1) for leaf in leaves])
+
+
+def scalars(folder):
+    """What training logged but its speed, by name and step; only one process may have."""
+    (file,) = folder.glob("events.out.tfevents.*")
+    return {
+        (value.tag, event.step): float(tensor_util.make_ndarray(value.tensor))
+        for event in EventFileLoader(str(file)).Load()
+        for value in event.summary.value
+        if value.tag != "lists_per_second"
+    }
 
 
 @pytest.fixture(scope="module")
@@ -213,17 +235,19 @@ def test_two_processes_end_where_one_does(alone, together):
     for name in ("train.retrieved", "dev.retrieved"):
         with np.load(one / f"lists/{name}.npz") as a, np.load(together / f"lists/{name}.npz") as b:
             np.testing.assert_array_equal(a["passages"], b["passages"])
-            np.testing.assert_allclose(a["scores"], b["scores"], rtol=1e-4)
+            np.testing.assert_allclose(a["scores"], b["scores"], atol=0.05)
     runs = [open_workdir(workdir) for workdir in (one, together)]
-    drawn = [pipeline.export_lists(run, one.parent / f"{n}.tsv") for n, run in enumerate(runs)]
-    assert drawn == [None, None]
-    assert (one.parent / "0.tsv").read_text() == (one.parent / "1.tsv").read_text()
+    for run in runs:
+        pipeline.export_lists(run, run.workdir.with_suffix(".tsv"))
+    assert one.with_suffix(".tsv").read_text() == together.with_suffix(".tsv").read_text()
     for stage in ("retriever", "reranker", "joint"):
         steps = [[p.name for p in (w / stage / "last").iterdir()] for w in (one, together)]
-        assert steps[0] == steps[1]
-        assert len(list((together / stage).glob("events.out.tfevents.*"))) == 1
-    for a, b in zip(joint(one), joint(together)):
-        np.testing.assert_allclose(a, b, atol=1e-4)
+        assert steps == [["6"], ["6"]]
+        expected, logged = (scalars(w / stage) for w in (one, together))
+        assert ("loss", 6) in logged
+        assert logged == pytest.approx(expected, rel=1e-4)
+    # A gradient that is nearly nothing has a sign by rounding, by which Adam goes at first: few are.
+    assert np.mean(np.abs(joint(one) - joint(together)) > 1e-5) < 0.01
     reports = [json.loads((w / "results.json").read_text()) for w in (one, together)]
     assert [row["metrics"] for row in reports[0]["rows"]] == [
         pytest.approx(row["metrics"], abs=1e-6) for row in reports[1]["rows"]
@@ -249,6 +273,5 @@ def test_killed_in_joint_training_both_resume(alone, together):
     assert seen
     assert [p.name for p in (workdir / "joint/last").glob("[0-9]")] in (["2"], ["4"])
     finish(start(*command(file, workdir)))
-    for a, b in zip(joint(together), joint(workdir)):
-        np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(joint(together), joint(workdir))
     assert (workdir / "results.json").read_text() == (together / "results.json").read_text()
