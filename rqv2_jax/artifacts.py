@@ -1,4 +1,7 @@
-"""Named arrays on disk that know what they were made from, so that finished work is not done again."""
+"""Named arrays on disk that know what they were made from, so that finished work is not done again.
+
+On several hosts all call these functions; the first process writes, the others wait until it has.
+"""
 
 import os
 import pathlib
@@ -7,6 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from rqv2_jax import hosts
 from rqv2_jax.errors import InputError
 
 
@@ -15,34 +19,54 @@ def cached(
 ) -> dict[str, np.ndarray]:
     """The arrays in the .npz at `path` if made from `source`, else computed and written there.
 
-    The file appears under its name only when complete, so an interrupted run computes it again.
+    The file appears under its name only when complete, so an interrupted run computes it again. All
+    processes call `compute`; what the first one's returns is what all get.
 
     Raises:
       InputError: the file is there but cannot be read.
     """
-    if path.is_file():
+    found: dict[str, np.ndarray] = {}
+
+    def read():
+        if not path.is_file():
+            return
         try:
             with np.load(path) as f:
                 if str(f["source"]) == source:
-                    return {name: f[name] for name in f.files if name != "source"}
+                    found.update({name: f[name] for name in f.files if name != "source"})
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as e:
             raise InputError(f"{path}: not readable ({e}); delete it to make it again") from e
-    arrays = compute()
-    write_arrays(path, {"source": np.array(source), **arrays})
-    return arrays
+
+    def there():
+        read()
+        return bool(found)
+
+    if not hosts.from_first(there):
+        arrays = compute()
+        write_arrays(path, {"source": np.array(source), **arrays})
+        if hosts.first():
+            return arrays
+    if not hosts.first():
+        read()
+    return found
+
+
+def _write(path: pathlib.Path, partial: pathlib.Path, write: Callable[[], object]):
+    def whole():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write()
+        os.replace(partial, path)
+
+    hosts.from_first(whole)
 
 
 def write_arrays(path: pathlib.Path, arrays: dict[str, np.ndarray]):
     """Writes an .npz file in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.stem}.partial.npz")
-    np.savez(partial, **arrays)
-    os.replace(partial, path)
+    _write(path, partial, lambda: np.savez(partial, **arrays))
 
 
 def write_text(path: pathlib.Path, text: str):
     """Writes a small file in one step: a reader sees the old one or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
+    _write(path, partial, lambda: partial.write_text(text))

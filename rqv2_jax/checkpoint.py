@@ -2,6 +2,7 @@
 
 A stage's folder holds `last/<step>` (the whole training state, to resume from) and
 `best/<step>/<model>` (the params that did best on dev, with `score`: their metric and its value).
+On several hosts all processes call all functions, and orbax writes each one's share.
 """
 
 import json
@@ -10,6 +11,7 @@ import pathlib
 import jax
 import orbax.checkpoint as ocp
 
+from rqv2_jax import hosts
 from rqv2_jax.errors import InputError
 
 
@@ -32,7 +34,7 @@ class Checkpoints:
         Raises:
           InputError: the checkpoint cannot be read or has other shapes.
         """
-        step = self._last.latest_step()
+        step = self.last_step()
         if step is None:
             return state
         try:
@@ -45,7 +47,7 @@ class Checkpoints:
 
     def last_step(self) -> int | None:
         """The step of the last saved state."""
-        return self._last.latest_step()
+        return hosts.from_first(self._last.latest_step)
 
     def save_last(self, step: int, state):
         """Saves the state of `step`, then drops the one before."""
@@ -54,8 +56,12 @@ class Checkpoints:
 
     def save_best(self, step: int, params, metric: str, score: float):
         """Saves params (keyed by model) in place of the best so far, if they score higher."""
-        best = self.best_score()
-        if best is not None and score <= best:
+
+        def is_better():
+            best = self.best_score()
+            return best is None or score > best
+
+        if not hosts.from_first(is_better):
             return
         self._best.wait_until_finished()
         self._best.save(
@@ -90,7 +96,9 @@ def restore_best(folder: pathlib.Path, model: str, params):
       InputError: the stage has none, or they have other shapes.
     """
     folder = folder.resolve()
-    steps = sorted(int(p.name) for p in (folder / "best").glob("*") if p.name.isdigit())
+    steps = hosts.from_first(
+        lambda: sorted(int(p.name) for p in (folder / "best").glob("*") if p.name.isdigit())
+    )
     if not steps:
         raise InputError(f"{folder}: holds no checkpoint; run rqv2_jax.main on this workdir first")
     path = folder / "best" / str(steps[-1]) / model

@@ -2,7 +2,8 @@
 
 The first form retrieves, re-ranks, writes run files and metrics. With --topics and --qrels its queries
 and labels are those of the files (`qid <tab> text` or TREC topics; TREC, MS MARCO or BEIR qrels), the
-passages the workdir's; what it writes is named after the topics file. The last form takes any two TREC
+passages the workdir's; what it writes is named after the topics file. With --distributed both run on
+several hosts, as rqv2_jax.main does. The last form takes any two TREC
 run files and qrels and prints differences, 95% intervals and paired p-values.
 
 Examples:
@@ -24,6 +25,7 @@ _INDEX = flags.DEFINE_enum("index", "exact", ["exact", "scann"], "How passages a
 _COMPARE = flags.DEFINE_bool("compare", False, "Compare the two run files given as arguments.")
 _TOPICS = flags.DEFINE_string("topics", None, "With --qrels: file of queries, in place of a split.")
 _QRELS = flags.DEFINE_string("qrels", None, "With --topics or --compare: file of relevance labels.")
+_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the processes of the other hosts.")
 _MIN_RELEVANCE = flags.DEFINE_integer(
     "min_relevance", None, "Of a relevant passage; else config.evaluate.min_relevance.", 1
 )
@@ -49,6 +51,10 @@ def main(*files: str):
 
 
 def _evaluate(workdir: pathlib.Path):
+    from rqv2_jax import hosts
+
+    if _DISTRIBUTED.value:
+        hosts.start()
     from rqv2_jax import evaluation
     from rqv2_jax.data import tokens
     from rqv2_jax.workdir import open_workdir

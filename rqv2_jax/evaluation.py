@@ -7,7 +7,7 @@ import re
 
 import numpy as np
 
-from rqv2_jax import artifacts, metrics, mining
+from rqv2_jax import artifacts, hosts, metrics, mining
 from rqv2_jax.data import answers as answers_lib
 from rqv2_jax.data import collection, tokens, topics
 from rqv2_jax.data import lists as lists_lib
@@ -127,18 +127,16 @@ def evaluate(
     rows_Q = np.sort(mining.subset(len(queries.ids), settings.queries, 0))
     query_ids, measured = [queries.ids[row] for row in rows_Q], _measure(run, store, split, rows_Q)
     rows, per_query = [], {}
-    (run.workdir / "runs").mkdir(exist_ok=True)
+    hosts.from_first(lambda: (run.workdir / "runs").mkdir(exist_ok=True))
 
     def add(state, model, name, passages_QxK, scores_QxK, **extra):
-        metrics.write_trec_run(
-            run.workdir / "runs" / f"{split}.{state}.{model}.{name}.trec",
-            query_ids,
-            store.passage_ids,
-            passages_QxK,
-            scores_QxK,
-            f"rqv2_jax.{state}.{model}",
+        path = run.workdir / "runs" / f"{split}.{state}.{model}.{name}.trec"
+        tag = f"rqv2_jax.{state}.{model}"
+        found = passages_QxK, scores_QxK
+        hosts.from_first(
+            lambda: metrics.write_trec_run(path, query_ids, store.passage_ids, *found, tag)
         )
-        values = measured(passages_QxK, scores_QxK)
+        values = measured(*found)
         per_query[state, model, name] = values
         row = {"state": state, "model": model, "split": split, "index": name}
         means = {metric: float(value.mean()) for metric, value in values.items()}
@@ -256,11 +254,13 @@ def _search(run: Run, store: tokens.Store, split: str, rows_Q: np.ndarray, state
         return found, {}
 
     def scann():
-        shards = mining.corpus_vectors(run, store, state)
+        shards, vectors_QxD = mining.corpus_vectors(run, store, state), vectors()
+        if not hosts.first():
+            return {}
         searcher = index.build_scann(
             shards, settings.scann, settings.retrieve_depth, run.workdir / "index" / stage, source
         )
-        return ranked(*index.scann_search(searcher, vectors(), settings.retrieve_depth))
+        return ranked(*index.scann_search(searcher, vectors_QxD, settings.retrieve_depth))
 
     approximate = artifacts.cached(folder / f"{split}.{stage}.scann.npz", made_from, scann)
     recalls = {

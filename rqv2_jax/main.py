@@ -1,7 +1,12 @@
 """Trains a retriever and a re-ranker jointly, and evaluates every step on the way.
 
-Example:
+On several hosts (a TPU slice, GPU nodes) start the same command with --distributed on each. Workdir,
+data and weights lie on a file system that all hosts see; the mesh must take all their devices.
+
+Examples:
   python -m rqv2_jax.main --config configs/docstrings.py --workdir workdir/docstrings
+  python -m rqv2_jax.main --config configs/nq.py --workdir /shared/nq --distributed \\
+      --config.mesh.data=32
 """
 
 import pathlib
@@ -13,11 +18,16 @@ from rqv2_jax import program
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, as configs/nq.py[:preset].")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of everything this run writes.")
+_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the processes of the other hosts.")
 
 
 def main():
     """Hands config and workdir to the pipeline."""
     # TensorFlow and JAX take seconds to import; a wrong flag should not.
+    from rqv2_jax import hosts
+
+    if _DISTRIBUTED.value:
+        hosts.start()
     from rqv2_jax import pipeline
 
     pipeline.main(_CONFIG.value, pathlib.Path(_WORKDIR.value))

@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 import tqdm
 
-from rqv2_jax import artifacts
+from rqv2_jax import artifacts, hosts
 from rqv2_jax.data import joint_tsv, tokens
 from rqv2_jax.data import lists as lists_lib
 from rqv2_jax.retrieval import encode, index, rerank
@@ -132,7 +132,7 @@ def refresh(
     found = _retrieve(run, store, folder, rows, lambda: params["retriever"]["query"], shards)
     found = _score(run, store, found, folder, lambda: params["reranker"])
     # From here on a run that resumes reads these, whatever its params have become.
-    (folder / "complete").touch()
+    hosts.from_first((folder / "complete").touch)
     return found
 
 
@@ -183,7 +183,7 @@ def read_lists(run: Run) -> tuple[tokens.Store, lists_lib.Lists]:
     settings = run.config.joint
     texts, given = joint_tsv.read(pathlib.Path(settings.lists), settings.list_size)
     folder = run.workdir / "lists" / "given"
-    tokens.prepare(texts, run.tokenizer, folder)
+    hosts.from_first(lambda: tokens.prepare(texts, run.tokenizer, folder))
 
     def draw(epoch):
         rng = np.random.default_rng([run.config.seed, epoch])

@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow as tf
 import tqdm
 
-from rqv2_jax import artifacts, evaluation, mining, train
+from rqv2_jax import artifacts, evaluation, hosts, mining, train
 from rqv2_jax.checkpoint import Checkpoints
 from rqv2_jax.data import collection, denoise, joint_tsv, tokens
 from rqv2_jax.data import lists as lists_lib
@@ -73,15 +73,19 @@ def finish(run: Run, store: tokens.Store, candidates: dict, indexes=("exact", "s
 
 def prepare(run: Run) -> tokens.Store:
     """The collection as a token store in `data/`."""
-    texts = open_collection(run.config.data, run.workdir / "data" / "tfds")
-    missing = {"train", "dev", "test"} - set(texts.splits)
-    if missing:
-        raise InputError(
-            f"{texts.name}: has no qrels for {', '.join(sorted(missing))}; training needs train, "
-            "dev and test"
-        )
     folder = run.workdir / "data" / "tokens"
-    tokens.prepare(texts, run.tokenizer, folder)
+
+    def make():
+        texts = open_collection(run.config.data, run.workdir / "data" / "tfds")
+        missing = {"train", "dev", "test"} - set(texts.splits)
+        if missing:
+            raise InputError(
+                f"{texts.name}: has no qrels for {', '.join(sorted(missing))}; training needs "
+                "train, dev and test"
+            )
+        tokens.prepare(texts, run.tokenizer, folder)
+
+    hosts.from_first(make)
     store = tokens.open_store(folder)
     counts = ", ".join(f"{len(q.ids)} {split}" for split, q in store.splits.items())
     tqdm.tqdm.write(f"  {len(store.passage_ids)} passages; queries: {counts}")
@@ -105,8 +109,10 @@ def _train_stage(
     which the steps from `step` on are made; `state` may be a later one, of a run that resumes.
     """
     settings, stage = run.config[name], train.make_stage(run.config, run.models, name)
+    shards = run.sharding.shards
 
     def make_batches(lists):
+        hosts.check_same(f"the lists of stage {name}", lists.query_rows_L, lists.passages_LxP)
         return ListBatches(
             store,
             store.splits["train"],
@@ -115,8 +121,9 @@ def _train_stage(
             batch=settings.batch,
             models=stage.models,
             in_batch=stage.in_batch,
-            shards=run.sharding.shards,
+            shards=shards,
             accumulate=stage.accumulate,
+            own=run.sharding.own_parts(shards * stage.accumulate),
             max_blocks=run.config.packing.blocks,
         )
 
@@ -130,7 +137,11 @@ def _train_stage(
             return
         optimizer = train.make_optimizer(run.config.optimizer, settings, steps, stage.frozen)
         state = checkpoints.restore_last(train.init_state(params, optimizer, run.sharding))
-        events = tf.summary.create_file_writer(str(folder))
+        events = (
+            tf.summary.create_file_writer(str(folder))
+            if hosts.first()
+            else tf.summary.create_noop_writer()
+        )
         stack.callback(events.close)
 
         def write(step, terms):
@@ -205,15 +216,18 @@ def train_joint(run: Run, store: tokens.Store, candidates: dict):
     """Joint training of both warmed-up models on hybrid lists."""
     settings = run.config.joint
 
-    if not any((run.workdir / "joint" / "last").glob("[0-9]*")):
-        # What an earlier training left, of which the checkpoints have been deleted.
-        for folder in [*run.workdir.glob("lists/joint.*"), run.workdir / "vectors/refreshed"]:
-            shutil.rmtree(folder, ignore_errors=True)
+    def forget():
+        if not any((run.workdir / "joint" / "last").glob("[0-9]*")):
+            # What an earlier training left, of which the checkpoints have been deleted.
+            for folder in [*run.workdir.glob("lists/joint.*"), run.workdir / "vectors/refreshed"]:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    hosts.from_first(forget)
 
     def redraw(step, state, number):
         tqdm.tqdm.write(f"  refresh: candidates by the models of step {step}")
         complete = run.workdir / "lists" / f"joint.{step:07}" / "complete"
-        if int(state.step) > step and not complete.is_file():
+        if int(state.step) > step and not hosts.from_first(complete.is_file):
             raise InputError(
                 f"{complete.parent}: the candidates of step {step} are gone, the models have changed; "
                 f"delete {run.workdir / 'joint'} to train this stage again"

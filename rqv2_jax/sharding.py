@@ -4,7 +4,8 @@ Two mesh axes: lists are split over both, `data` and `fsdp`; params and optimize
 `fsdp` alone, each leaf along its largest dimension that divides. A step gathers the params it needs,
 computes its own lists' scores, gathers those few numbers, and sees the loss of the global batch; one
 reduction of the gradients ends the step. Where a device has several parts of the batch, it computes
-one after the other, which bounds memory by one part, and adds up their gradients.
+one after the other, which bounds memory by one part, and adds up their gradients. The devices may be
+those of several hosts, each of which makes its own devices' parts of every batch.
 """
 
 import dataclasses
@@ -12,6 +13,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -37,16 +39,39 @@ class Sharding:
         return NamedSharding(self.mesh, P(AXES))
 
     def put_params(self, params):
-        """Params (or any state) on the devices, each leaf split over `fsdp` where it divides."""
-        return jax.device_put(params, self.of_params(params))
+        """Params (or any state) on the devices, each leaf split over `fsdp` where it divides.
+
+        On several hosts every process gives the same values.
+        """
+        shardings = self.of_params(params)
+        if self.batch.is_fully_addressable:
+            return jax.device_put(params, shardings)
+        return jax.tree.map(_put, params, shardings)
 
     def of_params(self, params):
         """The sharding of every leaf."""
         return jax.tree.map(lambda x: NamedSharding(self.mesh, self._spec(x)), params)
 
     def put_batch(self, batch):
-        """A batch on the devices; every leaf's leading axis counts shards, or parts of shards."""
-        return jax.device_put(batch, self.batch)
+        """A batch on the devices; every leaf holds the parts that `own_parts` names."""
+        if self.batch.is_fully_addressable:
+            return jax.device_put(batch, self.batch)
+
+        def put(leaf):
+            parts = len(leaf) * self.shards // len(self.batch.addressable_devices)
+            own = self.own_parts(parts)
+            return jax.make_array_from_callback(
+                (parts, *leaf.shape[1:]),
+                self.batch,
+                lambda index: leaf[np.searchsorted(own, range(parts)[index[0]])],
+            )
+
+        return jax.tree.map(put, batch)
+
+    def own_parts(self, parts: int) -> list[int]:
+        """Which of a batch's parts lie on this process's devices, in ascending order."""
+        slices = self.batch.addressable_devices_indices_map((parts,)).values()
+        return sorted(part for (own,) in slices for part in range(parts)[own])
 
     def _spec(self, leaf) -> P:
         parts = self.mesh.shape["fsdp"]
@@ -126,20 +151,25 @@ class Sharding:
         return f
 
     def per_shard(self, fn):
-        """`fn(params, batch) -> [n, ...]` on every shard; the results joined along axis 0, jitted."""
+        """`fn(params, batch) -> [n, ...]` on every shard; the results joined along axis 0, jitted.
+
+        On several hosts every process gets all of them.
+        """
+        everywhere = not self.batch.is_fully_addressable
 
         @jax.jit
         def f(params, batch):
             gather_params = self._gather_params(params)
 
             def local(params, batch):
-                return fn(gather_params(params), jax.tree.map(lambda x: x[0], batch))
+                result = fn(gather_params(params), jax.tree.map(lambda x: x[0], batch))
+                return gather_shards(result) if everywhere else result
 
             return jax.shard_map(
                 local,
                 mesh=self.mesh,
                 in_specs=(jax.tree.map(self._spec, params), P(AXES)),
-                out_specs=P(AXES),
+                out_specs=P() if everywhere else P(AXES),
                 check_vma=False,
             )(params, batch)
 
@@ -149,13 +179,26 @@ class Sharding:
 gather_shards = partial(jax.lax.all_gather, axis_name=AXES, axis=0, tiled=True)
 
 
+def _put(leaf, sharding: NamedSharding):
+    """As `jax.device_put`, which would send the whole leaf between hosts to compare it."""
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        return jax.device_put(leaf, sharding)
+    values = np.asarray(leaf)
+    return jax.make_array_from_callback(values.shape, sharding, values.__getitem__)
+
+
 def make(data: int, fsdp: int) -> Sharding:
-    """A mesh over the first `data * fsdp` devices.
+    """A mesh over the first `data * fsdp` devices; over all of them where there are several hosts.
 
     Raises:
-      InputError: there are not that many devices.
+      InputError: there are not that many devices, or a host would be left out.
     """
     devices = jax.devices()
+    if jax.process_count() > 1 and data * fsdp != len(devices):
+        raise InputError(
+            f"config.mesh asks for {data} x {fsdp} devices, but {jax.process_count()} processes have "
+            f"{len(devices)}, which must all be used; give --config.mesh.data={len(devices)}"
+        )
     if data * fsdp > len(devices):
         raise InputError(
             f"config.mesh asks for {data} x {fsdp} devices, but there are {len(devices)}; "

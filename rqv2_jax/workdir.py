@@ -11,7 +11,7 @@ import subprocess
 import jax
 import ml_collections
 
-from rqv2_jax import artifacts, bert, weights
+from rqv2_jax import artifacts, bert, hosts, weights
 from rqv2_jax import config as config_lib
 from rqv2_jax import models as models_lib
 from rqv2_jax import sharding as sharding_lib
@@ -191,17 +191,21 @@ def claim(run: Run):
       InputError: the workdir was made by another config.
     """
     path = run.workdir / "config.json"
-    if path.is_file():
-        changed = config_lib.differences(config_lib.loads(path.read_text()), run.config)
-        changed = [line for line in changed if not line.startswith(PLACEMENT)]
-        if changed:
-            more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-            raise InputError(
-                f"{path}: this workdir was made by another config ({'; '.join(changed[:3])}{more}); "
-                "give another --workdir, or the config it was made by"
-            )
-    elif run.workdir.is_dir() and any(run.workdir.iterdir()):
-        raise InputError(f"{run.workdir}: holds other files; give a new or empty --workdir")
+
+    def check():
+        if path.is_file():
+            changed = config_lib.differences(config_lib.loads(path.read_text()), run.config)
+            changed = [line for line in changed if not line.startswith(PLACEMENT)]
+            if changed:
+                more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+                raise InputError(
+                    f"{path}: this workdir was made by another config ({'; '.join(changed[:3])}"
+                    f"{more}); give another --workdir, or the config it was made by"
+                )
+        elif run.workdir.is_dir() and any(run.workdir.iterdir()):
+            raise InputError(f"{run.workdir}: holds other files; give a new or empty --workdir")
+
+    hosts.from_first(check)
     artifacts.write_text(path, config_lib.dumps(run.config))
     packages = (
         "jax",

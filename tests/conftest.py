@@ -115,6 +115,7 @@ class World:
             in_batch=in_batch,
             shards=shards,
             accumulate=accumulate,
+            own=range(shards * accumulate),
             max_blocks=1,
         )
 

@@ -56,7 +56,9 @@ def batches_of(store, queries, lists, **changed):
     given = dict(
         batch=BATCH, models=("retriever", "reranker"), in_batch=False, shards=1, accumulate=1
     )
-    return ListBatches(store, queries, INPUTS, lists, **{**given, "max_blocks": 3, **changed})
+    given |= {"max_blocks": 3} | changed
+    own = range(given["shards"] * given["accumulate"])
+    return ListBatches(store, queries, INPUTS, lists, **{"own": own, **given})
 
 
 def leaves(batch):
@@ -266,7 +268,9 @@ def in_batch_by_hand(queries, passages, relevant):
 def test_in_batch_labels_against_plain_python(lists, relevant):
     queries, passages = zip(*lists)
     pairs_2xN = np.array(sorted(relevant), np.int64).reshape(-1, 2).T
-    positive, where = in_batch_labels(np.array(queries), np.array(passages), pairs_2xN)
+    positive, where = in_batch_labels(
+        np.array(queries), np.array(passages), pairs_2xN, np.arange(len(queries))
+    )
     assert positive.dtype == where.dtype == bool
     assert (positive.tolist(), where.tolist()) == in_batch_by_hand(queries, passages, relevant)
 
@@ -320,6 +324,16 @@ def test_slots_without_a_list_count_nowhere(in_batch):
             assert label[:2, :, :count].tolist() == expected
             assert not label[2].any()
             assert not label[..., count:].any()
+
+
+@pytest.mark.parametrize("own", [[1], [0, 3], [2, 3, 4, 5]])
+def test_a_host_makes_its_own_parts_of_the_same_batch(own):
+    given, split = world(), {"in_batch": True, "shards": 3, "accumulate": 2}
+    whole = leaves(batches_of(*given, **split).make(1))
+    parts = leaves(batches_of(*given, **split, own=own).make(1))
+    assert parts.keys() == whole.keys() > {"pairs.first", "where", "in_batch_where"}
+    for name, part in parts.items():
+        np.testing.assert_array_equal(part, whole[name][own], err_msg=name)
 
 
 def test_a_batch_must_split_into_equal_parts():

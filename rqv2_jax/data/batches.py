@@ -1,11 +1,11 @@
 """Batches through tf.data: batch s is a function of (lists, s), so a step number resumes a run.
 
 Every leaf has a leading axis that counts parts, the same number for each device; whole lists belong to
-one part. Shape suffixes: S parts, L lists of the run in the order of training, P passages of a list,
-B lists of a part (of all parts where it stands alone), N sequences.
+one part. Shape suffixes: S parts of the batch, O of them made here, L lists of the run in the order of
+training, P passages of a list, B lists of a part (of all parts where it stands alone), N sequences.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -32,11 +32,12 @@ class ListBatches:
       in_batch: also labels over all passages of the batch, other positives of a query masked out.
       shards: device shards. Where they do not divide the batch, some hold lists without passages.
       accumulate: parts of a shard, computed one after the other; must divide `batch`.
+      own: the parts to make; the others are made on other hosts.
       max_blocks: most shapes that one kind of input is laid into.
 
     A batch is a dict: `queries`, `passages`, `pairs` (`packing.Packed`), `positive` and `where`
-    [S, B, P], and with `in_batch` the same two over the whole batch, `in_batch_positive` and
-    `in_batch_where` [S, B, S*B*P].
+    [O, B, P], and with `in_batch` the same two over the whole batch, `in_batch_positive` and
+    `in_batch_where` [O, B, S*B*P].
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class ListBatches:
         in_batch: bool,
         shards: int,
         accumulate: int,
+        own: Sequence[int],
         max_blocks: int,
     ):
         if batch % accumulate:
@@ -68,6 +70,7 @@ class ListBatches:
         self.positive_LxP = lists.positive()
         self.batch, self.models, self.in_batch = batch, models, in_batch
         self.slots_SxB = slots(batch, shards, accumulate)
+        self.own_O = np.array(own)
         self.steps = len(lists.query_rows_L) // batch
         self.shapes = {
             kind: packing.plan(self._sorted_lengths(kind), max_blocks) for kind in self._kinds()
@@ -107,22 +110,24 @@ class ListBatches:
         """Batch number `step` as numpy arrays."""
         rows_SxB = step * self.batch + self.slots_SxB.clip(0)
         packed = {
-            kind: packing.stack([self._packed(kind, rows_B) for rows_B in rows_SxB])
+            kind: packing.stack([self._packed(kind, rows_B) for rows_B in rows_SxB[self.own_O]])
             for kind in self._kinds()
         }
-        rows_B, real_B = rows_SxB.reshape(-1), self.slots_SxB.reshape(-1) >= 0
-        queries_B, passages_BxP = self.lists.query_rows_L[rows_B], self.lists.passages_LxP[rows_B]
-        positive_BxP = self.positive_LxP[rows_B] & real_B[:, None]
-        labels = {"positive": positive_BxP, "where": np.ones_like(positive_BxP) & real_B[:, None]}
+        real_SxB = self.slots_SxB >= 0
+        real_OxBx1 = real_SxB[self.own_O][..., None]
+        positive_OxBxP = self.positive_LxP[rows_SxB[self.own_O]] & real_OxBx1
+        labels = {"positive": positive_OxBxP, "where": np.ones_like(positive_OxBxP) & real_OxBx1}
         if self.in_batch:
-            positive_BxN, where_BxN = in_batch_labels(queries_B, passages_BxP, self.positives_2xN)
-            real_BxN = real_B[:, None] & real_B.repeat(passages_BxP.shape[1])
-            labels |= {
-                "in_batch_positive": positive_BxN & real_BxN,
-                "in_batch_where": where_BxN & real_BxN,
-            }
-        shape = (*self.slots_SxB.shape, -1)
-        return packed | {name: label.reshape(shape) for name, label in labels.items()}
+            rows_N = rows_SxB.reshape(-1)
+            passages_NxP = self.lists.passages_LxP[rows_N]
+            own_N = np.arange(len(rows_N)).reshape(rows_SxB.shape)[self.own_O].reshape(-1)
+            found = in_batch_labels(
+                self.lists.query_rows_L[rows_N], passages_NxP, self.positives_2xN, own_N
+            )
+            real_N = real_SxB.reshape(-1).repeat(passages_NxP.shape[1])
+            for name, label_BxN in zip(("in_batch_positive", "in_batch_where"), found):
+                labels[name] = label_BxN.reshape(*real_OxBx1.shape[:2], -1) & real_OxBx1 & real_N
+        return packed | labels
 
     def _packed(self, kind, rows_B):
         """One kind of input of one part."""
@@ -174,19 +179,23 @@ def slots(batch: int, shards: int, accumulate: int) -> np.ndarray:
     return found.reshape(accumulate, shards, size).swapaxes(0, 1).reshape(-1, size)
 
 
-def in_batch_labels(queries_B, passages_BxP, positives_2xN) -> tuple[np.ndarray, np.ndarray]:
-    """Positives and valid passages [B, B*P] when each query ranks every passage of the batch.
+def in_batch_labels(
+    queries_B, passages_BxP, positives_2xN, chosen_C
+) -> tuple[np.ndarray, np.ndarray]:
+    """Positives and valid passages [C, B*P] when each query ranks every passage of the batch.
+
+    Of the batch's B lists only those numbered `chosen_C` get a row.
 
     The positive is the first passage of the query's own list. Every other passage labelled relevant
     for the query, the same passage in another list included, is left out.
     """
     passages_N = passages_BxP.reshape(-1)
-    own_B = np.arange(len(queries_B)) * passages_BxP.shape[1]
-    positive_BxN = np.zeros((len(queries_B), len(passages_N)), bool)
-    positive_BxN[np.arange(len(queries_B)), own_B] = True
-    where_BxN = np.ones_like(positive_BxN)
-    for b, query in enumerate(queries_B):
+    heads_C = chosen_C * passages_BxP.shape[1]
+    positive_CxN = np.zeros((len(chosen_C), len(passages_N)), bool)
+    positive_CxN[np.arange(len(chosen_C)), heads_C] = True
+    where_CxN = np.ones_like(positive_CxN)
+    for c, query in enumerate(queries_B[chosen_C]):
         first, last = np.searchsorted(positives_2xN[0], [query, query + 1])
-        relevant = np.append(positives_2xN[1, first:last], passages_N[own_B[b]])
-        where_BxN[b] = ~np.isin(passages_N, relevant)
-    return positive_BxN, where_BxN | positive_BxN
+        relevant = np.append(positives_2xN[1, first:last], passages_N[heads_C[c]])
+        where_CxN[c] = ~np.isin(passages_N, relevant)
+    return positive_CxN, where_CxN | positive_CxN

@@ -3,6 +3,7 @@
 Shape suffixes: N sequences, n sequences of a shard, D vector size.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -11,6 +12,7 @@ import shutil
 import numpy as np
 import tqdm
 
+from rqv2_jax import hosts
 from rqv2_jax.data.tokens import Store, Texts
 from rqv2_jax.retrieval.stream import Forward
 
@@ -35,17 +37,19 @@ def passages(forward: Forward, tower, store: Store, rows_N: np.ndarray, bar=None
 
     Progress goes to `bar` if there is one, else to a bar of its own.
     """
-    own = tqdm.tqdm(
-        desc="encode passages", total=len(rows_N), unit=" passages", disable=bar is not None
+    own = (
+        tqdm.tqdm(desc="encode passages", total=len(rows_N), unit=" passages")
+        if bar is None
+        else contextlib.nullcontext(bar)
     )
-    with own:
+    with own as shown:
         return forward.run(
             forward.vectors,
             tower,
             lengths_N=forward.inputs.passage_lengths(store, rows_N),
             longest=forward.inputs.passage_length,
             build=lambda part: forward.inputs.passages(store, rows_N[part]),
-            bar=own if bar is None else bar,
+            bar=shown,
         )
 
 
@@ -59,22 +63,29 @@ def corpus(
     """
     manifest = folder / "manifest.json"
     wanted = json.dumps({"source": source, "per_shard": PASSAGES_PER_SHARD})
-    if not (manifest.is_file() and manifest.read_text() == wanted):
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        manifest.write_text(wanted)
     rows_N = np.arange(len(store.texts))
-    paths = []
+    parts = np.split(rows_N, range(PASSAGES_PER_SHARD, len(rows_N), PASSAGES_PER_SHARD))
+    paths = [folder / f"{number:05}.npy" for number in range(len(parts))]
+
+    def find_missing():
+        if not (manifest.is_file() and manifest.read_text() == wanted):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            manifest.write_text(wanted)
+        return [number for number, path in enumerate(paths) if not path.is_file()]
+
+    missing = set(hosts.from_first(find_missing))
     with tqdm.tqdm(desc="encode passages", total=len(rows_N), unit=" passages") as bar:
-        for number, first in enumerate(range(0, len(rows_N), PASSAGES_PER_SHARD)):
-            part_n = rows_N[first : first + PASSAGES_PER_SHARD]
-            path = folder / f"{number:05}.npy"
-            paths.append(path)
-            if path.is_file():
+        for number, (part_n, path) in enumerate(zip(parts, paths)):
+            if number not in missing:
                 bar.update(len(part_n))
                 continue
             vectors_nxD = passages(forward, tower, store, part_n, bar)
-            partial = path.with_suffix(".partial.npy")
-            np.save(partial, vectors_nxD)
-            os.replace(partial, path)
+
+            def write(path=path, vectors_nxD=vectors_nxD):
+                partial = path.with_suffix(".partial.npy")
+                np.save(partial, vectors_nxD)
+                os.replace(partial, path)
+
+            hosts.from_first(write)
     return [np.load(path, mmap_mode="r") for path in paths]

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
+from rqv2_jax import hosts
+
 QUERIES_PER_TILE = 256
 PASSAGES_PER_TILE = 2**15
 
@@ -33,7 +35,8 @@ def _merge(queries_QxD, tile_NxD, first, count, best_QxK, rows_QxK):
 def exact(queries_QxD: np.ndarray, shards: list[np.ndarray], depth: int):
     """The `depth` passages with the largest dot product, best first; all of them if there are fewer.
 
-    Works tile by tile, so no array of queries times passages ever exists.
+    Works tile by tile, so no array of queries times passages ever exists. Several hosts share the
+    tiles of queries, and all get the whole result.
 
     Args:
       queries_QxD: query vectors.
@@ -46,9 +49,10 @@ def exact(queries_QxD: np.ndarray, shards: list[np.ndarray], depth: int):
     depth = min(depth, total)
     tile = min(PASSAGES_PER_TILE, total)
     rows, scores = [], []
-    with tqdm.tqdm(desc="exact search", total=len(queries_QxD), unit=" queries") as bar:
-        for start in range(0, len(queries_QxD), QUERIES_PER_TILE):
-            part = queries_QxD[start : start + QUERIES_PER_TILE]
+    tiles = hosts.share(-(-len(queries_QxD) // QUERIES_PER_TILE))
+    parts = [queries_QxD[n * QUERIES_PER_TILE :][:QUERIES_PER_TILE] for n in tiles]
+    with tqdm.tqdm(desc="exact search", total=sum(map(len, parts)), unit=" queries") as bar:
+        for part in parts:
             padded = np.zeros((QUERIES_PER_TILE, part.shape[1]), np.float32)
             padded[: len(part)] = part
             best = jnp.full((QUERIES_PER_TILE, depth), -jnp.inf)
@@ -61,10 +65,12 @@ def exact(queries_QxD: np.ndarray, shards: list[np.ndarray], depth: int):
                     vectors[:count] = shard[first : first + count]
                     best, best_rows = _merge(padded, vectors, row, count, best, best_rows)
                     row += count
-            rows.append(np.asarray(best_rows)[: len(part)])
-            scores.append(np.asarray(best)[: len(part)])
+            rows.append(np.asarray(best_rows))
+            scores.append(np.asarray(best))
             bar.update(len(part))
-    return np.concatenate(rows).astype(np.int64), np.concatenate(scores)
+    found = (hosts.join(x).reshape(-1, depth)[: len(queries_QxD)] for x in (rows, scores))
+    rows_QxK, scores_QxK = found
+    return rows_QxK.astype(np.int64), scores_QxK
 
 
 def build_scann(shards: list[np.ndarray], settings, depth: int, folder: pathlib.Path, source: str):

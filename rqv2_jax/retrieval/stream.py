@@ -52,6 +52,7 @@ class Forward:
         """
         widths = row_widths(longest)
         shards = self.sharding.shards
+        own = self.sharding.own_parts(shards)
         order_N = np.argsort(lengths_N, kind="stable")
         ends = np.searchsorted(lengths_N[order_N], widths, side="right")
         results, waiting, start = [], None, 0
@@ -64,7 +65,7 @@ class Forward:
                 filled = np.append(chosen, np.full(rows - len(chosen), chosen[-1]))
                 packed = [
                     packing.pack(build(part), ((len(part), width),))
-                    for part in np.split(filled, shards)
+                    for part in filled.reshape(shards, -1)[own]
                 ]
                 output = fn(params, self.sharding.put_batch(packing.stack(packed)))
                 # The devices work on this batch while the host fetches the one before.

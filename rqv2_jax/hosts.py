@@ -1,0 +1,112 @@
+"""Runs on several hosts: the only room that knows of processes, one of which runs on each host.
+
+All run the same program and take the same decisions, so that every computation on the mesh is
+started by all. They share one workdir, on a file system that all see, into which only the first
+process writes. A process looks for a file only once the first has said that it is there: a network
+file system may remember for a while that it was not.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+# What a process waits with for the first one's hours of tokenising; JAX exports nothing for it, and
+# collectives on devices give up after a while.
+from jax._src import distributed
+from jax.experimental import multihost_utils
+
+from rqv2_jax.errors import InputError
+
+FOREVER_MS = 30 * 24 * 3600 * 1000
+
+_numbers = itertools.count()
+
+
+def start():
+    """Joins the other processes; must come before anything that looks at devices.
+
+    TPU slices and Slurm tell JAX all it needs. Elsewhere it stands in the environment variables
+    JAX_COORDINATOR_ADDRESS (`host:port` of the first process), JAX_NUM_PROCESSES and JAX_PROCESS_ID
+    (from 0). All processes but the first print nothing but errors from here on.
+
+    Raises:
+      InputError: there are no such variables, or the others cannot be reached.
+    """
+    try:
+        count, number = (
+            int(os.environ[name]) if name in os.environ else None
+            for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+        )
+        jax.distributed.initialize(num_processes=count, process_id=number)
+    except (ValueError, RuntimeError) as e:
+        raise InputError(
+            f"--distributed: {e}; where JAX finds no TPU slice and no Slurm, set "
+            "JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES and JAX_PROCESS_ID in every process"
+        ) from e
+    if not first():
+        # tqdm reads it when it is imported.
+        os.environ["TQDM_DISABLE"] = "1"
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+def first() -> bool:
+    """Whether this process is the one that writes."""
+    return jax.process_index() == 0
+
+
+def from_first(compute: Callable[[], Any]) -> Any:
+    """What `compute()` returns in the first process, which alone calls it; the others wait for that.
+
+    Returns only what JSON holds; must not be nested.
+
+    Raises:
+      InputError: it failed in the first process, which raises what `compute` raises.
+    """
+    if jax.process_count() == 1:
+        return compute()
+    client, key = distributed.global_state.client, f"rqv2_jax/{next(_numbers)}"
+    if not first():
+        said = json.loads(client.blocking_key_value_get(key, FOREVER_MS))
+        if not said:
+            raise InputError("the first process has failed; what it printed says why")
+        return said[0]
+    said = []
+    try:
+        said.append(compute())
+        return said[0]
+    finally:
+        client.key_value_set(key, json.dumps(said))
+
+
+def check_same(what: str, *arrays: np.ndarray):
+    """Raises InputError unless these arrays, which every process has made, are the first one's."""
+    if jax.process_count() == 1:
+        return
+    digest = hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
+    if from_first(lambda: digest) != digest:
+        raise InputError(
+            f"{what} of this process differ from those of the first; give all hosts the same packages, "
+            "weights and data"
+        )
+
+
+def share(count: int) -> range:
+    """Which of `count` numbers this process takes; equally many for each, so some may be too high."""
+    processes = jax.process_count()
+    return range(jax.process_index(), -(-count // processes) * processes, processes)
+
+
+def join(results: list[np.ndarray]) -> np.ndarray:
+    """What all processes computed for the numbers of their `share`, stacked in the numbers' order."""
+    own = np.stack(results)
+    if jax.process_count() == 1:
+        return own
+    distributed.global_state.client.wait_at_barrier(f"rqv2_jax/{next(_numbers)}", FOREVER_MS)
+    return multihost_utils.process_allgather(own).swapaxes(0, 1).reshape(-1, *own.shape[1:])

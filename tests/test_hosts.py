@@ -1,0 +1,277 @@
+"""Two processes with two devices each do what one with four does."""
+
+import concurrent.futures
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from tensorboard.util import tensor_util
+from test_pipeline import ROOT, _leaves, last_joint_params, run_program, tiny_config, write_beir
+
+from rqv2_jax import config as config_lib
+from rqv2_jax import hosts, pipeline
+from rqv2_jax.workdir import open_workdir
+
+PROCESSES, DEVICES = 2, 2
+
+
+def start(*arguments, **settings):
+    """The processes of a run with these arguments of Python's."""
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    # A process that a busy machine lets wait is not lost.
+    timeouts = ("collective_timeout", "collective_call_terminate_timeout")
+    flags = (
+        *(
+            f"--xla_force_host_platform_device_count={DEVICES}",
+            "--xla_backend_optimization_level=0",
+        ),
+        *(f"--xla_cpu_{name}_seconds=600" for name in timeouts),
+    )
+    shared = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "XLA_FLAGS": " ".join(flags),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+        "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+        "JAX_NUM_PROCESSES": str(PROCESSES),
+    }
+    return [
+        subprocess.Popen(
+            [sys.executable, "-u", *arguments],
+            cwd=ROOT,
+            env={**shared, "JAX_PROCESS_ID": str(number)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            **settings,
+        )
+        for number in range(PROCESSES)
+    ]
+
+
+def finish(processes):
+    """(standard output, standard error) of each process, all of which must end well."""
+    try:
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            ended = list(pool.map(lambda process: process.communicate(timeout=600), processes))
+    finally:
+        for process in processes:
+            process.kill()
+    for process, (_, errors) in zip(processes, ended):
+        assert process.returncode == 0, errors[-3000:]
+    return ended
+
+
+ROOMS = """
+import json, pathlib, sys
+from rqv2_jax import hosts
+
+hosts.start()
+import jax, numpy as np
+from jax.sharding import PartitionSpec
+from rqv2_jax import artifacts, sharding
+from rqv2_jax.errors import InputError
+
+folder, me = pathlib.Path(sys.argv[1]), jax.process_index()
+said = {"first": hosts.first()}
+
+
+def error(call):
+    try:
+        call()
+    except Exception as e:
+        return f"{type(e).__name__}: {e}"
+
+
+said["from first"] = [hosts.from_first(lambda: x) for x in ([me, "a"], 0.1 + me, None)]
+said["failed"] = error(lambda: hosts.from_first(lambda: 1 / me))
+said["same"] = error(lambda: hosts.check_same("lists", np.arange(3), np.ones(2)))
+said["differ"] = error(lambda: hosts.check_same("lists", np.arange(3), np.full(2, me)))
+said["shares"] = [list(hosts.share(count)) for count in (1, 2, 5)]
+said["joined"] = hosts.join([np.full(2, n) for n in hosts.share(5)])[:5].tolist()
+
+path, calls = folder / "a.npz", []
+
+
+def compute():
+    calls.append(me)
+    return {"x": np.array([me + 7])} if hosts.first() else {}
+
+
+said["cached"] = [artifacts.cached(path, s, compute)["x"].tolist() for s in ("b", "b", "c")]
+said["calls"] = len(calls)
+artifacts.write_text(folder / "text", f"of {me}")
+
+devices = jax.devices()
+mixed = sharding.over([devices[i] for i in (0, 2, 1, 3)], 2, 2)
+assert [d.process_index for d in mixed.mesh.devices.reshape(-1)] == [0, 1, 0, 1]
+own = said["own"] = mixed.own_parts(8)
+whole = np.arange(8 * 3 * 2, dtype=np.float32).reshape(8, 3, 2)
+batch = mixed.put_batch({"x": whole[own]})["x"]
+said["lie"] = all(np.array_equal(x.data, whole[x.index]) for x in batch.addressable_shards)
+params = {"w": np.arange(24, dtype=np.float32).reshape(2, 12), "odd": np.float32(3)}
+put = mixed.put_params(mixed.put_params(params))
+said["spec"] = put["w"].sharding.spec == PartitionSpec(None, "fsdp")
+own = mixed.own_parts(4)
+scores = mixed.per_shard(lambda p, rows: rows @ p["w"] + p["odd"])(
+    put, mixed.put_batch(whole[:4][own])
+)
+expected = whole[:4].reshape(12, 2) @ params["w"] + 3
+said["scores"] = float(np.abs(np.asarray(scores) - expected).max())
+said["mesh"] = error(lambda: sharding.make(2, 1))
+print("printed")
+(folder / f"{me}.json").write_text(json.dumps(said))
+"""
+
+
+def test_rooms_of_two_processes(tmp_path):
+    ended = finish(start("-c", ROOMS, str(tmp_path)))
+    first, other = (json.loads((tmp_path / f"{n}.json").read_text()) for n in range(2))
+    assert (first.pop("first"), other.pop("first")) == (True, False)
+    # Gloo, not ours to silence, tells of its connections.
+    assert ["printed" in out for out, _ in ended] == [True, False]
+    assert first.pop("failed") == "ZeroDivisionError: division by zero"
+    assert other.pop("failed").startswith("InputError: the first process has failed")
+    assert first.pop("differ") is None
+    assert other.pop("differ").startswith("InputError: lists of this process differ")
+    assert (first.pop("shares"), other.pop("shares")) == (
+        [[0], [0], [0, 2, 4]],
+        [[1], [1], [1, 3, 5]],
+    )
+    assert (first.pop("own"), other.pop("own")) == ([0, 1, 4, 5], [2, 3, 6, 7])
+    for said in (first, other):
+        assert said.pop("from first") == [[0, "a"], 0.1, None]
+        assert said.pop("same") is None
+        assert said.pop("joined") == [[n, n] for n in range(5)]
+        # All get what the first has made, and nobody makes what is there.
+        assert (said.pop("cached"), said.pop("calls")) == ([[7], [7], [7]], 2)
+        assert said.pop("lie")
+        assert said.pop("spec")
+        assert said.pop("scores") == pytest.approx(0, abs=1e-4)
+        assert "2 processes have 4, which must all be used" in said.pop("mesh")
+        assert not said
+    assert (tmp_path / "text").read_text() == "of 0"
+
+
+def test_without_others_there_is_one_share_and_nobody_to_ask():
+    assert list(hosts.share(3)) == [0, 1, 2]
+    assert hosts.join([np.arange(2), np.arange(2)]).tolist() == [[0, 1], [0, 1]]
+    asked = object()
+    assert hosts.from_first(lambda: asked) is asked
+    hosts.check_same("lists", np.arange(3))
+
+
+def test_distributed_alone_says_what_it_misses(tmp_path):
+    arguments = ["--config=configs/beir.py", f"--workdir={tmp_path / 'w'}", "--distributed"]
+    ended = run_program("rqv2_jax.main", *arguments, "--config.data.path=x")
+    assert ended.returncode == 1
+    (line,) = (x for x in ended.stderr.splitlines() if x.startswith("error: "))
+    assert "set JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES and JAX_PROCESS_ID" in line
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, bert_folder):
+    """A config for four devices, its file, and the workdir of a run in one process."""
+    folder = tmp_path_factory.mktemp("hosts")
+    config = tiny_config(write_beir(folder / "data"), bert_folder)
+    # Params lie in pieces on the devices of both processes.
+    config.mesh.fsdp = PROCESSES * DEVICES
+    file = folder / "config.py"
+    file.write_text(
+        "from rqv2_jax import config\n"
+        f"def get_config():\n    return config.loads({config_lib.dumps(config)!r})\n"
+    )
+    pipeline.main(config, folder / "alone")
+    return file, folder / "alone"
+
+
+def command(file, workdir):
+    return ("-m", "rqv2_jax.main", "--distributed", f"--config={file}", f"--workdir={workdir}")
+
+
+def joint(workdir):
+    """All params after the last joint step, end to end."""
+    leaves = _leaves(last_joint_params(open_workdir(workdir)))
+    return np.concatenate([np.asarray(leaf).reshape(-1) for leaf in leaves])
+
+
+def scalars(folder):
+    """What training logged but its speed, by name and step; only one process may have."""
+    (file,) = folder.glob("events.out.tfevents.*")
+    return {
+        (value.tag, event.step): float(tensor_util.make_ndarray(value.tensor))
+        for event in EventFileLoader(str(file)).Load()
+        for value in event.summary.value
+        if value.tag != "lists_per_second"
+    }
+
+
+@pytest.fixture(scope="module")
+def together(alone):
+    """The workdir of the same run in two processes."""
+    file, folder = alone
+    workdir = folder.parent / "together"
+    (said, bars), (silent, errors) = finish(start(*command(file, workdir)))
+    for line in ("prepare: ", "  joint 6/6", "results: "):
+        assert (line in said, line in silent) == (True, False)
+    assert ("step" in bars, "step" in errors) == (True, False)
+    return workdir
+
+
+@pytest.mark.slow
+def test_two_processes_end_where_one_does(alone, together):
+    _, one = alone
+    for name in ("train.retrieved", "dev.retrieved"):
+        with np.load(one / f"lists/{name}.npz") as a, np.load(together / f"lists/{name}.npz") as b:
+            np.testing.assert_array_equal(a["passages"], b["passages"])
+            np.testing.assert_allclose(a["scores"], b["scores"], atol=0.05)
+    runs = [open_workdir(workdir) for workdir in (one, together)]
+    for run in runs:
+        pipeline.export_lists(run, run.workdir.with_suffix(".tsv"))
+    assert one.with_suffix(".tsv").read_text() == together.with_suffix(".tsv").read_text()
+    for stage in ("retriever", "reranker", "joint"):
+        steps = [[p.name for p in (w / stage / "last").iterdir()] for w in (one, together)]
+        assert steps == [["6"], ["6"]]
+        expected, logged = (scalars(w / stage) for w in (one, together))
+        assert ("loss", 6) in logged
+        assert logged == pytest.approx(expected, rel=1e-4)
+    # A gradient that is nearly nothing has a sign by rounding, by which Adam goes at first: few are.
+    assert np.mean(np.abs(joint(one) - joint(together)) > 1e-5) < 0.01
+    reports = [json.loads((w / "results.json").read_text()) for w in (one, together)]
+    assert [row["metrics"] for row in reports[0]["rows"]] == [
+        pytest.approx(row["metrics"], abs=1e-6) for row in reports[1]["rows"]
+    ]
+
+
+@pytest.mark.slow
+def test_killed_in_joint_training_both_resume(alone, together):
+    file, _ = alone
+    workdir = together.parent / "killed"
+    shutil.copytree(together, workdir)
+    for name in ("joint", "runs", "eval", "vectors/joint", "index/joint"):
+        shutil.rmtree(workdir / name)
+    processes = start(*command(file, workdir))
+    seen = False
+    for line in processes[0].stdout:
+        if re.match(r"  joint 4/", line):
+            seen = True
+            break
+    for process in processes:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert seen
+    assert [p.name for p in (workdir / "joint/last").glob("[0-9]")] in (["2"], ["4"])
+    finish(start(*command(file, workdir)))
+    np.testing.assert_array_equal(joint(together), joint(workdir))
+    assert (workdir / "results.json").read_text() == (together / "results.json").read_text()
