@@ -33,7 +33,7 @@ def corpus_vectors(run: Run, store: tokens.Store, state: str) -> list[np.ndarray
 
 
 def _retrieve(run: Run, store: tokens.Store, folder: pathlib.Path, rows, tower, shards):
-    """The top passages of some training and dev queries, by split.
+    """The top passages of some queries, by split.
 
     `rows` are their row numbers by split; `tower()` and `shards()` give the params of the query tower
     and the passages' vectors.
@@ -55,10 +55,8 @@ def _retrieve(run: Run, store: tokens.Store, folder: pathlib.Path, rows, tower, 
             np.full(found["scores"].shape, np.nan, np.float32),
         )
 
-    return {
-        "train": candidates("train", run.config.mine.depth),
-        "dev": candidates("dev", run.config.dev.depth),
-    }
+    depths = {"train": run.config.mine.depth, "dev": run.config.dev.depth}
+    return {split: candidates(split, depths[split]) for split in rows}
 
 
 def _score(run: Run, store: tokens.Store, candidates: dict, folder: pathlib.Path, reranker):
@@ -99,8 +97,13 @@ def _score(run: Run, store: tokens.Store, candidates: dict, folder: pathlib.Path
 
 
 def retrieve(run: Run, store: tokens.Store) -> dict[str, lists_lib.Candidates]:
-    """The warmed-up retriever's top passages for the training and dev queries, in `lists/`."""
-    most = {"train": run.config.mine.queries, "dev": run.config.dev.queries}
+    """The warmed-up retriever's top passages for the training and dev queries, in `lists/`.
+
+    For dev queries alone where no lists are drawn from the others.
+    """
+    most = {"dev": run.config.dev.queries}
+    if run.config.reranker.epochs > 0 or not run.config.joint.lists:
+        most = {"train": run.config.mine.queries, **most}
     return _retrieve(
         run,
         store,

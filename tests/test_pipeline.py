@@ -790,6 +790,29 @@ def test_help_shows_an_example():
 
 
 @pytest.mark.slow
+def test_given_lists_train_given_models(finished, tmp_path):
+    """Neither a warm-up nor mining is left to do, so no training query is searched for."""
+    config, workdir = finished
+    for form, name in (("huggingface", "models"), ("joint-tsv", "lists.tsv")):
+        arguments = [f"--workdir={workdir}", f"--format={form}", f"--to={tmp_path / name}"]
+        ended = run_program("rqv2_jax.export", *arguments)
+        assert ended.returncode == 0, ended.stderr
+    given = config_lib.loads(config_lib.dumps(config))
+    given.model.weights = str(tmp_path / "models")
+    given.retriever.epochs = given.reranker.epochs = 0.0
+    given.joint.update({"lists": str(tmp_path / "lists.tsv"), "epochs": 1.0})
+    pipeline.main(given, tmp_path / "workdir")
+    assert (tmp_path / "workdir" / "lists" / "dev.retrieved.npz").is_file()
+    assert not (tmp_path / "workdir" / "lists" / "train.retrieved.npz").exists()
+    rows = json.loads((tmp_path / "workdir" / "results.json").read_text())["rows"]
+    before, after = (
+        next(r["metrics"] for r in rows if (r["state"], r["model"]) == (state, "reranker"))
+        for state in ("reranker", "joint")
+    )
+    assert before != after
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "metrics"),
     [
