@@ -24,26 +24,18 @@ from ml_collections import config_flags
 
 from rqv2_jax import program
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config whose data are examined.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "A workdir whose candidates have been scored.")
-_LABELS = flags.DEFINE_string(
-    "labels", "", "With --workdir: folder with fuller train.tsv, beside the qrels."
-)
-_SAMPLES = flags.DEFINE_integer(
-    "samples", 5, "With --workdir: untrusted candidates to print.", lower_bound=0
-)
-
 
 def main():
     """Prints one report or the other."""
     from rqv2_jax.errors import InputError
 
-    if _CONFIG.value is None:
-        return _denoising(pathlib.Path(_WORKDIR.value))
-    for flag in (_LABELS, _SAMPLES):
-        if flag.present:
-            raise InputError(f"--{flag.name} goes with --workdir; leave it out")
-    return _data(_CONFIG.value)
+    given = flags.FLAGS
+    if given.config is None:
+        return _denoising(pathlib.Path(given.workdir), given.labels, given.samples)
+    for name in ("labels", "samples"):
+        if given[name].present:
+            raise InputError(f"--{name} goes with --workdir; leave it out")
+    return _data(given.config)
 
 
 def _data(config):
@@ -62,15 +54,15 @@ def _data(config):
     sys.exit(0 if report.usable() else 1)
 
 
-def _denoising(workdir: pathlib.Path):
+def _denoising(workdir: pathlib.Path, labels: str, samples: int):
     from rqv2_jax import artifacts, pipeline
     from rqv2_jax.data import denoise
     from rqv2_jax.workdir import open_workdir
 
     run = open_workdir(workdir)
-    report, samples = pipeline.denoise_report(run, _LABELS.value, _SAMPLES.value)
+    report, shown = pipeline.denoise_report(run, labels, samples)
     print(denoise.render(report))
-    for sample in samples:
+    for sample in shown:
         print(f"\nprobability {sample['probability']:.3f}")
         for name in ("query", "labelled", "candidate"):
             text = textwrap.shorten(sample[name], 400)
@@ -80,8 +72,16 @@ def _denoising(workdir: pathlib.Path):
                 )
             )
     path = run.workdir / "eval" / "denoise.json"
-    artifacts.write_text(path, json.dumps({**report, "samples": samples}, indent=1) + "\n")
+    artifacts.write_text(path, json.dumps({**report, "samples": shown}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "Config whose data are examined.")
+    flags.DEFINE_string("workdir", None, "A workdir whose candidates have been scored.")
+    flags.DEFINE_string(
+        "labels", "", "With --workdir: folder with fuller train.tsv, beside the qrels."
+    )
+    flags.DEFINE_integer(
+        "samples", 5, "With --workdir: untrusted candidates to print.", lower_bound=0
+    )
     program.run(main, __doc__, one_of=("config", "workdir"))
