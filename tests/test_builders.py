@@ -6,9 +6,9 @@ import hashlib
 import http.server
 import io
 import json
+import pathlib
 import tarfile
 import threading
-import types
 import zipfile
 
 import pytest
@@ -108,7 +108,7 @@ def open_collection(name, path=""):
     config = config_lib.default()
     config.data.update({"dataset": name, "path": str(path)})
     config_lib.check(config)
-    return workdir.open_collection(types.SimpleNamespace(config=config, workdir=None))
+    return workdir.open_collection(config.data, pathlib.Path("nowhere"))
 
 
 def test_beir_is_fetched_once_and_read_as_from_its_folder(tmp_path, data_dir, publish):
