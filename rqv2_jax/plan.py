@@ -37,10 +37,11 @@ def main():
     from rqv2_jax import planning
 
     config = flags.FLAGS.config
+    sizes = planning.sizes(config, _QUERIES.value, _PASSAGES.value)
     machine = planning.machine(topology)
     plan = planning.make(config, machine, report=print)
     print(planning.render(plan, machine))
-    print(planning.render_run(config, plan, machine, _QUERIES.value, _PASSAGES.value))
+    print(planning.render_run(config, plan, machine, *sizes))
     if _OVERLAY.value is not None:
         lines = [f"--config.{key}={value}" for key, value in plan.overlay.items()]
         pathlib.Path(_OVERLAY.value).write_text("\n".join(lines) + "\n")

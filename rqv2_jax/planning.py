@@ -409,29 +409,29 @@ def render(plan: Plan, machine: Machine) -> str:
     return "\n".join(lines)
 
 
+def sizes(config: ml_collections.ConfigDict, queries: int | None, passages: int | None):
+    """Training queries and passages: those given, else those of the published data the config names.
+
+    Raises:
+      InputError: they are neither given nor known.
+    """
+    known = PUBLISHED.get(config.data.dataset, (None, None))
+    passages, queries = passages or known[0], queries or known[1]
+    if queries is None or passages is None:
+        raise InputError(
+            f"{config.data.dataset}: how large it is is not known; give --queries and --passages"
+        )
+    return queries, passages
+
+
 def render_run(
-    config: ml_collections.ConfigDict,
-    plan: Plan,
-    machine: Machine,
-    queries: int | None,
-    passages: int | None,
+    config: ml_collections.ConfigDict, plan: Plan, machine: Machine, queries: int, passages: int
 ) -> str:
     """Least time of every stage, and disk and memory, as tables in Markdown.
 
     Args:
-      queries, passages: how many there are to train on and to search; None for those of published
-        data that the config names.
-
-    Raises:
-      InputError: they are not given and not known.
+      queries, passages: how many there are to train on and to search.
     """
-    if queries is None or passages is None:
-        if config.data.dataset not in PUBLISHED:
-            raise InputError(
-                f"{config.data.dataset}: how large it is is not known; give --queries and --passages"
-            )
-        known = PUBLISHED[config.data.dataset]
-        passages, queries = passages or known[0], queries or known[1]
     mined = min(queries, config.mine.queries)
     scored = min(mined, config.mine.scored_queries) if config.joint.denoised_share else 0
     trained = {"retriever": queries, "reranker": mined, "joint": mined}

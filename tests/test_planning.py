@@ -189,8 +189,9 @@ def test_the_whole_run_adds_up(roomy, config):
     plan, _ = roomy
     own = config_lib.loads(config_lib.dumps(config))
     own.data.dataset = "dpr"
-    text = planning.render_run(own, plan, machine(1e12), None, None)
-    passages, queries = planning.PUBLISHED["dpr"]
+    queries, passages = planning.sizes(own, None, None)
+    assert (passages, queries) == planning.PUBLISHED["dpr"]
+    text = planning.render_run(own, plan, machine(1e12), queries, passages)
     assert f"all of it, {queries:,} training queries, {passages:,} passages" in text
     steps = round(own.joint.epochs * queries / own.joint.batch)
     hours = steps * plan.steps["joint"].seconds(machine(1e12)) / 3600
@@ -198,7 +199,8 @@ def test_the_whole_run_adds_up(roomy, config):
     assert f"| vectors, disk, each retriever | {passages * 32 * 4 / 2**30:.1f} |" in text
     own.data.dataset = "beir"
     with pytest.raises(InputError, match="give --queries and --passages"):
-        planning.render_run(own, plan, machine(1e12), None, 7)
+        planning.sizes(own, None, 7)
+    assert planning.sizes(own, 5, 7) == (5, 7)
 
 
 def test_no_step_is_faster_than_its_slowest_part():
