@@ -265,10 +265,16 @@ def test_two_processes_end_where_one_does(alone, together):
         assert logged == pytest.approx(expected, rel=1e-4)
     # A gradient that is nearly nothing has a sign by rounding, by which Adam goes at first: few are.
     assert np.mean(np.abs(joint(one) - joint(together)) > 1e-5) < 0.01
-    reports = [json.loads((w / "results.json").read_text()) for w in (one, together)]
-    assert [row["metrics"] for row in reports[0]["rows"]] == [
-        pytest.approx(row["metrics"], abs=1e-6) for row in reports[1]["rows"]
-    ]
+    ended = run_program("rqv2_jax.evaluate", f"--workdir={one}", "--split=dev")
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    arguments = ("--distributed", f"--workdir={together}", "--split=dev")
+    (table, _), (silent, _) = finish(start("-m", "rqv2_jax.evaluate", *arguments))
+    assert ("8 dev queries" in table, "dev queries" in silent) == (True, False)
+    for name in ("results.json", "eval/test.json", "eval/dev.json"):
+        reports = [json.loads((w / name).read_text())["rows"] for w in (one, together)]
+        expected, found = ([row.pop("metrics") for row in rows] for rows in reports)
+        assert reports[0] == reports[1]
+        assert found == [pytest.approx(each, abs=1e-6) for each in expected]
 
 
 @pytest.mark.slow
