@@ -34,7 +34,7 @@ class Checkpoints:
         Raises:
           InputError: the checkpoint cannot be read or has other shapes.
         """
-        step = self.last_step()
+        step = hosts.from_first(self._last.latest_step)
         if step is None:
             return state
         try:

@@ -4,6 +4,8 @@ All run the same program and take the same decisions, so that every computation 
 started by all. They share one workdir, on a file system that all see, into which only the first
 process writes. A process looks for a file only once the first has said that it is there: a network
 file system may remember for a while that it was not.
+
+If a process is lost, JAX ends the others within minutes; the same command resumes.
 """
 
 import hashlib

@@ -60,17 +60,23 @@ def start(*arguments, **settings):
     ]
 
 
-def finish(processes):
-    """(standard output, standard error) of each process, all of which must end well."""
+def run(processes):
+    """(exit code, standard output, standard error) of each process."""
     try:
         with concurrent.futures.ThreadPoolExecutor() as pool:
             ended = list(pool.map(lambda process: process.communicate(timeout=600), processes))
     finally:
         for process in processes:
             process.kill()
-    for process, (_, errors) in zip(processes, ended):
-        assert process.returncode == 0, errors[-3000:]
-    return ended
+    return [(process.returncode, *said) for process, said in zip(processes, ended)]
+
+
+def finish(processes):
+    """(standard output, standard error) of each process, all of which must end well."""
+    ended = run(processes)
+    for code, _, errors in ended:
+        assert code == 0, errors[-3000:]
+    return [said for _, *said in ended]
 
 
 ROOMS = """
@@ -164,6 +170,17 @@ def test_rooms_of_two_processes(tmp_path):
     assert (tmp_path / "text").read_text() == "of 0"
 
 
+def test_what_the_first_cannot_do_ends_all(tmp_path):
+    config = ("--config=configs/beir.py", "--config.data.path=/nowhere", "--config.mesh.data=4")
+    ended = run(
+        start("-m", "rqv2_jax.main", "--distributed", *config, f"--workdir={tmp_path / 'w'}")
+    )
+    for (code, _, errors), message in zip(ended, ("/nowhere: no such folder", "the first process")):
+        (line,) = (line for line in errors.splitlines() if line.startswith("error: "))
+        assert (code, message in line) == (1, True), line
+    assert (tmp_path / "w" / "config.json").is_file()
+
+
 def test_without_others_there_is_one_share_and_nobody_to_ask():
     assert list(hosts.share(3)) == [0, 1, 2]
     assert hosts.join([np.arange(2), np.arange(2)]).tolist() == [[0, 1], [0, 1]]
@@ -237,8 +254,8 @@ def test_two_processes_end_where_one_does(alone, together):
             np.testing.assert_array_equal(a["passages"], b["passages"])
             np.testing.assert_allclose(a["scores"], b["scores"], atol=0.05)
     runs = [open_workdir(workdir) for workdir in (one, together)]
-    for run in runs:
-        pipeline.export_lists(run, run.workdir.with_suffix(".tsv"))
+    for each in runs:
+        pipeline.export_lists(each, each.workdir.with_suffix(".tsv"))
     assert one.with_suffix(".tsv").read_text() == together.with_suffix(".tsv").read_text()
     for stage in ("retriever", "reranker", "joint"):
         steps = [[p.name for p in (w / stage / "last").iterdir()] for w in (one, together)]
@@ -248,10 +265,16 @@ def test_two_processes_end_where_one_does(alone, together):
         assert logged == pytest.approx(expected, rel=1e-4)
     # A gradient that is nearly nothing has a sign by rounding, by which Adam goes at first: few are.
     assert np.mean(np.abs(joint(one) - joint(together)) > 1e-5) < 0.01
-    reports = [json.loads((w / "results.json").read_text()) for w in (one, together)]
-    assert [row["metrics"] for row in reports[0]["rows"]] == [
-        pytest.approx(row["metrics"], abs=1e-6) for row in reports[1]["rows"]
-    ]
+    ended = run_program("rqv2_jax.evaluate", f"--workdir={one}", "--split=dev")
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    arguments = ("--distributed", f"--workdir={together}", "--split=dev")
+    (table, _), (silent, _) = finish(start("-m", "rqv2_jax.evaluate", *arguments))
+    assert ("8 dev queries" in table, "dev queries" in silent) == (True, False)
+    for name in ("results.json", "eval/test.json", "eval/dev.json"):
+        reports = [json.loads((w / name).read_text())["rows"] for w in (one, together)]
+        expected, found = ([row.pop("metrics") for row in rows] for rows in reports)
+        assert reports[0] == reports[1]
+        assert found == [pytest.approx(each, abs=1e-6) for each in expected]
 
 
 @pytest.mark.slow
