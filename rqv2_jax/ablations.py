@@ -14,7 +14,6 @@ import json
 import pathlib
 
 from absl import flags
-from ml_collections import config_flags
 
 from rqv2_jax import program
 
@@ -209,7 +208,7 @@ def main():
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "Config file, as configs/nq.py[:preset].")
+    program.define_config()
     flags.DEFINE_string("workdir", None, "Folder of everything these runs write.")
     flags.DEFINE_integer("seeds", 3, "Seeds of joint training, from 0.", lower_bound=1)
     flags.DEFINE_list("rows", None, "Only these rows and full; all if not given.")

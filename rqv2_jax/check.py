@@ -20,7 +20,6 @@ import tempfile
 import textwrap
 
 from absl import flags
-from ml_collections import config_flags
 
 from rqv2_jax import program
 
@@ -76,7 +75,7 @@ def _denoising(workdir: pathlib.Path, labels: str, samples: int):
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "Config whose data are examined.")
+    program.define_config("Config whose data are examined.")
     flags.DEFINE_string("workdir", None, "A workdir whose candidates have been scored.")
     flags.DEFINE_string(
         "labels", "", "With --workdir: folder with fuller train.tsv, beside the qrels."

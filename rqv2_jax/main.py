@@ -12,11 +12,10 @@ Examples:
 import pathlib
 
 from absl import flags
-from ml_collections import config_flags
 
 from rqv2_jax import program
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, as configs/nq.py[:preset].")
+_CONFIG = program.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of everything this run writes.")
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the processes of the other hosts.")
 

@@ -13,7 +13,6 @@ import os
 import pathlib
 
 from absl import flags
-from ml_collections import config_flags
 
 from rqv2_jax import program
 
@@ -49,5 +48,5 @@ def main():
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "Config file, as configs/nq.py[:preset].")
+    program.define_config()
     program.run(main, __doc__, required=("config", "topology"))

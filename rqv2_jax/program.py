@@ -5,8 +5,20 @@ import sys
 from collections.abc import Callable
 
 from absl import flags, logging
+from ml_collections import config_flags
 
 from rqv2_jax.errors import InputError
+
+# A flag that is defined here belongs to the program that asked for it, and to its --help.
+flags.disclaim_key_flags()
+
+
+def define_config(help_text: str = "Config file, as configs/nq.py[:preset].") -> flags.FlagHolder:
+    """The flag --config and --config.group.key=value for its settings; exits 2 on a bad flag file."""
+    try:
+        return config_flags.DEFINE_config_file("config", None, help_text)
+    except flags.Error as e:
+        _fail(e, 2)
 
 
 def run(
@@ -34,8 +46,6 @@ def run(
         print(f"{doc.strip()}\n\nFlags:{flags.FLAGS.main_module_help()}")
         return
     try:
-        # The config's own flag looks for --config.group.key in sys.argv, so flag files are read first.
-        sys.argv[1:] = flags.FLAGS.read_flags_from_files(sys.argv[1:])
         rest = flags.FLAGS(sys.argv)[1:]
         if len(rest) > arguments:
             raise InputError(f"unexpected argument {rest[arguments]!r}; --help shows an example")
