@@ -45,9 +45,11 @@ def cached(
         arrays = compute()
         write_arrays(path, {"source": np.array(source), **arrays})
         if hosts.first():
-            return arrays
+            found = arrays
     if not hosts.first():
         read()
+    # The first process may soon make the file from another source.
+    hosts.barrier()
     return found
 
 

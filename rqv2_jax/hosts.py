@@ -99,6 +99,12 @@ def check_same(what: str, *arrays: np.ndarray):
         )
 
 
+def barrier():
+    """Waits until all processes are here."""
+    if jax.process_count() > 1:
+        distributed.global_state.client.wait_at_barrier(f"rqv2_jax/{next(_numbers)}", FOREVER_MS)
+
+
 def share(count: int) -> range:
     """Which of `count` numbers this process takes; equally many for each, so some may be too high."""
     processes = jax.process_count()
@@ -110,5 +116,5 @@ def join(results: list[np.ndarray]) -> np.ndarray:
     own = np.stack(results)
     if jax.process_count() == 1:
         return own
-    distributed.global_state.client.wait_at_barrier(f"rqv2_jax/{next(_numbers)}", FOREVER_MS)
+    barrier()
     return multihost_utils.process_allgather(own).swapaxes(0, 1).reshape(-1, *own.shape[1:])
