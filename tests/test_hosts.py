@@ -170,6 +170,7 @@ def test_rooms_of_two_processes(tmp_path):
     assert (tmp_path / "text").read_text() == "of 0"
 
 
+@pytest.mark.slow
 def test_what_the_first_cannot_do_ends_all(tmp_path):
     config = ("--config=configs/beir.py", "--config.data.path=/nowhere", "--config.mesh.data=4")
     ended = run(
