@@ -215,7 +215,6 @@ def _fitting(config, shape, mesh, name, remats, machine, report) -> Step:
     for remat in remats:
         for accumulate in range(1, 2 if name == "retriever" else lists + 1):
             own = config_lib.loads(config_lib.dumps(config))
-            own.model.remat = remat
             if name != "retriever":
                 own[name].accumulate = accumulate
             wasteful = -(-config[name].batch // (mesh.shards * accumulate)) * accumulate > lists
@@ -268,13 +267,12 @@ def _train_step(config, shape, mesh, name, machine, report) -> Step | None:
     settings, stage = config[name], train.make_stage(config, models, name)
     slots_SxB = batches_lib.slots(settings.batch, mesh.shards, stage.accumulate)
     parts, lists = slots_SxB.shape
-    sequences = {"passages": (lists * stage.list_size, config.data.passage_length)}
+    sequences = {}
     if "retriever" in stage.models:
         sequences["queries"] = (lists, config.data.query_length)
+        sequences["passages"] = (lists * stage.list_size, config.data.passage_length)
     if "reranker" in stage.models:
         sequences["pairs"] = (lists * stage.list_size, config.data.pair_length)
-        if "retriever" not in stage.models:
-            del sequences["passages"]
     batch = {kind: _packed(parts, *size, mesh.batch) for kind, size in sequences.items()}
     labels = {"positive": stage.list_size, "where": stage.list_size}
     if stage.in_batch:

@@ -44,14 +44,18 @@ class Run:
     def initial(self, model: str):
         """The params of one model before any training, on the devices."""
         config = self.models.config
+        query, passage, reranker, head = self.weights
         if model == "retriever":
-            towers = {"query": self.weights.query, "passage": self.weights.passage}
-            params = {name: weights.load_encoder(path, config) for name, path in towers.items()}
-        elif self.weights.head:
-            encoder = weights.load_encoder(self.weights.reranker, config)
-            params = {"encoder": encoder, "head": weights.load_head(self.weights.reranker, config)}
+            encoder = weights.load_encoder(query, config)
+            if passage == query:
+                other = jax.tree.map(lambda x: x.copy(), encoder)
+            else:
+                other = weights.load_encoder(passage, config)
+            return self.sharding.put_params({"query": encoder, "passage": other})
+        encoder = weights.load_encoder(reranker, config)
+        if head:
+            params = {"encoder": encoder, "head": weights.load_head(reranker, config)}
         else:
-            encoder = weights.load_encoder(self.weights.reranker, config)
             params = models_lib.init_reranker(encoder, config, jax.random.key(self.config.seed))
         return self.sharding.put_params(params)
 
