@@ -1,10 +1,11 @@
 """The BERT encoder (Devlin et al. 2019), the only room that imports Linen.
 
 Layers are scanned, so every layer weight carries a leading layer axis `L` and compile time does not
-grow with depth. Rows may hold several sequences: attention stays inside a sequence number.
+grow with depth. All dense work is done on the tokens of all blocks at once; only attention sees rows.
+Rows may hold several sequences: attention stays inside a sequence number.
 
-Shape suffixes: R rows, T tokens of a row, N = R * T, D hidden size,
-F intermediate size, H heads, K head size, L layers.
+Shape suffixes: R rows of a block, T tokens of a row, S sequences of a row, N tokens of all blocks,
+A tokens that ask, D hidden size, F intermediate size, H heads, K head size, L layers.
 """
 
 import dataclasses
@@ -12,6 +13,9 @@ import dataclasses
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from rqv2_jax.data.packing import Block
 
 # What a layer keeps for its gradient: everything, what its dense products gave, or its input alone;
 # the rest is computed again.
@@ -72,43 +76,60 @@ class Dropout(nn.Module):
 
 
 class Embeddings(nn.Module):
-    """Sum of word, position and type embeddings, then layer norm and dropout: [R, T] -> [R, T, D]."""
+    """Sum of word, position and type embeddings, then layer norm and dropout: [N] -> [N, D]."""
 
     config: BertConfig
 
     @nn.compact
-    def __call__(self, tokens_RxT, types_RxT, positions_RxT, *, deterministic: bool):
+    def __call__(self, tokens_N, types_N, positions_N, *, deterministic: bool):
         c = self.config
         init = nn.initializers.normal(c.initializer_range)
 
         def embed(count, name):
             return nn.Embed(count, c.hidden_size, embedding_init=init, name=name)
 
-        x_RxTxD = (
-            embed(c.vocab_size, "word")(tokens_RxT)
-            + embed(c.max_positions, "position")(positions_RxT)
-            + embed(c.type_vocab_size, "type")(types_RxT)
+        x_NxD = (
+            embed(c.vocab_size, "word")(tokens_N)
+            + embed(c.max_positions, "position")(positions_N)
+            + embed(c.type_vocab_size, "type")(types_N)
         )
-        x_RxTxD = nn.LayerNorm(epsilon=c.layer_norm_eps, name="norm")(x_RxTxD)
-        x_RxTxD = Dropout(c.dropout, deterministic)(x_RxTxD)
-        return x_RxTxD.astype(c.dtype)
+        x_NxD = nn.LayerNorm(epsilon=c.layer_norm_eps, name="norm")(x_NxD)
+        return Dropout(c.dropout, deterministic)(x_NxD).astype(c.dtype)
+
+
+class Projections(nn.Module):
+    """Queries [A, D] of the asking tokens, keys and values [N, 2 * D] of all, from one weight."""
+
+    config: BertConfig
+
+    @nn.compact
+    def __call__(self, x_NxD, asking_AxD):
+        c = self.config
+        size = c.hidden_size
+        init = nn.initializers.normal(c.initializer_range)
+        kernel_DxE = self.param("kernel", init, (size, 3 * size)).astype(c.dtype)
+        bias_E = self.param("bias", nn.initializers.zeros, (3 * size,)).astype(c.dtype)
+        if asking_AxD is x_NxD:
+            qkv_NxE = x_NxD @ kernel_DxE + bias_E
+            return qkv_NxE[:, :size], qkv_NxE[:, size:]
+        q_AxD = asking_AxD @ kernel_DxE[:, :size] + bias_E[:size]
+        return q_AxD, x_NxD @ kernel_DxE[:, size:] + bias_E[size:]
 
 
 class Layer(nn.Module):
-    """One post-norm transformer layer: [R * T, D] -> [R * T, D]; softmax and norms in float32.
+    """One post-norm transformer layer: [N, D] -> [N, D]; softmax and norms in float32.
 
-    With `first_only` [R * T, D] -> [R, D]: only the first token of each row asks and goes on.
+    If only some tokens `asking_AxD` ask and go on, [A, D] -> [A, D]. A block's rows, what each token
+    may see and how many ask are told by its bias: [R, 1, asking tokens of a row, T].
     """
 
     config: BertConfig
     deterministic: bool
-    first_only: bool = False
 
     @nn.compact
-    def __call__(self, x_NxD, bias_Rx1xTxT):
+    def __call__(self, x_NxD, biases: tuple[jax.Array, ...], asking_AxD=None):
         c = self.config
-        rows, _, _, length = bias_Rx1xTxT.shape
-        head_size = c.hidden_size // c.num_heads
+        asking_AxD = x_NxD if asking_AxD is None else asking_AxD
 
         def dense(features, name):
             init = nn.initializers.normal(c.initializer_range)
@@ -121,45 +142,47 @@ class Layer(nn.Module):
             norm = nn.LayerNorm(epsilon=c.layer_norm_eps, name=name)
             return norm((x + dropout(y)).astype(jnp.float32)).astype(c.dtype)
 
-        qkv_RxTx3xHxK = dense(3 * c.hidden_size, "qkv")(x_NxD).reshape(
-            rows, length, 3, c.num_heads, head_size
-        )
-        # Heads in front of tokens and keys already transposed: plain batched products, which XLA's
-        # CPU backend runs faster than any other order of the axes.
-        asking = 1 if self.first_only else length
-        x_NxD = x_NxD.reshape(rows, length, -1)[:, :asking].reshape(rows * asking, -1)
-        q_RxHxTxK = qkv_RxTx3xHxK[:, :asking, 0].transpose(0, 2, 1, 3) * head_size**-0.5
-        k_RxHxKxT = qkv_RxTx3xHxK[:, :, 1].transpose(0, 2, 3, 1)
-        v_RxHxTxK = qkv_RxTx3xHxK[:, :, 2].transpose(0, 2, 1, 3)
-        logits_RxHxTxT = jnp.matmul(q_RxHxTxK, k_RxHxKxT).astype(jnp.float32)
-        logits_RxHxTxT = logits_RxHxTxT + bias_Rx1xTxT[:, :, :asking]
-        weights_RxHxTxT = dropout(jax.nn.softmax(logits_RxHxTxT)).astype(c.dtype)
-        y_RxHxTxK = jnp.matmul(weights_RxHxTxT, v_RxHxTxK)
-        y_NxD = y_RxHxTxK.transpose(0, 2, 1, 3).reshape(x_NxD.shape)
-        x_NxD = add_norm(x_NxD, dense(c.hidden_size, "attention_output")(y_NxD), "norm_1")
+        def attend(q_AxD, kv_NxD, bias_Rx1xAxT):
+            rows, _, asking, length = bias_Rx1xAxT.shape
+            heads, size = c.num_heads, c.hidden_size // c.num_heads
+            # Heads in front of tokens and keys already transposed: plain batched products, which
+            # XLA's CPU backend runs faster than any other order of the axes.
+            q_RxHxAxK = q_AxD.reshape(rows, asking, heads, size).transpose(0, 2, 1, 3) * size**-0.5
+            kv_RxTx2xHxK = kv_NxD.reshape(rows, length, 2, heads, size)
+            k_RxHxKxT = kv_RxTx2xHxK[:, :, 0].transpose(0, 2, 3, 1)
+            v_RxHxTxK = kv_RxTx2xHxK[:, :, 1].transpose(0, 2, 1, 3)
+            logits_RxHxAxT = jnp.matmul(q_RxHxAxK, k_RxHxKxT).astype(jnp.float32) + bias_Rx1xAxT
+            weights_RxHxAxT = dropout(jax.nn.softmax(logits_RxHxAxT)).astype(c.dtype)
+            y_RxHxAxK = jnp.matmul(weights_RxHxAxT, v_RxHxTxK)
+            return y_RxHxAxK.transpose(0, 2, 1, 3).reshape(rows * asking, c.hidden_size)
 
-        y_NxF = ACTIVATIONS[c.activation](dense(c.intermediate_size, "intermediate")(x_NxD))
-        x_NxD = add_norm(x_NxD, dense(c.hidden_size, "output")(y_NxF), "norm_2")
-        return x_NxD, None
+        q_AxD, kv_NxD = Projections(c, name="qkv")(x_NxD, asking_AxD)
+        shapes = [bias.shape for bias in biases]
+        asking_ends = np.cumsum([rows * asking for rows, _, asking, _ in shapes])[:-1]
+        ends = np.cumsum([rows * length for rows, _, _, length in shapes])[:-1]
+        parts = zip(jnp.split(q_AxD, asking_ends), jnp.split(kv_NxD, ends), biases)
+        y_AxD = jnp.concatenate([attend(*part) for part in parts])
+        x_AxD = add_norm(asking_AxD, dense(c.hidden_size, "attention_output")(y_AxD), "norm_1")
+
+        y_AxF = ACTIVATIONS[c.activation](dense(c.intermediate_size, "intermediate")(x_AxD))
+        return add_norm(x_AxD, dense(c.hidden_size, "output")(y_AxF), "norm_2"), None
 
 
 class Encoder(nn.Module):
-    """Token numbers [R, T] to the last layer's hidden states [R * T, D] in `config.dtype`.
+    """Blocks of token numbers to the last layer's hidden states [N, D] in `config.dtype`.
 
-    `sequence_RxT` numbers the sequence every token belongs to; a token attends to the tokens of its
-    own sequence only. `positions_RxT` restarts at 0 in every sequence.
+    A token attends to the tokens of its own sequence only, which `packing.Block.sequence_RxT` numbers.
     """
 
     config: BertConfig
 
     @nn.compact
-    def __call__(self, tokens_RxT, types_RxT, positions_RxT, sequence_RxT, *, deterministic: bool):
+    def __call__(self, blocks: tuple[Block, ...], *, deterministic: bool):
         c = self.config
-        x_RxTxD = Embeddings(c, name="embeddings")(
-            tokens_RxT, types_RxT, positions_RxT, deterministic=deterministic
+        flat = (
+            jnp.concatenate([x.reshape(-1) for x in part]) for part in zip(*(b[:3] for b in blocks))
         )
-        # One product over all tokens is faster than one over rows of tokens.
-        x_NxD = x_RxTxD.reshape(-1, c.hidden_size)
+        x_NxD = Embeddings(c, name="embeddings")(*flat, deterministic=deterministic)
         if c.num_layers == 0:
             return x_NxD
         layers = nn.scan(
@@ -170,7 +193,9 @@ class Encoder(nn.Module):
             length=c.num_layers,
             unroll=c.num_layers if c.unrolled else 1,
         )
-        x_NxD, _ = layers(c, deterministic, name="layers")(x_NxD, _bias(sequence_RxT))
+        x_NxD, _ = layers(c, deterministic, name="layers")(
+            x_NxD, tuple(_bias(block, block.sequence_RxT) for block in blocks)
+        )
         return x_NxD
 
 
@@ -182,19 +207,18 @@ def _remat(policy: str, *, in_loop: bool):
     return nn.remat(Layer, policy=REMAT[policy], prevent_cse=not in_loop)
 
 
-def _bias(sequence_RxT):
-    """What keeps attention inside a sequence, [R, 1, T, T]."""
-    same_RxTxT = sequence_RxT[:, :, None] == sequence_RxT[:, None, :]
-    return jnp.where(same_RxTxT, 0.0, MASKED)[:, None]
+def _bias(block: Block, asking_RxA):
+    """What keeps attention inside a sequence [R, 1, A, T], by the number of each asking token's."""
+    same_RxAxT = asking_RxA[:, :, None] == block.sequence_RxT[:, None, :]
+    return jnp.where(same_RxAxT, 0.0, MASKED)[:, None]
 
 
-def first_states(
-    config: BertConfig, params, tokens_RxT, types_RxT, positions_RxT, sequence_RxT, key
-):
-    """The last layer's hidden state of each row's first token [R, D], as `Encoder` gives it.
+def first_states(config: BertConfig, params, blocks: tuple[Block, ...], key):
+    """The last layer's hidden state of each sequence's first token, as `Encoder` gives it.
 
-    The last layer computes its attention and feed-forward for those tokens alone. `key` is that of
-    dropout; None switches it off.
+    [R * S of all blocks, D], in the order of the blocks' `first_RxS`. The last layer computes its
+    queries, attention and feed-forward for those tokens alone. `key` is that of dropout; None switches
+    it off.
     """
     lower = dataclasses.replace(config, num_layers=config.num_layers - 1)
     lower_params = {**params, "layers": jax.tree.map(lambda x: x[:-1], params["layers"])}
@@ -202,14 +226,23 @@ def first_states(
     off = key is None
     x_NxD = Encoder(lower).apply(
         {"params": lower_params},
-        *(tokens_RxT, types_RxT, positions_RxT, sequence_RxT),
+        blocks,
         deterministic=off,
         rngs={} if off else {"dropout": key},
     )
-    x_RxD, _ = _remat(config.remat, in_loop=False)(config, off, first_only=True).apply(
+    ends = np.cumsum([block.sequence_RxT.size for block in blocks])[:-1]
+    first, biases = [], []
+    for block, part_NxD in zip(blocks, jnp.split(x_NxD, ends)):
+        part_RxTxD = part_NxD.reshape(*block.sequence_RxT.shape, -1)
+        found = jnp.take_along_axis(part_RxTxD, block.first_RxS[..., None], axis=1)
+        first.append(found.reshape(-1, config.hidden_size))
+        biases.append(
+            _bias(block, jnp.take_along_axis(block.sequence_RxT, block.first_RxS, axis=1))
+        )
+    x_AxD, _ = _remat(config.remat, in_loop=False)(config, off).apply(
         {"params": last_params},
-        *(x_NxD, _bias(sequence_RxT)),
+        *(x_NxD, tuple(biases), jnp.concatenate(first)),
         # Another key than that of the layers below, so that its masks are its own.
         rngs={} if off else {"dropout": jax.random.fold_in(key, config.num_layers)},
     )
-    return x_RxD
+    return x_AxD

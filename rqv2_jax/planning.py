@@ -23,9 +23,8 @@ from rqv2_jax import models as models_lib
 from rqv2_jax import sharding as sharding_lib
 from rqv2_jax import weights as weights_lib
 from rqv2_jax.data import batches as batches_lib
-from rqv2_jax.data.packing import Block, Packed
+from rqv2_jax.data.packing import WIDTH_MULTIPLE, Block, Packed
 from rqv2_jax.errors import InputError
-from rqv2_jax.retrieval.stream import row_widths
 from rqv2_jax.workdir import read_shape
 
 GIB = 2**30
@@ -235,17 +234,17 @@ def _fitting(config, shape, mesh, name, remats, machine, report) -> Step:
 def _packed(parts: int, rows: int, width: int, sharding) -> Packed:
     """Abstract inputs of `rows` sequences of `width` tokens in each of `parts`."""
     tokens = jax.ShapeDtypeStruct((parts, rows, width), jnp.int32, sharding=sharding)
-    first = jax.ShapeDtypeStruct((parts, rows), jnp.int32, sharding=sharding)
-    return Packed((Block(tokens, tokens, tokens, tokens),), first)
+    first = jax.ShapeDtypeStruct((parts, rows, 1), jnp.int32, sharding=sharding)
+    slot = jax.ShapeDtypeStruct((parts, rows), jnp.int32, sharding=sharding)
+    return Packed((Block(tokens, tokens, tokens, tokens, first),), slot)
 
 
 def _params(shape: bert.BertConfig, mesh: sharding_lib.Sharding, names: tuple[str, ...]):
     """Abstract params of some models, sharded."""
 
     def init(key):
-        number = jnp.zeros((1, 8), jnp.int32)
-        inputs = (number, number, number, number)
-        encoder = bert.Encoder(shape).init(key, *inputs, deterministic=True)["params"]
+        blocks = (Block(*[jnp.zeros((1, 8), jnp.int32)] * 5),)
+        encoder = bert.Encoder(shape).init(key, blocks, deterministic=True)["params"]
         made = {
             "retriever": lambda: {"query": encoder, "passage": encoder},
             "reranker": lambda: models_lib.init_reranker(encoder, shape, key),
@@ -340,7 +339,7 @@ def _forward_step(config, shape, mesh, name, machine, report) -> Step:
     else:
         fn, longest = models.reranker_scores, config.data.pair_length
         params = _params(shape, mesh, ("reranker",))["reranker"]
-    width = row_widths(longest)[-1]
+    width = -(-longest // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
     rows = max(TOKENS_A_CHIP // width, 1)
     while rows:
         what = f"{name}, {rows} rows of {width} tokens a device"

@@ -117,6 +117,7 @@ class World:
             accumulate=accumulate,
             own=range(shards * accumulate),
             max_blocks=1,
+            row_width=0,
         )
 
     def loss(self, name, models=None, accumulate=1):

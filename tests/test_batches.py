@@ -56,7 +56,7 @@ def batches_of(store, queries, lists, **changed):
     given = dict(
         batch=BATCH, models=("retriever", "reranker"), in_batch=False, shards=1, accumulate=1
     )
-    given |= {"max_blocks": 3} | changed
+    given |= {"max_blocks": 3, "row_width": 0} | changed
     own = range(given["shards"] * given["accumulate"])
     return ListBatches(store, queries, INPUTS, lists, **{"own": own, **given})
 
@@ -66,7 +66,7 @@ def leaves(batch):
     flat = {}
     for name, value in batch.items():
         if isinstance(value, Packed):
-            flat[f"{name}.first"] = value.first_N
+            flat[f"{name}.slot"] = value.slot_N
             for b, block in enumerate(value.blocks):
                 flat |= {f"{name}.{b}.{x}": array for x, array in block._asdict().items()}
         else:
@@ -85,12 +85,15 @@ def assert_same(a, b):
 def recovered(packed):
     """[part][sequence] -> (tokens, types) as the model finds them, from the sequence's first token."""
     parts = []
-    for part, first_N in enumerate(packed.first_N):
+    for part, slot_N in enumerate(packed.slot_N):
         flat = [
             np.concatenate([getattr(block, x)[part].reshape(-1) for block in packed.blocks])
             for x in ("tokens_RxT", "types_RxT", "positions_RxT", "sequence_RxT")
         ]
         tokens, types, positions, sequence = flat
+        widths = np.repeat(*np.array([b.tokens_RxT.shape[:0:-1] for b in packed.blocks]).T)
+        first_RxS = np.concatenate([block.first_RxS[part] for block in packed.blocks])
+        first_N = ((np.cumsum(widths) - widths)[:, None] + first_RxS).reshape(-1)[slot_N]
         parts.append([])
         for n, first in enumerate(first_N):
             end = first + (sequence == n).sum()
@@ -115,11 +118,17 @@ def expected_sequences(store, queries, query, passages):
     }
 
 
+@pytest.mark.parametrize("row_width", [0, 64])
 @pytest.mark.parametrize("parts", [1, 2, 4])
-def test_every_passage_of_a_list_is_at_its_place(parts):
+def test_every_passage_of_a_list_is_at_its_place(parts, row_width):
     store, queries, lists = world()
-    batches = batches_of(store, queries, lists, shards=parts)
+    batches = batches_of(store, queries, lists, shards=parts, row_width=row_width)
     assert batches.steps == 4
+    # The lists of the first four batches, in another order.
+    lists, given = batches.lists, lists
+    assert sorted(map(str, zip(lists.query_rows_L, lists.passages_LxP.tolist()))) == sorted(
+        map(str, zip(given.query_rows_L[:16], given.passages_LxP[:16].tolist()))
+    )
     seen = 0
     for step in range(batches.steps):
         batch = batches.make(step)
@@ -164,7 +173,7 @@ def test_parts_share_the_same_lists_and_labels(parts, in_batch):
 
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("order", [1, -1], ids=["longest last", "longest first"])
-def test_shapes_are_the_same_at_every_step(parts, order, monkeypatch):
+def test_shapes_are_the_same_at_every_step(parts, order):
     store, queries, lists = world(lists=32, seed=4)
     # Most batches know nothing of the longest texts.
     length_L = INPUTS.passage_lengths(store, lists.passages_LxP).max(axis=1)
@@ -178,10 +187,40 @@ def test_shapes_are_the_same_at_every_step(parts, order, monkeypatch):
     assert len(shapes) == 8
     assert all(x == shapes[0] for x in shapes)
     assert all(shape[0] == parts for shape, _ in shapes[0].values())
-    # However many steps are planned at once.
-    for steps in (1, 3):
-        monkeypatch.setattr(batches_lib, "PLANNED_AT_ONCE", steps)
-        assert batches_of(store, queries, lists, shards=parts).shapes == batches.shapes
+
+
+def test_batches_change_lists_within_a_window_only(monkeypatch):
+    monkeypatch.setattr(batches_lib, "WINDOW", 2)
+    store, queries, lists = world(lists=22, seed=4)
+    batches = batches_of(store, queries, lists)
+    for first, last in ((0, 8), (8, 16), (16, 20)):
+        given, found = (sorted(x.passages_LxP[first:last].tolist()) for x in (lists, batches.lists))
+        assert found == given
+
+
+@given(st.integers(1, 12), st.integers(1, 20), st.integers(0, 2**32 - 1))
+@settings(deadline=None)
+def test_deal_gives_every_batch_about_as_many_tokens(batch, count, seed):
+    tokens_L = np.random.default_rng(seed).lognormal(6, 0.4, batch * count).astype(int)
+    order_L = batches_lib.deal(tokens_L, batch)
+    assert sorted(order_L) == list(range(batch * count))
+    sums = tokens_L[order_L].reshape(count, batch).sum(axis=1)
+    # As for any list scheduling: no two batches differ by more than one list.
+    assert np.ptp(sums) <= tokens_L.max()
+
+
+def test_deal_balances_batches_and_their_shares():
+    tokens_L = np.random.default_rng(0).lognormal(6, 0.4, 96 * 50).astype(int)
+    dealt = tokens_L[batches_lib.deal(tokens_L, 96)]
+
+    def spread(part):
+        sums = dealt.reshape(-1, part).sum(axis=1)
+        return sums.std() / sums.mean()
+
+    assert spread(96) < 0.005
+    for part in (48, 24):
+        chance = np.std(tokens_L) / np.mean(tokens_L) / part**0.5
+        assert spread(part) < chance / 4
 
 
 @pytest.mark.parametrize("in_batch", [False, True])
@@ -224,8 +263,8 @@ def test_no_more_blocks_than_allowed(max_blocks):
     batches = batches_of(*world(), max_blocks=max_blocks)
     counts = [len(x.blocks) for x in batches.make(0).values() if isinstance(x, Packed)]
     assert max(counts) <= max_blocks
-    # Lengths of up to 48 in widths of 16: there are as many as three to choose from.
-    assert max(counts) == min(max_blocks, 3)
+    # Of the passages of a batch, which have widths of 8 to 40, no more than four can be told apart.
+    assert max(counts) == min(max_blocks, 4)
 
 
 def in_batch_by_hand(queries, passages, relevant):
@@ -285,12 +324,13 @@ def test_in_batch_labels_of_a_batch_use_the_relevant_pairs():
         query_rows_L, np.stack([head_L, lists.passages_LxP[:, 0]], axis=1), lists.provenance_LxP
     )
     batches = batches_of(store, queries, lists, batch=8, shards=2, in_batch=True)
+    lists = batches.lists
     masked = 0
     for step in range(3):
         part = slice(step * 8, (step + 1) * 8)
         batch = batches.make(step)
         positive, where = in_batch_by_hand(
-            query_rows_L[part].tolist(), lists.passages_LxP[part].tolist(), pairs
+            lists.query_rows_L[part].tolist(), lists.passages_LxP[part].tolist(), pairs
         )
         assert batch["in_batch_positive"].reshape(8, 16).tolist() == positive
         assert batch["in_batch_where"].reshape(8, 16).tolist() == where
@@ -331,7 +371,7 @@ def test_a_host_makes_its_own_parts_of_the_same_batch(own):
     given, split = world(), {"in_batch": True, "shards": 3, "accumulate": 2}
     whole = leaves(batches_of(*given, **split).make(1))
     parts = leaves(batches_of(*given, **split, own=own).make(1))
-    assert parts.keys() == whole.keys() > {"pairs.first", "where", "in_batch_where"}
+    assert parts.keys() == whole.keys() > {"pairs.slot", "where", "in_batch_where"}
     for name, part in parts.items():
         np.testing.assert_array_equal(part, whole[name][own], err_msg=name)
 

@@ -35,10 +35,12 @@ def sequences(vocab_size, seed=0):
 def lay_out(seqs, starts, pad_token=0):
     """Sequence i starts at (row, column) `starts[i]`; all else is padding."""
     pads = (pad_token, 0, 0, len(seqs))
-    block = Block(*(np.full((ROWS, WIDTH), pad, np.int32) for pad in pads))
+    first_RxS = np.zeros((ROWS, 2), np.int32)
+    block = Block(*(np.full((ROWS, WIDTH), pad, np.int32) for pad in pads), first_RxS)
     for number, ((row, start), (tokens, types)) in enumerate(zip(starts, seqs)):
         for array, values in zip(block, (tokens, types, np.arange(len(tokens)), number)):
             array[row, start : start + len(tokens)] = values
+        first_RxS[row, int(start > 0)] = start
     return block
 
 
@@ -61,7 +63,7 @@ def own_states(states_NxD, block):
 def encode(config, params, block, key=None):
     rngs = {} if key is None else {"dropout": key}
     return bert.Encoder(config).apply(
-        {"params": params}, *block, deterministic=key is None, rngs=rngs
+        {"params": params}, (block,), deterministic=key is None, rngs=rngs
     )
 
 
@@ -170,24 +172,28 @@ def test_packed_rows_equal_unpacked_ones_in_value_and_gradient(tiny):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize("rows", [one_row_each, shared_rows])
 @pytest.mark.parametrize("num_layers", [1, 2])
-def test_first_states_are_those_of_all_states_in_value_and_gradient(tiny, num_layers):
+def test_first_states_are_those_of_all_states_in_value_and_gradient(tiny, num_layers, rows):
     config, params, _, seqs = tiny
     config = dataclasses.replace(config, num_layers=num_layers)
     params = {**params, "layers": jax.tree.map(lambda x: x[:num_layers], params["layers"])}
-    block = one_row_each(seqs, pad_token=9)
-    direction_RxD = np.random.default_rng(1).normal(size=(ROWS, 32)).astype(np.float32)
+    block = rows(seqs)
+    # Each sequence's slot among two a row, and its first token.
+    slot_N = np.array([0, 2, 4]) if rows is one_row_each else np.array([1, 3, 0])
+    first_N = (np.arange(ROWS)[:, None] * WIDTH + block.first_RxS).reshape(-1)[slot_N]
+    direction_NxD = np.random.default_rng(1).normal(size=(len(seqs), 32)).astype(np.float32)
 
     @jax.jit
     def first(params):
-        states_RxD = bert.first_states(config, params, *block, None)
-        return jnp.vdot(states_RxD, direction_RxD), states_RxD
+        states_NxD = bert.first_states(config, params, (block,), None)[slot_N]
+        return jnp.vdot(states_NxD, direction_NxD), states_NxD
 
-    directions_NxD = np.zeros((ROWS, WIDTH, 32), np.float32)
-    directions_NxD[:, 0] = direction_RxD
-    states, plain_grads = pull_back(config, params, block, directions_NxD.reshape(-1, 32))
+    directions_NxD = np.zeros((ROWS * WIDTH, 32), np.float32)
+    directions_NxD[first_N] = direction_NxD
+    states, plain_grads = pull_back(config, params, block, directions_NxD)
     (_, found), grads = jax.value_and_grad(first, has_aux=True)(params)
-    assert_close(found, np.asarray(states).reshape(ROWS, WIDTH, 32)[:, 0], 1e-5)
+    assert_close(found, np.asarray(states)[first_N], 1e-5)
     assert jax.tree.structure(grads) == jax.tree.structure(plain_grads)
     for ours, theirs in zip(jax.tree.leaves(grads), jax.tree.leaves(plain_grads)):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=2e-5)
@@ -202,7 +208,7 @@ def test_rematerialised_layers_give_the_same_and_compute_more(tiny):
 
         def loss(params, key, policy=policy):
             own = dataclasses.replace(config, remat=policy)
-            return jnp.sum(jnp.sin(bert.first_states(own, params, *block, key)))
+            return jnp.sum(jnp.sin(bert.first_states(own, params, (block,), key)))
 
         step = jax.jit(jax.value_and_grad(loss))
         products[policy] = step.lower(params, KEY).as_text().count("dot_general")
@@ -281,7 +287,7 @@ def test_every_dropout_of_every_layer_has_a_mask_of_its_own(tiny, monkeypatch, f
     config = dataclasses.replace(config, dropout=0.5)
     block = one_row_each(seqs)
     if first_only:
-        bert.first_states(config, params, *block, KEY)
+        bert.first_states(config, params, (block,), KEY)
     else:
         encode(config, params, block, KEY)
     jax.effects_barrier()

@@ -14,7 +14,7 @@ from rqv2_jax.data import packing
 
 # Neither sorted by length nor alone in its block, so that order and offsets matter.
 LENGTHS = (7, 12, 4, 9, 3)
-SHAPES = ((2, 8), (3, 16))
+SHAPES = (packing.Shape(2, 8), packing.Shape(3, 16))
 RATE = 0.25
 KEY = jax.random.key(0, impl="rbg")
 
@@ -73,18 +73,8 @@ def test_shared_rows_give_the_same_vectors_and_scores(tiny, pooling):
     config, encoder, _ = tiny
     model, params = models.Models(config, pooling), with_head(encoder)
     plain = packing.pack(ragged(), SHAPES)
-    # The same sequences in two rows of 24 tokens.
-    places = [(0, 0), (1, 0), (0, 7), (0, 11), (1, 12)]
-    arrays = np.zeros((4, 2, 24), np.int32)
-    arrays[3] = len(LENGTHS)
-    tokens_N = np.split(ragged().tokens, np.cumsum(LENGTHS)[:-1])
-    for number, ((row, start), tokens) in enumerate(zip(places, tokens_N)):
-        here = (row, slice(start, start + len(tokens)))
-        values = (tokens, tokens % 2, np.arange(len(tokens)), number)
-        for array, value in zip(arrays, values):
-            array[here] = value
-    first_N = np.array([24 * row + start for row, start in places], np.int32)
-    shared = packing.Packed((packing.Block(*arrays),), first_N)
+    shared = packing.pack(ragged(), [packing.plan_shared(np.array([LENGTHS]), 64)])
+    assert shared.blocks[0].tokens_RxT.shape == (2, 64)
     for found, expected in zip(run(model, params, shared), run(model, params, plain)):
         np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5)
 
@@ -99,7 +89,7 @@ def test_padding_does_not_leak(tiny, pooling):
                 np.where(block.sequence_RxT == len(LENGTHS), garbage, array)
                 for array, garbage in zip(block[:3], (50, 1, 33))
             ),
-            block.sequence_RxT,
+            *block[3:],
         )
         for block in packed.blocks
     )

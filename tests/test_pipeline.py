@@ -59,7 +59,6 @@ def tiny_config(data, bert_folder):
     config.data.path = str(data)
     config.data.update({"query_length": 16, "passage_length": 16, "pair_length": 32})
     config.model.update({"weights": str(bert_folder), "num_layers": 1, "pooling": "mean"})
-    config.packing.blocks = 1
     for stage, list_size in (("retriever", None), ("reranker", 4), ("joint", 4)):
         config[stage].update(
             {"epochs": 1.5, "batch": 8, "learning_rate": 1e-3, "log_every": 2}

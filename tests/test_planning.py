@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from rqv2_jax import bert, hlo, planning
 from rqv2_jax import config as config_lib
+from rqv2_jax.data.packing import Block
 from rqv2_jax.errors import InputError
 
 ROWS, WIDTH, LAYERS = 24, 16, 5
@@ -143,7 +144,8 @@ def test_with_room_nothing_is_computed_again(roomy, config):
     config_lib.check(changed)
     # All lists of a device's share: 4 queries, 12 passages, 12 pairs.
     assert joint.tokens == 4 * 16 + 12 * 16 + 12 * 32
-    assert joint.cost.flops == pytest.approx(joint.formula, rel=0.35)
+    # Less than the formula: the last layer goes on with the first tokens alone.
+    assert 0.5 < joint.cost.flops / joint.formula < 1
     # Every gradient is summed over the devices once, and next to nothing else is.
     assert joint.cost.collectives["all-reduce"] == 1
     sums = joint.cost.collective_bytes["all-reduce"]
@@ -159,7 +161,7 @@ def test_formula_counts_the_products_of_a_plain_encoder(config):
 
     def encode(params, tokens):
         encoder = bert.Encoder(shape)
-        return encoder.apply({"params": params}, *[tokens] * 4, deterministic=True)
+        return encoder.apply({"params": params}, (Block(*[tokens] * 5),), deterministic=True)
 
     tokens = jax.ShapeDtypeStruct((ROWS, WIDTH), jnp.int32)
     text = jax.jit(encode).lower(params, tokens).compile().as_text()

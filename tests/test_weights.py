@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rqv2_jax import bert, weights
+from rqv2_jax.data.packing import Block
 from rqv2_jax.data.tokens import TOKENIZER_FILES
 from rqv2_jax.errors import InputError
 
@@ -77,7 +78,7 @@ def test_params_are_those_the_encoder_asks_for(folder):
     )
     ids = jnp.zeros((1, 8), jnp.int32)
     asked = jax.eval_shape(
-        lambda key: bert.Encoder(config).init(key, ids, ids, ids, ids, deterministic=True),
+        lambda key: bert.Encoder(config).init(key, (Block(*[ids] * 5),), deterministic=True),
         jax.random.key(0),
     )["params"]
     shape_of = lambda tree: jax.tree.map(lambda x: (x.shape, str(x.dtype)), tree)  # noqa: E731
@@ -171,9 +172,8 @@ def test_ernie_adds_its_task_embedding(make_bert):
     tokens, types = rng.integers(5, config.vocab_size, (1, 9)), np.array([[0] * 4 + [1] * 5])
     with torch.no_grad():
         theirs = model(torch.tensor(tokens), token_type_ids=torch.tensor(types))[0][0]
-    ours = bert.Encoder(config).apply(
-        {"params": params}, tokens, types, np.arange(9)[None], types * 0, deterministic=True
-    )
+    block = Block(tokens, types, np.arange(9)[None], types * 0, np.zeros((1, 1), int))
+    ours = bert.Encoder(config).apply({"params": params}, (block,), deterministic=True)
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
     task = load_file(found / "model.safetensors")["embeddings.task_type_embeddings.weight"]
     assert task.abs().min() > 0
@@ -203,9 +203,8 @@ def test_base_models_give_the_hidden_states_of_transformers(make_bert, name):
     def encode(params):
         positions = np.arange(48)[None].repeat(2, 0)
         sequence = np.arange(2)[:, None].repeat(48, 1)
-        states = bert.Encoder(config).apply(
-            {"params": params}, tokens, types, positions, sequence, deterministic=True
-        )
+        block = Block(tokens, types, positions, sequence, np.zeros((2, 1), int))
+        states = bert.Encoder(config).apply({"params": params}, (block,), deterministic=True)
         return jnp.vdot(states, direction), states
 
     (_, ours), grads = jax.jit(jax.value_and_grad(encode, has_aux=True))(params)

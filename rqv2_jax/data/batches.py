@@ -19,21 +19,25 @@ from rqv2_jax.errors import InputError
 # The accelerators belong to JAX.
 tf.config.set_visible_devices([], "GPU")
 
-# Batches whose lengths are planned at once: bounds the memory of planning.
-PLANNED_AT_ONCE = 1024
+# Batches that share out their lists by length, and whose lengths are planned at once.
+WINDOW = 256
+
+KINDS = ("queries", "passages", "pairs")
 
 
 class ListBatches:
     """The batches of a run: lists in order, `batch` a step, each model's inputs packed.
 
     Args:
-      lists: all lists of the run; those beyond the last whole batch are left out.
+      lists: all lists of the run; those beyond the last whole batch are left out. Within a window of
+        some hundred batches they change places so that all batches hold about as many tokens.
       models: which inputs to build: "retriever" (queries and passages), "reranker" (pairs), or both.
       in_batch: also labels over all passages of the batch, other positives of a query masked out.
       shards: device shards. Where they do not divide the batch, some hold lists without passages.
       accumulate: parts of a shard, computed one after the other; must divide `batch`.
       own: the parts to make; the others are made on other hosts.
-      max_blocks: most shapes that one kind of input is laid into.
+      max_blocks: most shapes that one kind of input is laid into, a row for each sequence.
+      row_width: tokens of a row that sequences share instead; 0 for none.
 
     A batch is a dict: `queries`, `passages`, `pairs` (`packing.Packed`), `positive` and `where`
     [O, B, P], and with `in_batch` the same two over the whole batch, `in_batch_positive` and
@@ -54,6 +58,7 @@ class ListBatches:
         accumulate: int,
         own: Sequence[int],
         max_blocks: int,
+        row_width: int,
     ):
         if batch % accumulate:
             raise InputError(
@@ -65,16 +70,15 @@ class ListBatches:
                 f"the stage has {len(lists.query_rows_L)} lists, fewer than one batch of {batch}; "
                 "lower the stage's batch or raise its epochs"
             )
-        self.store, self.queries, self.inputs, self.lists = store, queries, inputs, lists
+        self.store, self.queries, self.inputs = store, queries, inputs
         self.positives_2xN = queries.positives()
-        self.positive_LxP = lists.positive()
         self.batch, self.models, self.in_batch = batch, models, in_batch
         self.slots_SxB = slots(batch, shards, accumulate)
         self.own_O = np.array(own)
         self.steps = len(lists.query_rows_L) // batch
-        self.shapes = {
-            kind: packing.plan(self._sorted_lengths(kind), max_blocks) for kind in self._kinds()
-        }
+        self.lists = self._balanced(lists)
+        self.positive_LxP = self.lists.positive()
+        self.shapes = {kind: self._plan(kind, max_blocks, row_width) for kind in self._kinds()}
 
     def _kinds(self):
         retriever, reranker = ("queries", "passages"), ("pairs",)
@@ -83,28 +87,41 @@ class ListBatches:
         )
 
     def _lengths(self, kind, queries_L, passages_LxP):
+        """The lengths of some lists' sequences of a kind [L, 1 or P]."""
+        queries_Lx1 = queries_L[:, None]
         if kind == "queries":
-            return self.inputs.query_lengths(self.queries.texts, queries_L)
+            return self.inputs.query_lengths(self.queries.texts, queries_Lx1)
         if kind == "passages":
             return self.inputs.passage_lengths(self.store, passages_LxP)
-        return self.inputs.pair_lengths(
-            self.store, self.queries.texts, queries_L[:, None], passages_LxP
-        )
+        return self.inputs.pair_lengths(self.store, self.queries.texts, queries_Lx1, passages_LxP)
 
-    def _sorted_lengths(self, kind):
-        """The element-wise longest of all parts' sorted lengths [1, N]."""
-        longest = np.zeros((1, 1), np.int64)
-        for first in range(0, self.steps, PLANNED_AT_ONCE):
-            steps = min(PLANNED_AT_ONCE, self.steps - first)
+    def _balanced(self, lists: Lists) -> Lists:
+        order = []
+        for first in range(0, self.steps * self.batch, WINDOW * self.batch):
+            rows_L = np.arange(first, min(first + WINDOW * self.batch, self.steps * self.batch))
+            given = lists.query_rows_L[rows_L], lists.passages_LxP[rows_L]
+            # Of all kinds, so that the batches do not depend on who learns from them.
+            tokens_L = sum(self._lengths(kind, *given).sum(axis=1) for kind in KINDS)
+            order.append(rows_L[deal(tokens_L, self.batch)])
+        return lists.take(np.concatenate(order))
+
+    def _plan(self, kind, max_blocks, row_width):
+        """The shapes that hold this kind of input of all parts."""
+        longest_N, rows = 0, 0
+        for first in range(0, self.steps, WINDOW):
+            steps = min(WINDOW, self.steps - first)
             slots = self.slots_SxB.reshape(-1).clip(0)
-            rows = ((first + np.arange(steps))[:, None] * self.batch + slots).reshape(-1)
+            rows_L = ((first + np.arange(steps))[:, None] * self.batch + slots).reshape(-1)
             lengths = self._lengths(
-                kind, self.lists.query_rows_L[rows], self.lists.passages_LxP[rows]
+                kind, self.lists.query_rows_L[rows_L], self.lists.passages_LxP[rows_L]
             )
-            sorted_BxN = np.sort(lengths.reshape(steps * len(self.slots_SxB), -1), axis=1)
-            top = sorted_BxN.max(axis=0, keepdims=True)
-            longest = np.maximum(longest, top)
-        return longest
+            lengths_BxN = lengths.reshape(steps * len(self.slots_SxB), -1)
+            if row_width:
+                shape = packing.plan_shared(lengths_BxN, row_width)
+                rows = max(rows, shape.rows)
+            else:
+                longest_N = np.maximum(longest_N, np.sort(lengths_BxN, axis=1).max(axis=0))
+        return (shape._replace(rows=rows),) if row_width else packing.plan(longest_N, max_blocks)
 
     def make(self, step: int) -> dict:
         """Batch number `step` as numpy arrays."""
@@ -164,6 +181,34 @@ class ListBatches:
         )
         for arrays in dataset.as_numpy_iterator():
             yield tf.nest.pack_sequence_as(example, arrays)
+
+
+def deal(tokens_L: np.ndarray, batch: int) -> np.ndarray:
+    """An order of lists [L] whose consecutive batches hold about as many tokens each; L divides.
+
+    The longest lists go to different batches, then the next longest, each to the batch that has the
+    fewest tokens so far. Halves, quarters, ... of a batch hold about as many too, for the devices.
+    """
+    strata_BxN = np.argsort(-tokens_L, kind="stable").reshape(batch, -1)
+    sums_N = np.zeros(strata_BxN.shape[1])
+    dealt_NxB = np.empty(strata_BxN.T.shape, np.int64)
+    for place, stratum_N in zip(_spread(np.arange(batch)), strata_BxN):
+        emptiest_N = np.argsort(sums_N, kind="stable")
+        dealt_NxB[emptiest_N, place] = stratum_N
+        sums_N[emptiest_N] += tokens_L[stratum_N]
+    return dealt_NxB.reshape(-1)
+
+
+def _spread(places):
+    """Places in the order in which to fill them, so that any half of a half gets every size."""
+    if len(places) < 4 or len(places) % 2:
+        return places
+    left, right = (_spread(half) for half in np.split(places, 2))
+    turns = np.arange(len(places)) % 4
+    order = np.empty_like(places)
+    order[(turns == 0) | (turns == 3)] = left
+    order[(turns == 1) | (turns == 2)] = right
+    return order
 
 
 def slots(batch: int, shards: int, accumulate: int) -> np.ndarray:

@@ -63,6 +63,10 @@ class Lists:
         """Which passage of each list is its positive [L, P]."""
         return self.provenance_LxP <= Provenance.DENOISED_POSITIVE
 
+    def take(self, numbers_L: np.ndarray) -> "Lists":
+        """Some of the lists, in the order of their numbers."""
+        return Lists(*(x[numbers_L] for x in vars(self).values()))
+
 
 def known_positive(pairs_2xN: np.ndarray, query_rows_Q, passages_QxN, num_passages: int):
     """Which candidates are labelled relevant for their query, [Q, N]."""

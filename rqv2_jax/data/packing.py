@@ -1,6 +1,7 @@
 """Token sequences to dense blocks of a few fixed shapes, all in vectorised numpy.
 
-Shape suffixes: N sequences, R rows of a block, T its width, B batches (or shards of batches).
+Shape suffixes: N sequences, R rows of a block, T its width, S sequences a row may hold, B batches (or
+shards of batches).
 """
 
 from collections.abc import Sequence
@@ -8,7 +9,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-WIDTH_MULTIPLE = 16
+WIDTH_MULTIPLE = 8
+# Of a shared row, for each sequence that it may hold.
+TOKENS_PER_SLOT = 16
+
+
+class Shape(NamedTuple):
+    """Of a block: R, T and S. With S = 1 there is a row for every sequence."""
+
+    rows: int
+    width: int
+    slots: int = 1
 
 
 class Block(NamedTuple):
@@ -16,24 +27,22 @@ class Block(NamedTuple):
 
     `sequence_RxT` is the number of the sequence a token belongs to, or N on padding: it keeps
     attention inside a sequence and tells mean pooling which tokens to average. Positions restart at 0
-    with every sequence.
+    with every sequence. `first_RxS` is the column of each sequence's first token, 0 where a row holds
+    fewer than S.
     """
 
     tokens_RxT: np.ndarray
     types_RxT: np.ndarray
     positions_RxT: np.ndarray
     sequence_RxT: np.ndarray
+    first_RxS: np.ndarray
 
 
 class Packed(NamedTuple):
-    """N sequences: blocks, and where each sequence's first token is once all blocks are flattened.
-
-    If there are N rows, each holds one sequence, from the row's start on. With any other number of
-    rows, sequences share them.
-    """
+    """N sequences: blocks, and which entry of all blocks' flattened `first_RxS` each sequence is."""
 
     blocks: tuple[Block, ...]
-    first_N: np.ndarray
+    slot_N: np.ndarray
 
 
 class Ragged(NamedTuple):
@@ -74,14 +83,12 @@ def assemble(pieces: Sequence[Piece]) -> Ragged:
     return Ragged(tokens, types, lengths_N)
 
 
-def plan(sorted_lengths_BxN: np.ndarray, max_blocks: int) -> tuple[tuple[int, int], ...]:
-    """At most `max_blocks` shapes (rows, width) that hold every batch, one sequence a row.
+def plan(longest_N: np.ndarray, max_blocks: int) -> tuple[Shape, ...]:
+    """At most `max_blocks` shapes that hold every batch, one sequence a row.
 
-    `sorted_lengths_BxN` holds each batch's lengths in ascending order, so column j says how long the
-    j-th shortest sequence may be; widths are multiples of 16. Of all ways to cut the sorted
-    sequences into groups this is the one that computes the fewest tokens.
+    `longest_N` says how long the j-th shortest sequence of a batch may be; widths are multiples of 8.
+    Of all ways to cut the sorted sequences into groups this is the one that computes the fewest tokens.
     """
-    longest_N = sorted_lengths_BxN.max(axis=0)
     envelope_N = -(-longest_N // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
     widths, last = np.unique(envelope_N[::-1], return_index=True)
     ends = len(envelope_N) - last  # one past the last sequence that fits in each width
@@ -101,44 +108,81 @@ def plan(sorted_lengths_BxN: np.ndarray, max_blocks: int) -> tuple[tuple[int, in
         if i < 0:
             break
         j = row[i][1]
-        shapes.append((int(ends[i] - (ends[j] if j >= 0 else 0)), int(widths[i])))
+        shapes.append(Shape(int(ends[i] - (ends[j] if j >= 0 else 0)), int(widths[i])))
         i = j
     return tuple(reversed(shapes))
 
 
-def pack(ragged: Ragged, shapes: Sequence[tuple[int, int]]) -> Packed:
-    """Lays the sequences, shortest first, into blocks of the given (rows, width) shapes.
+def plan_shared(lengths_BxN: np.ndarray, width: int) -> Shape:
+    """The shape of shared rows that hold every batch."""
+    shape = Shape(0, width, max(width // TOKENS_PER_SLOT, 1))
+    return shape._replace(rows=int(_share(lengths_BxN, shape)[0].max()) + 1)
+
+
+def _share(lengths_BxN, shape: Shape):
+    """First-fit decreasing: the row, column and slot of every sequence, each [B, N]."""
+    batches, count = lengths_BxN.shape
+    most = min(count, 2 * (lengths_BxN.sum(axis=1).max() // shape.width + count // shape.slots) + 2)
+    free_BxR = np.full((batches, most), shape.width)
+    slots_BxR = np.full((batches, most), shape.slots)
+    each_B = np.arange(batches)
+    found = np.empty((3, batches, count), np.int64)
+    for number_B in np.argsort(-lengths_BxN, axis=1, kind="stable").T:
+        length_B = lengths_BxN[each_B, number_B]
+        row_B = np.argmax((free_BxR >= length_B[:, None]) & (slots_BxR > 0), axis=1)
+        column_B = shape.width - free_BxR[each_B, row_B]
+        slot_B = shape.slots - slots_BxR[each_B, row_B]
+        found[:, each_B, number_B] = row_B, column_B, slot_B
+        free_BxR[each_B, row_B] -= length_B
+        slots_BxR[each_B, row_B] -= 1
+    return found
+
+
+def pack(ragged: Ragged, shapes: Sequence[Shape]) -> Packed:
+    """Lays the sequences into blocks: a row each, shortest first, or into the shared rows of one block.
 
     Raises:
-      ValueError: the rows are not as many as the sequences, or a sequence is longer than its row.
+      ValueError: the rows are not as many as the sequences, or a sequence is longer than its row; or
+        the sequences need more shared rows.
     """
     count = len(ragged.lengths_N)
-    rows = np.array([r for r, _ in shapes])
-    widths = np.array([w for _, w in shapes])
-    if rows.sum() != count:
-        raise ValueError(f"{rows.sum()} rows for {count} sequences")
-    order_N = np.argsort(ragged.lengths_N, kind="stable")
-    row_starts_N = np.concatenate([[0], np.cumsum(np.repeat(widths, rows))])
-    if np.any(ragged.lengths_N[order_N] > np.repeat(widths, rows)):
-        raise ValueError("a sequence is longer than its row")
-    first_N = np.empty(count, np.int32)
-    first_N[order_N] = row_starts_N[:-1]
+    if shapes[0].slots > 1:
+        (shape,) = shapes
+        row_N, column_N, place_N = _share(ragged.lengths_N[None], shape)[:, 0]
+        if row_N.max() >= shape.rows:
+            raise ValueError(f"{shape.rows} rows for sequences that need {row_N.max() + 1}")
+        start_N, slot_N = row_N * shape.width + column_N, row_N * shape.slots + place_N
+    else:
+        widths = np.repeat([shape.width for shape in shapes], [shape.rows for shape in shapes])
+        if len(widths) != count:
+            raise ValueError(f"{len(widths)} rows for {count} sequences")
+        order_N = np.argsort(ragged.lengths_N, kind="stable")
+        if np.any(ragged.lengths_N[order_N] > widths):
+            raise ValueError("a sequence is longer than its row")
+        start_N, slot_N = np.empty((2, count), np.int64)
+        start_N[order_N] = np.cumsum(widths) - widths
+        slot_N[order_N] = np.arange(count)
+        column_N = np.zeros(count, np.int64)
 
-    flat_tokens, flat_types, flat_positions = np.zeros((3, row_starts_N[-1]), np.int32)
-    flat_sequence = np.full(row_starts_N[-1], count, np.int32)
-    to = _ranges(first_N, ragged.lengths_N)
+    size = sum(shape.rows * shape.width for shape in shapes)
+    flat_tokens, flat_types, flat_positions = np.zeros((3, size), np.int32)
+    flat_sequence = np.full(size, count, np.int32)
+    to = _ranges(start_N, ragged.lengths_N)
     flat_tokens[to] = ragged.tokens
     flat_types[to] = ragged.types
     flat_positions[to] = _ranges(np.zeros(count, np.int64), ragged.lengths_N)
     flat_sequence[to] = np.repeat(np.arange(count), ragged.lengths_N)
+    flat_first = np.zeros(sum(shape.rows * shape.slots for shape in shapes), np.int32)
+    flat_first[slot_N] = column_N
 
-    blocks, start = [], 0
-    for r, w in shapes:
-        part = slice(start, start + r * w)
+    blocks, start, slot = [], 0, 0
+    for rows, width, slots in shapes:
+        part = slice(start, start + rows * width)
         flats = (flat_tokens, flat_types, flat_positions, flat_sequence)
-        blocks.append(Block(*(flat[part].reshape(r, w) for flat in flats)))
-        start += r * w
-    return Packed(tuple(blocks), first_N)
+        first_RxS = flat_first[slot : slot + rows * slots].reshape(rows, slots)
+        blocks.append(Block(*(flat[part].reshape(rows, width) for flat in flats), first_RxS))
+        start, slot = part.stop, slot + rows * slots
+    return Packed(tuple(blocks), slot_N.astype(np.int32))
 
 
 def stack(parts: Sequence[Packed]) -> Packed:
@@ -147,4 +191,4 @@ def stack(parts: Sequence[Packed]) -> Packed:
         Block(*(np.stack(arrays) for arrays in zip(*blocks)))
         for blocks in zip(*(part.blocks for part in parts))
     )
-    return Packed(blocks, np.stack([part.first_N for part in parts]))
+    return Packed(blocks, np.stack([part.slot_N for part in parts]))

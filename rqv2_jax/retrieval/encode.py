@@ -14,19 +14,20 @@ import tqdm
 
 from rqv2_jax import hosts
 from rqv2_jax.data.tokens import Store, Texts
-from rqv2_jax.retrieval.stream import Forward
+from rqv2_jax.retrieval.stream import Forward, row_widths
 
 PASSAGES_PER_SHARD = 2**15
 
 
 def queries(forward: Forward, tower, texts: Texts, rows_N: np.ndarray) -> np.ndarray:
     """The vectors [N, D] of some queries, by the query tower's params."""
+    longest = forward.inputs.query_length
     with tqdm.tqdm(desc="encode queries", total=len(rows_N), unit=" queries") as bar:
         return forward.run(
             forward.vectors,
             tower,
             lengths_N=forward.inputs.query_lengths(texts, rows_N),
-            longest=forward.inputs.query_length,
+            widths=row_widths(np.arange(1, longest), longest),
             build=lambda part: forward.inputs.queries(texts, rows_N[part]),
             bar=bar,
         )
@@ -47,7 +48,10 @@ def passages(forward: Forward, tower, store: Store, rows_N: np.ndarray, bar=None
             forward.vectors,
             tower,
             lengths_N=forward.inputs.passage_lengths(store, rows_N),
-            longest=forward.inputs.passage_length,
+            # Of the corpus, not of these passages, so that every part of it takes the same shapes.
+            widths=row_widths(
+                forward.inputs.passage_lengths(store, store.sample()), forward.inputs.passage_length
+            ),
             build=lambda part: forward.inputs.passages(store, rows_N[part]),
             bar=shown,
         )

@@ -7,7 +7,7 @@ import numpy as np
 import tqdm
 
 from rqv2_jax.data.tokens import Store, Texts
-from rqv2_jax.retrieval.stream import Forward
+from rqv2_jax.retrieval.stream import Forward, row_widths
 
 
 def scores(
@@ -22,12 +22,16 @@ def scores(
     queries_N = np.repeat(query_rows_Q, passages_QxK.shape[1])
     passages_N = passages_QxK.reshape(-1)
     inputs = forward.inputs
+    # Of pairs at random, not of these, so that every call takes the same shapes.
+    sample_N = store.sample()
+    asking_N = np.resize(np.arange(len(texts)), len(sample_N))
+    usual_N = inputs.pair_lengths(store, texts, asking_N, sample_N)
     with tqdm.tqdm(desc="re-rank", total=len(queries_N), unit=" pairs") as bar:
         scores_N = forward.run(
             forward.reranker_scores,
             params,
             lengths_N=inputs.pair_lengths(store, texts, queries_N, passages_N),
-            longest=inputs.pair_length,
+            widths=row_widths(usual_N, inputs.pair_length),
             build=lambda part: inputs.pairs(store, texts, queries_N[part], passages_N[part]),
             bar=bar,
         )

@@ -37,7 +37,7 @@ class Forward:
         params,
         *,
         lengths_N: np.ndarray,
-        longest: int,
+        widths: tuple[int, ...],
         build: Callable[[np.ndarray], packing.Ragged],
         bar: tqdm.tqdm,
     ) -> np.ndarray:
@@ -46,11 +46,10 @@ class Forward:
         Args:
           fn: `vectors` or `reranker_scores`.
           lengths_N: the length of each sequence in tokens.
-          longest: how long a sequence of this kind may be; decides the compiled shapes.
+          widths: of rows, ascending, from `row_widths`; as many shapes are compiled.
           build: makes the sequences of some numbers.
           bar: progress, counted in sequences.
         """
-        widths = row_widths(longest)
         shards = self.sharding.shards
         own = self.sharding.own_parts(shards)
         order_N = np.argsort(lengths_N, kind="stable")
@@ -64,7 +63,7 @@ class Forward:
                 # The last batch repeats a sequence: shapes are fixed.
                 filled = np.append(chosen, np.full(rows - len(chosen), chosen[-1]))
                 packed = [
-                    packing.pack(build(part), ((len(part), width),))
+                    packing.pack(build(part), (packing.Shape(len(part), width),))
                     for part in filled.reshape(shards, -1)[own]
                 ]
                 output = fn(params, self.sharding.put_batch(packing.stack(packed)))
@@ -92,8 +91,7 @@ def make_forward(models: Models, inputs: Inputs, sharding: Sharding, batch_token
     )
 
 
-def row_widths(longest: int) -> tuple[int, ...]:
-    """The few row widths for sequences of up to `longest` tokens: four steps of equal size."""
-    multiple = packing.WIDTH_MULTIPLE
-    steps = range(1, MAX_SHAPES + 1)
-    return tuple(sorted({-(-longest * i // (MAX_SHAPES * multiple)) * multiple for i in steps}))
+def row_widths(usual_N: np.ndarray, longest: int) -> tuple[int, ...]:
+    """The few row widths that waste least on the usual lengths; sequences up to `longest` fit."""
+    shapes = packing.plan(np.append(np.sort(usual_N), longest), MAX_SHAPES)
+    return tuple(shape.width for shape in shapes)
