@@ -115,7 +115,7 @@ def default() -> ml_collections.ConfigDict:
             },
             "mesh": {"data": 1, "fsdp": 1},  # devices
             "packing": {
-                "blocks": 8,  # most widths of rows in a batch, a row for each sequence
+                "blocks": 12,  # most widths of rows in a batch, a row for each sequence
                 # Tokens of a row that sequences share instead, for attention that skips what it masks;
                 # 0 gives every sequence a row of its own.
                 "row_width": 0,

@@ -53,11 +53,9 @@ class Models:
         """The re-ranker's logit for every pair [N], in float32."""
         first_NxD = self._first_states(params["encoder"], packed, key)
         if key is not None and self.config.dropout > 0:
-            keep = 1.0 - self.config.dropout
             # No layer has this number, so the head's mask is independent of the encoder's.
             head_key = jax.random.fold_in(key, self.config.num_layers + 1)
-            kept = jax.random.bernoulli(head_key, keep, first_NxD.shape)
-            first_NxD = jnp.where(kept, first_NxD / keep, 0.0)
+            first_NxD = bert.drop(first_NxD, self.config.dropout, head_key)
         return first_NxD @ params["head"]["kernel"] + params["head"]["bias"]
 
 

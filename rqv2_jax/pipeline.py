@@ -172,7 +172,7 @@ def _train_stage(
                 batches=lambda step, b=batches, first=first: map(
                     run.sharding.put_batch, b.stream(step - first)
                 ),
-                dropout_key=jax.random.key(run.config.seed, impl="rbg"),
+                dropout_key=jax.random.key(run.config.seed),
                 total_steps=steps,
                 stop=stop,
                 stage=settings,

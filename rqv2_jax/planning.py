@@ -286,7 +286,7 @@ def _train_step(config, shape, mesh, name, machine, report) -> Step | None:
     zero = jax.ShapeDtypeStruct((), jnp.int32)
     opt_state = jax.eval_shape(optimizer.init, params)
     state = train.TrainState(*_sharded((zero, params, opt_state), mesh))
-    key = jax.eval_shape(lambda: jax.random.key(0, impl="rbg"))
+    key = jax.eval_shape(lambda: jax.random.key(0))
     key = _sharded(key, mesh)
     step_fn = train.make_step(stage.loss_fn, optimizer, mesh)
     kept, tokens = stage.accumulate, sum(rows * width for rows, width in sequences.values())

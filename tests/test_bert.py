@@ -251,6 +251,18 @@ def test_dropout_zeroes_its_share_and_scales_the_others(rate):
     np.testing.assert_array_equal(jax.grad(lambda x: drop(x).sum())(x), dropped)
 
 
+def test_dropout_masks_have_no_pattern():
+    """Neither along a mask nor between the masks of keys, however they are shifted."""
+    masks = (
+        np.stack([bert.drop(jnp.ones(2**18), 0.5, jax.random.key(seed)) for seed in range(4)]) - 1
+    )
+    spectra = np.fft.fft(masks)
+    for a, b in ((0, 0), (1, 1), (0, 1), (0, 2), (1, 3), (2, 3)):
+        correlations = np.fft.ifft(spectra[a] * spectra[b].conj()).real / masks.shape[1]
+        # Six deviations, of which 2**18 shifts see next to none.
+        assert np.abs(correlations[int(a == b) :]).max() < 6 / 2**9
+
+
 def test_dropout_off_is_the_identity():
     x = jnp.arange(6.0)
     for rate, deterministic in ((0.5, True), (0.0, False)):

@@ -200,7 +200,7 @@ def cheapest(longest_N, max_blocks):
 @example([[1, 16, 17, 32, 33]], 5)
 @example([[40, 1, 1, 1], [5, 50, 50, 1]], 2)
 @example([[16] * 5], 3)
-def test_plan_computes_the_fewest_tokens_and_every_batch_fits(batches, max_blocks):
+def test_plan_computes_few_tokens_in_few_blocks_and_every_batch_fits(batches, max_blocks):
     longest_N = longest(*batches)
     shapes = plan(longest_N, max_blocks)
     assert 1 <= len(shapes) <= max_blocks
@@ -209,7 +209,9 @@ def test_plan_computes_the_fewest_tokens_and_every_batch_fits(batches, max_block
     assert all(isinstance(x, int) for shape in shapes for x in shape), "static under jax.jit"
     widths = [shape.width for shape in shapes]
     assert widths == sorted(set(widths))
-    assert cost(shapes) == cheapest(longest_N, max_blocks)
+    bound = 1.01 * cheapest(longest_N, max_blocks)
+    assert cost(shapes) == cheapest(longest_N, len(shapes)) <= bound
+    assert len(shapes) == 1 or cheapest(longest_N, len(shapes) - 1) > bound
     for lengths in batches:
         pack(ragged_of(lengths), shapes)
 

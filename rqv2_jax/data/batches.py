@@ -13,6 +13,7 @@ import tensorflow as tf
 from rqv2_jax.data import packing
 from rqv2_jax.data.inputs import Inputs
 from rqv2_jax.data.lists import Lists
+from rqv2_jax.data.packing import Ragged
 from rqv2_jax.data.tokens import Queries, Store
 from rqv2_jax.errors import InputError
 
@@ -146,14 +147,16 @@ class ListBatches:
                 labels[name] = label_BxN.reshape(*real_OxBx1.shape[:2], -1) & real_OxBx1 & real_N
         return packed | labels
 
+    def ragged(self, kind: str, step: int) -> Ragged:
+        """One kind of input of the whole batch number `step`."""
+        return self._ragged(kind, np.arange(step * self.batch, (step + 1) * self.batch))
+
     def _packed(self, kind, rows_B):
         """One kind of input of one part."""
-        ragged = self._ragged(
-            kind, self.lists.query_rows_L[rows_B], self.lists.passages_LxP[rows_B]
-        )
-        return packing.pack(ragged, self.shapes[kind])
+        return packing.pack(self._ragged(kind, rows_B), self.shapes[kind])
 
-    def _ragged(self, kind, queries_B, passages_BxP):
+    def _ragged(self, kind, rows_B):
+        queries_B, passages_BxP = self.lists.query_rows_L[rows_B], self.lists.passages_LxP[rows_B]
         if kind == "queries":
             return self.inputs.queries(self.queries.texts, queries_B)
         if kind == "passages":

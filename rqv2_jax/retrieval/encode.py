@@ -48,13 +48,16 @@ def passages(forward: Forward, tower, store: Store, rows_N: np.ndarray, bar=None
             forward.vectors,
             tower,
             lengths_N=forward.inputs.passage_lengths(store, rows_N),
-            # Of the corpus, not of these passages, so that every part of it takes the same shapes.
-            widths=row_widths(
-                forward.inputs.passage_lengths(store, store.sample()), forward.inputs.passage_length
-            ),
+            widths=widths(forward, store),
             build=lambda part: forward.inputs.passages(store, rows_N[part]),
             bar=shown,
         )
+
+
+def widths(forward: Forward, store: Store) -> tuple[int, ...]:
+    """Of rows of passages: those of the corpus, so that every part of it takes the same shapes."""
+    usual_N = forward.inputs.passage_lengths(store, store.sample())
+    return row_widths(usual_N, forward.inputs.passage_length)
 
 
 def corpus(

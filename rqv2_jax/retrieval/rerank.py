@@ -22,20 +22,24 @@ def scores(
     queries_N = np.repeat(query_rows_Q, passages_QxK.shape[1])
     passages_N = passages_QxK.reshape(-1)
     inputs = forward.inputs
-    # Of pairs at random, not of these, so that every call takes the same shapes.
-    sample_N = store.sample()
-    asking_N = np.resize(np.arange(len(texts)), len(sample_N))
-    usual_N = inputs.pair_lengths(store, texts, asking_N, sample_N)
     with tqdm.tqdm(desc="re-rank", total=len(queries_N), unit=" pairs") as bar:
         scores_N = forward.run(
             forward.reranker_scores,
             params,
             lengths_N=inputs.pair_lengths(store, texts, queries_N, passages_N),
-            widths=row_widths(usual_N, inputs.pair_length),
+            widths=widths(forward, store, texts),
             build=lambda part: inputs.pairs(store, texts, queries_N[part], passages_N[part]),
             bar=bar,
         )
     return scores_N.reshape(passages_QxK.shape)
+
+
+def widths(forward: Forward, store: Store, texts: Texts) -> tuple[int, ...]:
+    """Of rows of pairs: those of pairs at random, so that every call takes the same shapes."""
+    sample_N = store.sample()
+    asking_N = np.resize(np.arange(len(texts)), len(sample_N))
+    usual_N = forward.inputs.pair_lengths(store, texts, asking_N, sample_N)
+    return row_widths(usual_N, forward.inputs.pair_length)
 
 
 def merge(top_QxR: np.ndarray, retriever_QxK: np.ndarray) -> np.ndarray:

@@ -4,7 +4,7 @@ Shape suffixes: N sequences.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import tqdm
@@ -52,32 +52,39 @@ class Forward:
         """
         shards = self.sharding.shards
         own = self.sharding.own_parts(shards)
-        order_N = np.argsort(lengths_N, kind="stable")
-        ends = np.searchsorted(lengths_N[order_N], widths, side="right")
-        results, waiting, start = [], None, 0
-        for width, end in zip(widths, ends):
-            rows = max(self.batch_tokens // width // shards, 1) * shards
-            while end - start >= rows or (width == widths[-1] and start < end):
-                chosen = order_N[start : min(start + rows, end)]
-                start += len(chosen)
-                # The last batch repeats a sequence: shapes are fixed.
-                filled = np.append(chosen, np.full(rows - len(chosen), chosen[-1]))
-                packed = [
-                    packing.pack(build(part), (packing.Shape(len(part), width),))
-                    for part in filled.reshape(shards, -1)[own]
-                ]
-                output = fn(params, self.sharding.put_batch(packing.stack(packed)))
-                # The devices work on this batch while the host fetches the one before.
-                if waiting is not None:
-                    results.append(np.asarray(waiting[0])[: waiting[1]])
-                    bar.update(waiting[1])
-                waiting = output, len(chosen)
+        results, order, waiting = [], [], None
+        for chosen, rows, width in self.schedule(lengths_N, widths):
+            # The last batch repeats a sequence: shapes are fixed.
+            filled = np.append(chosen, np.full(rows - len(chosen), chosen[-1]))
+            packed = [
+                packing.pack(build(part), (packing.Shape(len(part), width),))
+                for part in filled.reshape(shards, -1)[own]
+            ]
+            output = fn(params, self.sharding.put_batch(packing.stack(packed)))
+            # The devices work on this batch while the host fetches the one before.
+            if waiting is not None:
+                results.append(np.asarray(waiting[0])[: waiting[1]])
+                bar.update(waiting[1])
+            waiting = output, len(chosen)
+            order.append(chosen)
         results.append(np.asarray(waiting[0])[: waiting[1]])
         bar.update(waiting[1])
         joined = np.concatenate(results)
         ordered = np.empty_like(joined)
-        ordered[order_N] = joined
+        ordered[np.concatenate(order)] = joined
         return ordered
+
+    def schedule(
+        self, lengths_N: np.ndarray, widths: tuple[int, ...]
+    ) -> Iterator[tuple[np.ndarray, int, int]]:
+        """The batches in their order: (numbers of the sequences, rows, width of a row)."""
+        shards, order_N, start = self.sharding.shards, np.argsort(lengths_N, kind="stable"), 0
+        ends = np.searchsorted(lengths_N[order_N], widths, side="right")
+        for width, end in zip(widths, ends):
+            rows = max(self.batch_tokens // width // shards, 1) * shards
+            while end - start >= rows or (width == widths[-1] and start < end):
+                yield order_N[start : min(start + rows, end)], rows, width
+                start += rows
 
 
 def make_forward(models: Models, inputs: Inputs, sharding: Sharding, batch_tokens: int) -> Forward:

@@ -1,0 +1,345 @@
+"""What rqv2_jax.bench measures of this package: figures from one run on this machine.
+
+Shape suffixes: N sequences, L lists, P passages of a list, Q queries, K depth, D vector size.
+"""
+
+import itertools
+import os
+import pathlib
+import resource
+import tempfile
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+
+from rqv2_jax import bert, hlo, planning, rivals, train
+from rqv2_jax.data import lists as lists_lib
+from rqv2_jax.data import tokens
+from rqv2_jax.data.batches import KINDS, ListBatches
+from rqv2_jax.data.packing import Ragged
+from rqv2_jax.retrieval import encode, index, rerank
+from rqv2_jax.workdir import Run, open_collection
+
+# Each a token of its own to BERT.
+WORDS = [str(number) for number in (*range(10, 100), *range(1900, 2015))]
+
+# Of MS MARCO's passages with their titles: log-normal, mean 79 tokens of at most 128.
+MSMARCO = {"median": 76, "deviation": 0.36, "least": 16, "most": 128}
+MSMARCO_QUERIES = {"median": 9, "deviation": 0.35, "least": 4, "most": 32}
+
+# Share of its peak that a chip is taken to reach in training.
+UTILISATION = 0.4
+
+
+class Texts(NamedTuple):
+    """Passages (title, text) and queries, and the same as tokens."""
+
+    passages: list[tuple[str, str]]
+    queries: list[str]
+    store: tokens.Store
+    tokenised_in: float  # seconds
+
+
+def read(run: Run, lengths: str, passages: int, queries: int) -> Texts:
+    """The first texts of the config's collection; or made up ones as long as MS MARCO's."""
+    if lengths == "msmarco":
+        rng = np.random.default_rng(0)
+        found = [("", text) for text in _made_up(rng, passages, **MSMARCO)]
+        asked = _made_up(rng, queries, **MSMARCO_QUERIES)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            collection = open_collection(run.config.data, pathlib.Path(folder))
+            found = [(p.title, p.text) for p in itertools.islice(collection.passages(), passages)]
+            asked = [q.text for q in itertools.islice(collection.queries("train"), queries)]
+    started = time.perf_counter()
+    read = [run.tokenizer.texts(texts) for texts in (*zip(*found), asked)]
+    seconds = time.perf_counter() - started
+    split = tokens.Queries(read[2], asked, np.zeros((3, 0), np.int64))
+    store = tokens.Store(
+        read[0], read[1], [str(i) for i in range(len(found))], {"train": split}, ""
+    )
+    return Texts(found, asked, store, seconds)
+
+
+def _made_up(rng, count, median, deviation, least, most):
+    lengths_N = np.clip(rng.lognormal(np.log(median), deviation, count), least, most).astype(int)
+    # Two tokens are special ones.
+    return [" ".join(rng.choice(WORDS, length - 2)) for length in lengths_N]
+
+
+def _lists(texts: Texts, count: int, size: int) -> lists_lib.Lists:
+    """Lists of random passages."""
+    rng = np.random.default_rng(1)
+    passages_LxP = np.stack(
+        [rng.choice(len(texts.passages), size, replace=False) for _ in range(count)]
+    )
+    provenance_LxP = np.full(passages_LxP.shape, lists_lib.Provenance.UNDENOISED_NEGATIVE)
+    provenance_LxP[:, 0] = lists_lib.Provenance.LABELLED_POSITIVE
+    return lists_lib.Lists(np.arange(count) % len(texts.queries), passages_LxP, provenance_LxP)
+
+
+def _batches(run: Run, texts: Texts, steps: int) -> ListBatches:
+    joint, shards = run.config.joint, run.sharding.shards
+    return ListBatches(
+        texts.store,
+        texts.store.splits["train"],
+        run.inputs,
+        _lists(texts, steps * joint.batch, joint.list_size),
+        batch=joint.batch,
+        models=("retriever", "reranker"),
+        in_batch=joint.in_batch_weight > 0,
+        shards=shards,
+        accumulate=joint.accumulate,
+        own=run.sharding.own_parts(shards * joint.accumulate),
+        max_blocks=run.config.packing.blocks,
+        row_width=run.config.packing.row_width,
+    )
+
+
+def peak(dtype: str) -> float:
+    """Operations a second of a matrix product of 2,048 x 2,048 on one device, best of 5."""
+    x = jnp.ones((2048, 2048), dtype)
+    product = jax.jit(jnp.matmul)
+    return 2 * 2048**3 / min(_seconds(lambda: product(x, x).block_until_ready(), 6)[1:])
+
+
+def _seconds(work: Callable, times: int) -> list[float]:
+    found = []
+    for _ in range(times):
+        started = time.perf_counter()
+        work()
+        found.append(time.perf_counter() - started)
+    return found
+
+
+def _memory() -> float:
+    """GiB: the most this process, or if it counts its own, a device, has held."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats is not None:
+        return stats["peak_bytes_in_use"] / planning.GIB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / planning.GIB
+
+
+def joint(run: Run, texts: Texts, steps: int, versus: bool) -> dict:
+    """Steps of joint training on lists of random passages; the rival takes each after ours."""
+    settings, stage = run.config.joint, train.make_stage(run.config, run.models, "joint")
+    batches = _batches(run, texts, steps + 1)
+    optimizer = train.make_optimizer(run.config.optimizer, settings, steps + 1, stage.frozen)
+    initial = {model: run.initial(model) for model in stage.models}
+    rival = rivals.Joint(run, initial["reranker"]["head"]) if versus else None
+    state = train.init_state(initial, optimizer, run.sharding)
+    del initial
+    step_fn = train.make_step(stage.loss_fn, optimizer, run.sharding)
+    key = jax.random.key(run.config.seed)
+    example = run.sharding.put_batch(batches.make(0))
+    started = time.perf_counter()
+    compiled = step_fn.lower(state, example, key).compile()
+    compile_seconds = time.perf_counter() - started
+    del example
+
+    def take(step):
+        nonlocal state
+        state, terms = compiled(state, run.sharding.put_batch(batches.make(step)), key)
+        return float(terms["loss"])
+
+    ours, theirs, real, formula, padded, losses = [], [], 0, 0.0, 0, []
+    for step in tqdm.trange(steps + 1, desc="joint", unit="step"):
+        sequences = {kind: batches.ragged(kind, step) for kind in KINDS}
+        started = time.perf_counter()
+        loss = take(step)
+        ours.append(time.perf_counter() - started)
+        if rival is not None:
+            started = time.perf_counter()
+            losses.append((loss, rival.step(sequences)))
+            theirs.append(time.perf_counter() - started)
+        real += sum(len(x.tokens) for x in sequences.values())
+        padded += sum(len(x.lengths_N) * x.lengths_N.max() for x in sequences.values())
+        formula += sum(_training_flops(run, x) for x in sequences.values())
+    # The first step of either warms up.
+    seconds = float(np.median(ours[1:]))
+    computed = len(batches.slots_SxB) * sum(
+        shape.rows * shape.width for shapes in batches.shapes.values() for shape in shapes
+    )
+    real, padded, formula = (x / (steps + 1) for x in (real, padded, formula))
+    pairs = settings.batch * settings.list_size
+    best = peak(run.config.model.dtype)
+    found = {
+        "step_seconds": seconds,
+        "step_seconds_slowest": max(ours[1:]),
+        "pairs_per_second": pairs / seconds,
+        "real_tokens_per_second": real / seconds,
+        "computed_over_real_tokens": computed / real,
+        "model_gflop": formula / 1e9,
+        "compiled_over_model_flop": run.sharding.shards
+        * hlo.cost(compiled.as_text()).flops
+        / formula,
+        "share_of_peak": formula / seconds / best / run.sharding.shards,
+        "peak_gflop_per_second": best / 1e9,
+        "compile_seconds": compile_seconds,
+        "peak_memory_gib": _memory(),
+    }
+    if rival is not None:
+        found |= _against("torch_step_seconds", theirs[1:], ours[1:])
+        found |= {"torch_padded_over_real_tokens": padded / real}
+        found |= {"first_loss": losses[0][0], "torch_first_loss": losses[0][1]}
+    return found
+
+
+def _against(name: str, theirs: list[float], ours: list[float]) -> dict:
+    return {name: float(np.median(theirs)), "ratio": float(np.median(theirs) / np.median(ours))}
+
+
+def _training_flops(run: Run, ragged: Ragged) -> float:
+    return 3 * float(planning.forward_flops(run.models.config, 1, ragged.lengths_N).sum())
+
+
+def encode_and_rerank(run: Run, texts: Texts, rounds: int, versus: bool) -> list[dict]:
+    """Passages to vectors, and pairs to scores; tokenising is part of either."""
+    count = len(texts.passages)
+    towers, scorer = run.initial("retriever"), run.initial("reranker")
+    query_rows_N = np.arange(count) % len(texts.queries)
+    pair_lengths_N = run.inputs.pair_lengths(
+        texts.store, texts.store.splits["train"].texts, query_rows_N, np.arange(count)
+    )
+
+    def encode_all():
+        encode.passages(run.forward, towers["passage"], texts.store, np.arange(count))
+
+    def score_all():
+        rerank.scores(
+            run.forward,
+            scorer,
+            texts.store,
+            texts.store.splits["train"].texts,
+            query_rows_N,
+            np.arange(count)[:, None],
+        )
+
+    passage_lengths_N = run.inputs.passage_lengths(texts.store, np.arange(count))
+    pairs = [(texts.queries[row], _joined(p)) for row, p in zip(query_rows_N, texts.passages)]
+    rival = rivals.SentenceTransformers(run) if versus else None
+    asking = texts.store.splits["train"].texts
+    found = []
+    for name, ours, lengths_N, widths, theirs in (
+        (
+            "encode",
+            encode_all,
+            passage_lengths_N,
+            encode.widths(run.forward, texts.store),
+            lambda: rival.encode([_joined(p) for p in texts.passages]),
+        ),
+        (
+            "re-rank",
+            score_all,
+            pair_lengths_N,
+            rerank.widths(run.forward, texts.store, asking),
+            lambda: rival.rerank(pairs),
+        ),
+    ):
+        compile_seconds = _seconds(ours, 1)[0]
+        own, other = [], []
+        for _ in range(rounds):
+            own.append(texts.tokenised_in + _seconds(ours, 1)[0])
+            if rival is not None:
+                other += _seconds(theirs, 1)
+        seconds = float(np.median(own))
+        flops = planning.forward_flops(run.models.config, 1, lengths_N)
+        result = {
+            "benchmark": name,
+            "sequences": count,
+            "sequences_per_second": count / seconds,
+            "tokenising_share": texts.tokenised_in / seconds,
+            "real_tokens_per_second": float(lengths_N.sum()) / seconds,
+            "computed_over_real_tokens": sum(
+                rows * width for _, rows, width in run.forward.schedule(lengths_N, widths)
+            )
+            / float(lengths_N.sum()),
+            "model_gflop_per_second": float(flops.sum()) / seconds / 1e9,
+            "first_round_seconds": compile_seconds,
+            "peak_memory_gib": _memory(),
+        }
+        if rival is not None:
+            result |= _against("sentence_transformers_seconds", other, own)
+        found.append(result)
+    return found
+
+
+def _joined(passage: tuple[str, str]) -> str:
+    return " ".join(part for part in passage if part)
+
+
+def inputs(run: Run, texts: Texts, steps: int, step_seconds: float | None) -> dict:
+    """Batches alone, as the training loop gets them."""
+    batches = _batches(run, texts, steps + 2)
+    stream = batches.stream(0)
+    next(stream)
+    started = time.perf_counter()
+    for _ in range(steps):
+        next(stream)
+    rate = steps * run.config.joint.batch / (time.perf_counter() - started)
+    base = bert.BertConfig(
+        **planning.BASE, num_layers=12, dropout=0.1, dtype="bfloat16", remat="none", unrolled=False
+    )
+    # A query, 128 passages and as many pairs, at their full lengths.
+    sizes = ((1, 32), (128, 128), (128, 160))
+    flops = 3 * sum(planning.forward_flops(base, *size) for size in sizes)
+    wanted = 32 * UTILISATION * planning.CHIPS["v5e"][1] / flops
+    cores = len(os.sched_getaffinity(0))
+    found = {
+        "lists_per_second": rate,
+        "cores": cores,
+        "lists_per_second_of_a_v5e_32_at_paper_scale": wanted,
+        "cores_to_feed_it": wanted * 128 / (rate * run.config.joint.list_size / cores),
+    }
+    if step_seconds is not None:
+        found["times_what_the_step_takes"] = rate * step_seconds / run.config.joint.batch
+    return found
+
+
+def search(vectors: int, size: int, queries: int, depth: int, settings, versus: bool) -> list[dict]:
+    """Exact search, ScaNN and rivals on random vectors in clusters of about 200."""
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(max(vectors // 200, 1), size)).astype(np.float32)
+    passages_NxD = np.empty((vectors, size), np.float32)
+    for first in range(0, vectors, 2**16):
+        part = passages_NxD[first : first + 2**16]
+        part[:] = centres[rng.integers(0, len(centres), len(part))]
+        part += 0.7 * rng.normal(size=part.shape).astype(np.float32)
+        part /= np.linalg.norm(part, axis=1, keepdims=True)
+    queries_QxD = passages_NxD[rng.integers(0, vectors, queries)]
+    queries_QxD = queries_QxD + 0.5 / size**0.5 * rng.normal(size=queries_QxD.shape)
+    queries_QxD = queries_QxD.astype(np.float32)
+
+    index.exact(queries_QxD[: index.QUERIES_PER_TILE], [passages_NxD], depth)
+    started = time.perf_counter()
+    exact_QxK, _ = index.exact(queries_QxD, [passages_NxD], depth)
+    exact_rate = queries / (time.perf_counter() - started)
+    common = {"benchmark": "index", "vectors": vectors, "dimensions": size, "depth": depth}
+    found = [common | {"index": "exact", "queries_per_second": exact_rate}]
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.perf_counter()
+        searcher = index.build_scann([passages_NxD], settings, depth, pathlib.Path(folder), "")
+        built = time.perf_counter() - started
+    candidates = [
+        ("ScaNN", built, {"": lambda: index.scann_search(searcher, queries_QxD, depth)[0]})
+    ]
+    if versus:
+        candidates += rivals.faiss_indexes(passages_NxD, queries_QxD, depth)
+    for name, built, searches in candidates:
+        for setting, search in searches.items():
+            search()
+            started = time.perf_counter()
+            rows_QxK = search()
+            rate = queries / (time.perf_counter() - started)
+            found.append(
+                common
+                | {"index": name, "setting": setting, "build_seconds": built}
+                | {f"recall@{depth}": index.recall(rows_QxK, exact_QxK)}
+                | {"queries_per_second": rate, "ratio_to_exact": rate / exact_rate}
+            )
+    return found

@@ -1,0 +1,175 @@
+"""What rqv2_jax.bench compares with: the same work as people write it in PyTorch, and faiss.
+
+Imports torch, sentence_transformers and faiss (requirements-bench.txt) when it is asked for them.
+"""
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from rqv2_jax.data.packing import Ragged
+from rqv2_jax.workdir import Run
+
+
+class Joint:
+    """A step of joint training with transformers' BertModel and its default attention, all cores.
+
+    The same weights, lists and loss; batches padded to their longest sequence, each query encoded
+    once, gradients clipped, AdamW.
+    """
+
+    def __init__(self, run: Run, head: dict):
+        import torch
+        import transformers
+
+        self.torch, self.settings, self.pooling = torch, run.config.joint, run.models.pooling
+        torch.manual_seed(0)
+
+        def load(folder):
+            rate = run.config.model.dropout
+            return transformers.BertModel.from_pretrained(
+                folder,
+                local_files_only=True,
+                add_pooling_layer=False,
+                num_hidden_layers=run.config.model.num_layers,
+                hidden_dropout_prob=rate,
+                attention_probs_dropout_prob=rate,
+            ).train()
+
+        self.query, self.passage = load(run.weights.query), load(run.weights.passage)
+        self.reranker = load(run.weights.reranker)
+        self.head = torch.nn.Linear(len(head["kernel"]), 1)
+        with torch.no_grad():
+            self.head.weight[0] = torch.tensor(np.asarray(head["kernel"]))
+            self.head.bias[0] = float(head["bias"])
+        self.dropout = torch.nn.Dropout(run.config.model.dropout)
+        modules = (self.query, self.passage, self.reranker, self.head)
+        self.params = [p for module in modules for p in module.parameters()]
+        self.optimizer = torch.optim.AdamW(
+            self.params,
+            lr=self.settings.learning_rate,
+            weight_decay=run.config.optimizer.weight_decay,
+        )
+        self.clip_norm = run.config.optimizer.clip_norm
+
+    def _states(self, model, ragged: Ragged):
+        """Hidden states [N, T, D] and the mask [N, T] of sequences padded to the longest."""
+        torch, lengths_N = self.torch, ragged.lengths_N
+        mask_NxT = np.arange(lengths_N.max()) < lengths_N[:, None]
+        tokens_NxT, types_NxT = np.zeros((2, *mask_NxT.shape), np.int64)
+        tokens_NxT[mask_NxT], types_NxT[mask_NxT] = ragged.tokens, ragged.types
+        mask_NxT = torch.tensor(mask_NxT)
+        states = model(
+            input_ids=torch.tensor(tokens_NxT),
+            token_type_ids=torch.tensor(types_NxT),
+            attention_mask=mask_NxT.long(),
+        ).last_hidden_state
+        return states, mask_NxT
+
+    def _vectors(self, model, ragged: Ragged):
+        states_NxTxD, mask_NxT = self._states(model, ragged)
+        if self.pooling == "cls":
+            return states_NxTxD[:, 0]
+        weights_NxTx1 = mask_NxT[..., None].float()
+        return (states_NxTxD * weights_NxTx1).sum(1) / weights_NxTx1.sum(1)
+
+    def step(self, sequences: dict[str, Ragged]) -> float:
+        """One update on a batch whose positives come first; returns its loss."""
+        functional, loss = self.torch.nn.functional, self.settings.loss
+        queries_BxD = self._vectors(self.query, sequences["queries"])
+        passages_BxPxD = self._vectors(self.passage, sequences["passages"]).reshape(
+            len(queries_BxD), -1, queries_BxD.shape[1]
+        )
+        first_NxD = self.dropout(self._states(self.reranker, sequences["pairs"])[0][:, 0])
+        scores_BxP = self.head(first_NxD).reshape(passages_BxPxD.shape[:2])
+        student_BxP = (queries_BxD[:, None] * passages_BxPxD).sum(-1) / loss.temperature
+        student_BxP = student_BxP.log_softmax(-1)
+        teacher_BxP = (scores_BxP / loss.temperature).log_softmax(-1)
+        if not loss.teacher_gradient:
+            teacher_BxP = teacher_BxP.detach()
+        pair = (student_BxP, teacher_BxP)
+        if loss.kl_direction == "retriever_to_reranker":
+            pair = pair[::-1]
+        kl = functional.kl_div(*pair, log_target=True, reduction="sum")
+        lists, size = scores_BxP.shape
+        kl = (
+            kl
+            / {"sum": 1, "mean_per_list": lists, "mean_per_candidate": lists * size}[
+                loss.kl_reduction
+            ]
+        )
+        total = self.settings.kl_weight * kl + functional.cross_entropy(
+            scores_BxP, self.torch.zeros(lists, dtype=self.torch.long)
+        )
+        self.optimizer.zero_grad(set_to_none=True)
+        total.backward()
+        self.torch.nn.utils.clip_grad_norm_(self.params, self.clip_norm)
+        self.optimizer.step()
+        return total.item()
+
+
+class SentenceTransformers:
+    """Encoding and re-ranking by sentence-transformers with its own defaults, from the same weights."""
+
+    def __init__(self, run: Run):
+        from sentence_transformers import CrossEncoder, SentenceTransformer
+        from sentence_transformers.models import Pooling, Transformer
+
+        layers = {"num_hidden_layers": run.config.model.num_layers}
+        data = run.config.data
+        encoder = Transformer(
+            str(run.weights.passage), max_seq_length=data.passage_length, config_kwargs=layers
+        )
+        pooling = Pooling(run.models.config.hidden_size, pooling_mode=run.models.pooling)
+        self.encoder = SentenceTransformer(modules=[encoder, pooling], device="cpu")
+        self.scorer = CrossEncoder(
+            str(run.weights.reranker),
+            num_labels=1,
+            max_length=data.pair_length,
+            device="cpu",
+            config_kwargs=layers,
+        )
+
+    def encode(self, passages: list[str]) -> np.ndarray:
+        """The vectors of some passages."""
+        return self.encoder.encode(passages)
+
+    def rerank(self, pairs: list[tuple[str, str]]) -> np.ndarray:
+        """The scores of some pairs."""
+        return self.scorer.predict(pairs)
+
+
+def faiss_indexes(
+    passages_NxD: np.ndarray, queries_QxD: np.ndarray, depth: int
+) -> list[tuple[str, float, dict[str, Callable]]]:
+    """(name, seconds it took to build, {setting: search}) of faiss's indexes for the inner product."""
+    import faiss
+
+    count, size = passages_NxD.shape
+    leaves = round(count**0.5)
+    graph = faiss.IndexHNSWFlat(size, 32, faiss.METRIC_INNER_PRODUCT)
+    graph.hnsw.efConstruction = 80
+    coarse = faiss.IndexFlatIP(size)
+    cells = faiss.IndexIVFPQ(coarse, size, leaves, size // 4, 8, faiss.METRIC_INNER_PRODUCT)
+    # As ScaNN does: what its codes find is scored exactly.
+    refined = faiss.IndexRefineFlat(cells)
+    refined.k_factor = 4
+    found = []
+    for name, index, values, choose in (
+        ("faiss HNSW", graph, (64, 128, 256, 512), lambda v: setattr(graph.hnsw, "efSearch", v)),
+        ("faiss IVF-PQ", refined, (8, 32, 128), lambda v: setattr(cells, "nprobe", v)),
+    ):
+        started = time.perf_counter()
+        if not index.is_trained:
+            index.train(passages_NxD[: 64 * leaves])
+        index.add(passages_NxD)
+        built = time.perf_counter() - started
+
+        def search(value, index=index, choose=choose):
+            choose(value)
+            return index.search(queries_QxD, depth)[1]
+
+        searches = {str(value): lambda v=value, s=search: s(v) for value in values}
+        found.append((name, built, searches))
+    return found
