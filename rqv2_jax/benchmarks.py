@@ -85,6 +85,7 @@ def _lists(texts: Texts, count: int, size: int) -> lists_lib.Lists:
 
 def _batches(run: Run, texts: Texts, steps: int) -> ListBatches:
     joint, shards = run.config.joint, run.sharding.shards
+    stage = train.make_stage(run.config, run.models, "joint")
     return ListBatches(
         texts.store,
         texts.store.splits["train"],
@@ -92,10 +93,10 @@ def _batches(run: Run, texts: Texts, steps: int) -> ListBatches:
         _lists(texts, steps * joint.batch, joint.list_size),
         batch=joint.batch,
         models=("retriever", "reranker"),
-        in_batch=joint.in_batch_weight > 0,
+        in_batch=stage.in_batch,
         shards=shards,
-        accumulate=joint.accumulate,
-        own=run.sharding.own_parts(shards * joint.accumulate),
+        accumulate=stage.accumulate,
+        own=run.sharding.own_parts(shards * stage.accumulate),
         max_blocks=run.config.packing.blocks,
         row_width=run.config.packing.row_width,
     )
@@ -180,6 +181,7 @@ def joint(run: Run, texts: Texts, steps: int, versus: bool) -> dict:
         / formula,
         "share_of_peak": formula / seconds / best / run.sharding.shards,
         "peak_gflop_per_second": best / 1e9,
+        "parts": stage.accumulate,
         "compile_seconds": compile_seconds,
         "peak_memory_gib": _memory(),
     }

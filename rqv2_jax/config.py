@@ -59,6 +59,8 @@ RANGES = {
     "reranker.warmup_steps": (0, 10**9),
     "joint.warmup_steps": (0, 10**9),
     "reranker.list_size": (2, 10**6),
+    "reranker.accumulate": (0, 10**6),
+    "joint.accumulate": (0, 10**6),
     "joint.list_size": (2, 10**6),
     "packing.row_width": (0, 2**16),
     "joint.denoised_share": (0.0, 1.0),
@@ -124,7 +126,7 @@ def default() -> ml_collections.ConfigDict:
             # Warm-up of the retriever with in-batch negatives; 0 epochs skip it.
             "retriever": _training(epochs=30.0, learning_rate=3e-5),
             # Warm-up of the re-ranker on lists of mined negatives; 0 epochs skip it.
-            "reranker": _training(epochs=2.0, list_size=8, accumulate=1),
+            "reranker": _training(epochs=2.0, list_size=8, accumulate=0),
             "mine": {
                 "queries": 1_000_000,  # at most this many training queries, drawn at random
                 "depth": 50,  # retrieved passages of each, candidates of undenoised lists
@@ -136,8 +138,9 @@ def default() -> ml_collections.ConfigDict:
             "joint": _training(
                 epochs=2.0,
                 list_size=32,
-                # Parts in which a device computes its lists of a batch, to need less memory.
-                accumulate=1,
+                # Parts in which a device computes its lists of a batch, to need less memory. 0 leaves
+                # it to the device: one on accelerators, on a CPU what its caches can hold.
+                accumulate=0,
                 denoised_share=0.5,
                 loss=dict(LOSSES["paper"]),
                 kl_weight=1.0,

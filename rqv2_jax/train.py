@@ -19,6 +19,9 @@ from rqv2_jax import losses
 from rqv2_jax.models import Models, retriever_scores
 from rqv2_jax.sharding import Sharding
 
+# Of the lists that a CPU computes at once: what their layers hold stays in its caches.
+CPU_TOKENS = 5000
+
 
 class TrainState(NamedTuple):
     """All that changes from step to step; arrays only. `params` is keyed by model."""
@@ -108,17 +111,33 @@ def make_stage(config, models: Models, name: str) -> Stage:
     settings = config[name]
     if name == "retriever":
         return Stage(partial(retriever_loss, models), ("retriever",), (), 1, True, 1)
+    accumulate = _parts(config, name)
     if name == "reranker":
         loss_fn, trained, frozen = partial(reranker_loss, models), ("reranker",), ()
         in_batch = False
     else:
-        loss_fn, trained = (
-            partial(joint_loss, models, settings.to_dict()),
-            ("retriever", "reranker"),
-        )
+        own = settings.to_dict() | {"accumulate": accumulate}
+        loss_fn, trained = partial(joint_loss, models, own), ("retriever", "reranker")
         frozen = () if settings.train_reranker else ("reranker",)
         in_batch = settings.in_batch_weight > 0
-    return Stage(loss_fn, trained, frozen, settings.list_size, in_batch, settings.accumulate)
+    return Stage(loss_fn, trained, frozen, settings.list_size, in_batch, accumulate)
+
+
+def _parts(config, name: str) -> int:
+    """In how many parts a device computes its lists of a batch."""
+    settings, data = config[name], config.data
+    if settings.accumulate:
+        return settings.accumulate
+    if jax.default_backend() != "cpu" or (name == "joint" and settings.in_batch_weight > 0):
+        return 1
+    passages = 0 if name == "reranker" else data.passage_length
+    tokens = data.query_length + settings.list_size * (passages + data.pair_length)
+    most, shards = max(CPU_TOKENS // tokens, 1), config.mesh.data * config.mesh.fsdp
+    return next(
+        parts
+        for parts in range(1, settings.batch + 1)
+        if settings.batch % parts == 0 and settings.batch <= most * parts * shards
+    )
 
 
 def make_optimizer(
