@@ -17,8 +17,8 @@ def get_config(preset: str = "docstrings"):
     config.data.dataset = preset
     # Half of the lists are denoised, so that leaving these out is a change to be seen.
     config.mine.update({"queries": 1600, "scored_queries": 1600})
-    config.reranker.epochs = 1.7
-    config.joint.update({"denoised_share": 0.5, "epochs": 0.2, "evaluate_every": 10})
-    config.dev.update({"queries": 60, "pool": 600})
-    config.evaluate.queries = 500
+    # So short a warm-up leaves the re-ranker something to learn in joint training.
+    config.reranker.epochs = 0.75
+    config.joint.update({"denoised_share": 0.5, "epochs": 0.3})
+    config.evaluate.queries = 400
     return config

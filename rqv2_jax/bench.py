@@ -4,7 +4,8 @@ joint   steps of joint training, on lists of random passages
 encode  passages to vectors and pairs to scores, tokenising included
 input   the batches of joint training alone
 index   exact search and ScaNN, on clustered random vectors
-all     all of them
+scaling time of a joint step by size and number of lists, of encoding by passages; --plot draws it
+all     all of them but scaling
 
 --vs torch does the same work in turn with transformers, sentence-transformers and faiss, and gives
 ratios (pip install -r requirements-bench.txt).
@@ -30,6 +31,7 @@ _LENGTHS = flags.DEFINE_enum(
 )
 _VERSUS = flags.DEFINE_enum("vs", None, ["torch"], "What to compare with, in turn.")
 _JSON = flags.DEFINE_string("json", None, "File that the lines are added to.")
+_PLOT = flags.DEFINE_string("plot", None, "PNG file for the figure of scaling.")
 _STEPS = flags.DEFINE_integer("steps", 10, "Steps of joint and input.", lower_bound=1)
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "Times that encode encodes.", lower_bound=1)
 _PASSAGES = flags.DEFINE_integer("passages", 2048, "Passages to read.", lower_bound=256)
@@ -39,9 +41,12 @@ _QUERIES = flags.DEFINE_integer("queries", 2048, "Queries of index.", lower_boun
 
 def main(benchmark: str = ""):
     """Runs one benchmark, or all, and prints what it measured."""
-    if benchmark not in (*BENCHMARKS, "all"):
-        raise InputError(f"no benchmark {benchmark!r}; choose one of {', '.join(BENCHMARKS)}, all")
+    if benchmark not in (*BENCHMARKS, "scaling", "all"):
+        raise InputError(
+            f"no benchmark {benchmark!r}; choose one of {', '.join(BENCHMARKS)}, scaling, all"
+        )
     from rqv2_jax import benchmarks
+    from rqv2_jax.report import draw_scaling
     from rqv2_jax.workdir import open_run
 
     config, versus = flags.FLAGS.config, _VERSUS.value is not None
@@ -72,6 +77,12 @@ def main(benchmark: str = ""):
         if "input" in chosen:
             found = benchmarks.inputs(run, texts, _STEPS.value, step_seconds)
             report({"benchmark": "input", "lengths": _LENGTHS.value} | sizes | found)
+        if "scaling" in chosen:
+            lines = benchmarks.scaling(run, texts, _STEPS.value)
+            for line in lines:
+                report(model | {"lengths": _LENGTHS.value} | line)
+            if _PLOT.value is not None:
+                draw_scaling(lines, pathlib.Path(_PLOT.value))
         if "index" in chosen:
             width = run.models.config.hidden_size
             scann = config.evaluate.scann

@@ -18,12 +18,13 @@ import numpy as np
 import tqdm
 
 from rqv2_jax import bert, hlo, planning, rivals, train
+from rqv2_jax import config as config_lib
 from rqv2_jax.data import lists as lists_lib
 from rqv2_jax.data import tokens
 from rqv2_jax.data.batches import KINDS, ListBatches
 from rqv2_jax.data.packing import Ragged
 from rqv2_jax.retrieval import encode, index, rerank
-from rqv2_jax.workdir import Run, open_collection
+from rqv2_jax.workdir import Run, open_collection, open_run
 
 # Each a token of its own to BERT.
 WORDS = [str(number) for number in (*range(10, 100), *range(1900, 2015))]
@@ -188,7 +189,7 @@ def joint(run: Run, texts: Texts, steps: int, versus: bool) -> dict:
     if rival is not None:
         found |= _against("torch_step_seconds", theirs[1:], ours[1:])
         found |= {"torch_padded_over_real_tokens": padded / real}
-        found |= {"first_loss": losses[0][0], "torch_first_loss": losses[0][1]}
+        found |= dict(zip(("losses", "torch_losses"), zip(*losses)))
     return found
 
 
@@ -285,7 +286,13 @@ def inputs(run: Run, texts: Texts, steps: int, step_seconds: float | None) -> di
         next(stream)
     rate = steps * run.config.joint.batch / (time.perf_counter() - started)
     base = bert.BertConfig(
-        **planning.BASE, num_layers=12, dropout=0.1, dtype="bfloat16", remat="none", unrolled=False
+        **planning.BASE,
+        num_layers=12,
+        dropout=0.1,
+        dtype="bfloat16",
+        remat="none",
+        attention="plain",
+        unrolled=False,
     )
     # A query, 128 passages and as many pairs, at their full lengths.
     sizes = ((1, 32), (128, 128), (128, 160))
@@ -344,4 +351,31 @@ def search(vectors: int, size: int, queries: int, depth: int, settings, versus: 
                 | {f"recall@{depth}": index.recall(rows_QxK, exact_QxK)}
                 | {"queries_per_second": rate, "ratio_to_exact": rate / exact_rate}
             )
+    return found
+
+
+def scaling(run: Run, texts: Texts, steps: int) -> list[dict]:
+    """How a joint step grows with the list's size and the number of lists, encoding with passages."""
+
+    def step_seconds(batch, size):
+        config = config_lib.loads(config_lib.dumps(run.config))
+        config.joint.update({"batch": batch, "list_size": size})
+        found = joint(open_run(config, run.workdir), texts, steps, versus=False)
+        return found["step_seconds"], found["real_tokens_per_second"]
+
+    work = [("list size", size, (2, size)) for size in (8, 16, 32, 64, 128)]
+    work += [("lists", batch, (batch, 8)) for batch in (2, 4, 8, 16, 32)]
+    found = []
+    for what, count, sizes in work:
+        seconds, rate = step_seconds(*sizes)
+        line = {"benchmark": "scaling", "what": what, "count": count, "seconds": seconds}
+        found.append(line | {"real_tokens_per_second": rate})
+    tower = run.initial("retriever")["passage"]
+    for part in (8, 4, 2, 1):
+        rows_N = np.arange(len(texts.passages) // part)
+        lengths_N = run.inputs.passage_lengths(texts.store, rows_N)
+        seconds = _seconds(lambda r=rows_N: encode.passages(run.forward, tower, texts.store, r), 2)
+        line = {"benchmark": "scaling", "what": "encoded passages", "count": len(rows_N)}
+        rate = float(lengths_N.sum()) / seconds[-1]
+        found.append(line | {"seconds": seconds[-1], "real_tokens_per_second": rate})
     return found

@@ -40,7 +40,8 @@ ACTIVATIONS = {
 class BertConfig:
     """The shape of an encoder; field meanings are those of a Hugging Face `config.json`.
 
-    `remat` is one of `REMAT`; `unrolled` says whether the loop over layers is.
+    `remat` is one of `REMAT`; `unrolled` says whether the loop over layers is. `attention` is "plain",
+    or an implementation of `jax.nn.dot_product_attention`, which does not drop out its weights.
     """
 
     vocab_size: int
@@ -56,6 +57,7 @@ class BertConfig:
     initializer_range: float
     dtype: str
     remat: str
+    attention: str
     unrolled: bool
 
 
@@ -156,6 +158,17 @@ class Layer(nn.Module):
         def attend(q_AxD, kv_NxD, bias_Rx1xAxT):
             rows, _, asking, length = bias_Rx1xAxT.shape
             heads, size = c.num_heads, c.hidden_size // c.num_heads
+            if c.attention != "plain":
+                q_RxAxHxK = q_AxD.reshape(rows, asking, heads, size)
+                k_RxTxHxK, v_RxTxHxK = (
+                    x.reshape(rows, length, heads, size) for x in jnp.split(kv_NxD, 2, axis=1)
+                )
+                y_RxAxHxK = jax.nn.dot_product_attention(
+                    *(q_RxAxHxK, k_RxTxHxK, v_RxTxHxK),
+                    bias=bias_Rx1xAxT.astype(c.dtype),
+                    implementation=c.attention,
+                )
+                return y_RxAxHxK.reshape(rows * asking, c.hidden_size)
             # Heads in front of tokens and keys already transposed: plain batched products, which
             # XLA's CPU backend runs faster than any other order of the axes.
             q_RxHxAxK = q_AxD.reshape(rows, asking, heads, size).transpose(0, 2, 1, 3) * size**-0.5

@@ -40,6 +40,7 @@ CHOICES = {
     "model.passage_format": ("title_sep_text", "title_text"),
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "dots", "full"),
+    "model.attention": ("plain", "xla", "cudnn"),
     "retriever.schedule": ("constant", "linear"),
     "reranker.schedule": ("constant", "linear"),
     "joint.schedule": ("constant", "linear"),
@@ -113,6 +114,9 @@ def default() -> ml_collections.ConfigDict:
                 "passage_format": "title_sep_text",  # or "title_text" (sentence-transformers)
                 "dropout": 0.1,
                 "dtype": "float32",  # of activations; params and losses stay float32
+                # "xla" or "cudnn" (half precision on a GPU) name implementations of
+                # jax.nn.dot_product_attention; they do not drop out attention weights.
+                "attention": "plain",
                 "remat": "none",  # of each layer's activations; "dots" or "full" save memory
             },
             "mesh": {"data": 1, "fsdp": 1},  # devices

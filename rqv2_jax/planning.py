@@ -203,7 +203,9 @@ def _shape(config, machine, report) -> bert.BertConfig:
         shape = read_shape(config, weights_lib.find(model.weights).query)
     except InputError as error:
         report(f"planned with the shape of BERT base, because {error}")
-        how = {name: model[name] for name in ("num_layers", "dropout", "dtype", "remat")}
+        how = {
+            name: model[name] for name in ("num_layers", "dropout", "dtype", "remat", "attention")
+        }
         shape = bert.BertConfig(**BASE, **how, unrolled=False)
     return dataclasses.replace(shape, unrolled=machine.devices[0].platform == "cpu")
 

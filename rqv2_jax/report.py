@@ -106,6 +106,20 @@ def draw_list_sizes(folder: pathlib.Path, path: pathlib.Path):
     _save(figure, path)
 
 
+def draw_scaling(lines: list[dict], path: pathlib.Path):
+    """What rqv2_jax.bench scaling measured: seconds against size, with the line through the origin."""
+    kinds = list(dict.fromkeys(line["what"] for line in lines))
+    figure, axes = _figure(len(kinds))
+    for axis, kind in zip(axes, kinds):
+        counts, seconds = zip(*[(x["count"], x["seconds"]) for x in lines if x["what"] == kind])
+        axis.plot(counts, seconds, marker="o", label="measured")
+        slope = seconds[-1] / counts[-1]
+        axis.plot((0, counts[-1]), (0, slope * counts[-1]), ":", color="grey", label="linear")
+        axis.set(xlabel=kind, ylabel="seconds")
+        axis.legend()
+    _save(figure, path)
+
+
 def _figure(panels: int):
     from matplotlib.figure import Figure
 

@@ -99,7 +99,14 @@ def find_folder(weights: str) -> pathlib.Path:
 
 
 def read_config(
-    folder: pathlib.Path, *, num_layers: int, dropout: float, dtype: str, remat: str, unrolled: bool
+    folder: pathlib.Path,
+    *,
+    num_layers: int,
+    dropout: float,
+    dtype: str,
+    remat: str,
+    attention: str,
+    unrolled: bool,
 ) -> bert.BertConfig:
     """`config.json` as a `BertConfig`, cut to the first `num_layers` layers.
 
@@ -136,6 +143,7 @@ def read_config(
             initializer_range=hf["initializer_range"],
             dtype=dtype,
             remat=remat,
+            attention=attention,
             unrolled=unrolled,
         )
         available = hf["num_hidden_layers"]

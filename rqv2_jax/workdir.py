@@ -23,7 +23,7 @@ from rqv2_jax.retrieval.stream import Forward, make_forward
 
 # Settings that change where numbers are computed, and when, but not which.
 PLACEMENT = (
-    *("mesh.", "model.remat:", "reranker.accumulate:", "joint.accumulate:"),
+    *("mesh.", "model.remat:", "model.attention:", "reranker.accumulate:", "joint.accumulate:"),
     "evaluate.batch_tokens:",
 )
 
@@ -172,6 +172,7 @@ def read_shape(config, folder: pathlib.Path) -> bert.BertConfig:
         dropout=model.dropout,
         dtype=model.dtype,
         remat=model.remat,
+        attention=model.attention,
         unrolled=False,
     )
 

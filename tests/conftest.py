@@ -154,7 +154,13 @@ def world(make_bert):
         for seed, tower in enumerate(("query", "passage", "encoder"))
     }
     config = weights.read_config(
-        made["query"][0], num_layers=1, dropout=0.0, dtype="float32", remat="none", unrolled=True
+        made["query"][0],
+        num_layers=1,
+        dropout=0.0,
+        dtype="float32",
+        remat="none",
+        attention="plain",
+        unrolled=True,
     )
     encoders = {tower: weights.load_encoder(made[tower][0], config) for tower in made}
     params = {

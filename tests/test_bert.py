@@ -21,7 +21,13 @@ KEY = jax.random.key(0, impl="rbg")
 
 def load(folder, num_layers):
     config = weights.read_config(
-        folder, num_layers=num_layers, dropout=0.1, dtype="float32", remat="none", unrolled=True
+        folder,
+        num_layers=num_layers,
+        dropout=0.1,
+        dtype="float32",
+        remat="none",
+        attention="plain",
+        unrolled=True,
     )
     return config, weights.load_encoder(folder, config)
 
@@ -196,6 +202,26 @@ def test_first_states_are_those_of_all_states_in_value_and_gradient(tiny, num_la
     assert_close(found, np.asarray(states)[first_N], 1e-5)
     assert jax.tree.structure(grads) == jax.tree.structure(plain_grads)
     for ours, theirs in zip(jax.tree.leaves(grads), jax.tree.leaves(plain_grads)):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=2e-5)
+
+
+def test_jaxs_own_attention_gives_the_same(tiny, monkeypatch):
+    config, params, _, seqs = tiny
+    block = shared_rows(seqs)
+    directions = np.random.default_rng(0).normal(size=(ROWS * WIDTH, 32)).astype(np.float32)
+    directions *= (block.sequence_RxT < len(seqs)).reshape(-1, 1)
+    own = dataclasses.replace(config, attention="xla")
+    asked, attention = [], jax.nn.dot_product_attention
+
+    def recorded(*given, **how):
+        asked.append(how["implementation"])
+        return attention(*given, **how)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", recorded)
+    plain, fused = (pull_back(c, params, block, directions) for c in (config, own))
+    assert set(asked) == {"xla"}
+    assert_close(own_states(fused[0], block), own_states(plain[0], block), 1e-5)
+    for ours, theirs in zip(jax.tree.leaves(fused[1]), jax.tree.leaves(plain[1])):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=2e-5)
 
 

@@ -30,7 +30,13 @@ def ragged(lengths=LENGTHS, seed=0):
 def tiny(make_bert):
     folder, model = make_bert(num_hidden_layers=1)
     config = weights.read_config(
-        folder, num_layers=1, dropout=RATE, dtype="float32", remat="none", unrolled=True
+        folder,
+        num_layers=1,
+        dropout=RATE,
+        dtype="float32",
+        remat="none",
+        attention="plain",
+        unrolled=True,
     )
     sequences = ragged()
     starts = np.cumsum(LENGTHS)[:-1]

@@ -22,7 +22,13 @@ WORDS = "embeddings.word_embeddings.weight"
 
 def load(folder, num_layers=2):
     config = weights.read_config(
-        folder, num_layers=num_layers, dropout=0.1, dtype="float32", remat="none", unrolled=True
+        folder,
+        num_layers=num_layers,
+        dropout=0.1,
+        dtype="float32",
+        remat="none",
+        attention="plain",
+        unrolled=True,
     )
     return weights.load_encoder(folder, config)
 
@@ -74,7 +80,13 @@ def assert_same(tree, other):
 
 def test_params_are_those_the_encoder_asks_for(folder):
     config = weights.read_config(
-        folder, num_layers=2, dropout=0.1, dtype="float32", remat="none", unrolled=True
+        folder,
+        num_layers=2,
+        dropout=0.1,
+        dtype="float32",
+        remat="none",
+        attention="plain",
+        unrolled=True,
     )
     ids = jnp.zeros((1, 8), jnp.int32)
     asked = jax.eval_shape(
@@ -165,7 +177,13 @@ def test_ernie_adds_its_task_embedding(make_bert):
     settings = {"use_task_id": True, "task_type_vocab_size": 3, "num_hidden_layers": 1}
     found, model = make_bert(4, "ErnieModel", **settings)
     config = weights.read_config(
-        found, num_layers=1, dropout=0.0, dtype="float32", remat="none", unrolled=True
+        found,
+        num_layers=1,
+        dropout=0.0,
+        dtype="float32",
+        remat="none",
+        attention="plain",
+        unrolled=True,
     )
     params = weights.load_encoder(found, config)
     rng = np.random.default_rng(0)
@@ -190,7 +208,13 @@ def test_base_models_give_the_hidden_states_of_transformers(make_bert, name):
         settings |= {"use_task_id": True, "task_type_vocab_size": 3, "type_vocab_size": 4}
     found, model = make_bert(5, name, **settings)
     config = weights.read_config(
-        found, num_layers=12, dropout=0.0, dtype="float32", remat="none", unrolled=False
+        found,
+        num_layers=12,
+        dropout=0.0,
+        dtype="float32",
+        remat="none",
+        attention="plain",
+        unrolled=False,
     )
     params = weights.load_encoder(found, config)
     rng = np.random.default_rng(0)
@@ -352,7 +376,13 @@ def test_find_folder_of_a_package_without_a_model():
 
 def test_written_encoders_are_read_back(folder, tmp_path):
     config = weights.read_config(
-        folder, num_layers=1, dropout=0.1, dtype="float32", remat="none", unrolled=True
+        folder,
+        num_layers=1,
+        dropout=0.1,
+        dtype="float32",
+        remat="none",
+        attention="plain",
+        unrolled=True,
     )
     params = weights.load_encoder(folder, config)
     weights.save_encoder(tmp_path / "query", folder, config, params)
@@ -363,6 +393,7 @@ def test_written_encoders_are_read_back(folder, tmp_path):
             dropout=0.1,
             dtype="float32",
             remat="none",
+            attention="plain",
             unrolled=True,
         )
         == config

@@ -1,0 +1,91 @@
+"""What the benchmarks measure, and that both sides of a comparison do the same work."""
+
+import json
+
+import numpy as np
+import pytest
+
+from rqv2_jax import benchmarks, planning, workdir
+from rqv2_jax import config as config_lib
+from rqv2_jax.data.batches import KINDS
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    config = config_lib.default()
+    config_lib.tiny(config)
+    config.data.update({"dataset": "docstrings", "passage_length": 128, "pair_length": 160})
+    config.model.update({"dropout": 0.0, "pooling": "mean"})
+    config.joint.update({"batch": 4, "list_size": 4, "accumulate": 2})
+    return workdir.open_run(config, tmp_path_factory.mktemp("bench") / "workdir")
+
+
+@pytest.fixture(scope="module")
+def texts(run):
+    return benchmarks.read(run, "msmarco", 256, 64)
+
+
+def test_made_up_texts_are_as_long_as_those_of_msmarco(run, texts):
+    lengths_N = run.inputs.passage_lengths(texts.store, np.arange(256))
+    # The mean that packing was designed for, within three of its deviations.
+    assert lengths_N.mean() == pytest.approx(79, abs=3 * 26 / 256**0.5)
+    assert (lengths_N.min(), lengths_N.max()) >= (16, 100)
+    assert lengths_N.max() <= 128
+    assert len({text for _, text in texts.passages}) == 256
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_the_joint_step_and_its_rival_do_the_same_work(run, texts, pooling):
+    own = config_lib.loads(config_lib.dumps(run.config))
+    own.model.pooling = pooling
+    # Large enough that the second loss tells whether both were updated alike.
+    own.joint.learning_rate = 1e-3
+    own.joint.schedule = "constant"
+    found = benchmarks.joint(workdir.open_run(own, run.workdir), texts, 1, versus=True)
+    assert found["losses"] == pytest.approx(found["torch_losses"], rel=1e-3)
+    assert found["losses"][0] != pytest.approx(found["losses"][1], rel=1e-2)
+    assert found["ratio"] == pytest.approx(found["torch_step_seconds"] / found["step_seconds"])
+    assert 1 < found["computed_over_real_tokens"] < found["torch_padded_over_real_tokens"] * 1.2
+    assert 0.5 < found["compiled_over_model_flop"] < 1.5
+    assert found["pairs_per_second"] == pytest.approx(16 / found["step_seconds"])
+
+
+def test_model_flops_are_those_of_real_tokens(run, texts):
+    """By the formula in the planner's docstring, of each sequence at its own length, three times."""
+    batches = benchmarks._batches(run, texts, 1)
+    d, f = 384, 1536
+    expected = 0
+    for kind in KINDS:
+        for length in batches.ragged(kind, 0).lengths_N.tolist():
+            expected += 3 * length * (8 * d**2 + 4 * d * f + 4 * d * length)
+    found = sum(benchmarks._training_flops(run, batches.ragged(kind, 0)) for kind in KINDS)
+    assert found == pytest.approx(expected)
+    lengths_N = np.array([7, 9])
+    assert planning.forward_flops(run.models.config, 1, lengths_N).shape == (2,)
+
+
+def test_encoding_re_ranking_and_inputs(run, texts):
+    encoded, reranked = benchmarks.encode_and_rerank(run, texts, 1, versus=False)
+    assert (encoded["benchmark"], reranked["benchmark"]) == ("encode", "re-rank")
+    for found in (encoded, reranked):
+        assert found["sequences"] == 256
+        assert 0 < found["tokenising_share"] < 1
+    # A few hundred sequences: the last batch of a width is not full.
+    assert 1 < encoded["computed_over_real_tokens"] < 1.6
+    found = benchmarks.inputs(run, texts, 3, 2.0)
+    assert found["times_what_the_step_takes"] == pytest.approx(found["lists_per_second"] * 2 / 4)
+    wanted = found["lists_per_second_of_a_v5e_32_at_paper_scale"]
+    assert found["cores_to_feed_it"] == pytest.approx(
+        wanted * 128 * found["cores"] / (found["lists_per_second"] * 4)
+    )
+    json.dumps([encoded, reranked, found])
+
+
+def test_search_measures_every_index_at_its_recall(run):
+    found = benchmarks.search(2000, 16, 100, 10, run.config.evaluate.scann, versus=False)
+    assert [line["index"] for line in found] == ["exact", "ScaNN"]
+    assert found[1]["recall@10"] == 1, "so small a collection is scored whole"
+    assert found[1]["ratio_to_exact"] == pytest.approx(
+        found[1]["queries_per_second"] / found[0]["queries_per_second"]
+    )
+    json.dumps(found)
