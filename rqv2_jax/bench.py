@@ -2,6 +2,7 @@
 
 joint   steps of joint training, on lists of random passages
 encode  passages to vectors and pairs to scores, tokenising included
+mine    candidates: encode passages and queries, search, score the first of each
 input   the batches of joint training alone
 index   exact search and ScaNN, on clustered random vectors
 scaling time of a joint step by size and number of lists, of encoding by passages; --plot draws it
@@ -24,7 +25,7 @@ from absl import flags
 from rqv2_jax import program
 from rqv2_jax.errors import InputError
 
-BENCHMARKS = ("joint", "encode", "input", "index")
+BENCHMARKS = ("joint", "encode", "mine", "input", "index")
 
 _LENGTHS = flags.DEFINE_enum(
     "lengths", "data", ["data", "msmarco"], "Texts of the config's data, or as long as MS MARCO's."
@@ -33,7 +34,9 @@ _VERSUS = flags.DEFINE_enum("vs", None, ["torch"], "What to compare with, in tur
 _JSON = flags.DEFINE_string("json", None, "File that the lines are added to.")
 _PLOT = flags.DEFINE_string("plot", None, "PNG file for the figure of scaling.")
 _STEPS = flags.DEFINE_integer("steps", 10, "Steps of joint and input.", lower_bound=1)
-_ROUNDS = flags.DEFINE_integer("rounds", 3, "Times that encode encodes.", lower_bound=1)
+_ROUNDS = flags.DEFINE_integer(
+    "rounds", 3, "Times that encode and mine do their work.", lower_bound=1
+)
 _PASSAGES = flags.DEFINE_integer("passages", 2048, "Passages to read.", lower_bound=256)
 _VECTORS = flags.DEFINE_integer("vectors", 1_000_000, "Vectors of index.", lower_bound=1000)
 _QUERIES = flags.DEFINE_integer("queries", 2048, "Queries of index.", lower_bound=1)
@@ -74,6 +77,9 @@ def main(benchmark: str = ""):
         if "encode" in chosen:
             for found in benchmarks.encode_and_rerank(run, texts, _ROUNDS.value, versus):
                 report(model | {"lengths": _LENGTHS.value} | found)
+        if "mine" in chosen:
+            found = benchmarks.mine(run, texts, _ROUNDS.value, versus)
+            report(model | {"lengths": _LENGTHS.value} | found)
         if "input" in chosen:
             found = benchmarks.inputs(run, texts, _STEPS.value, step_seconds)
             report({"benchmark": "input", "lengths": _LENGTHS.value} | sizes | found)

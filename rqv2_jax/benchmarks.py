@@ -276,6 +276,47 @@ def _joined(passage: tuple[str, str]) -> str:
     return " ".join(part for part in passage if part)
 
 
+def mine(run: Run, texts: Texts, rounds: int, versus: bool) -> dict:
+    """Candidates from texts: tokenise, encode passages and queries, search, score the first of each."""
+    towers, scorer = run.initial("retriever"), run.initial("reranker")
+    asking, forward, settings = texts.store.splits["train"].texts, run.forward, run.config.mine
+    query_rows_Q = np.arange(len(texts.queries))
+    found_QxK = None
+
+    def ours():
+        nonlocal found_QxK
+        passages_NxD = encode.passages(
+            forward, towers["passage"], texts.store, np.arange(len(texts.passages))
+        )
+        queries_QxD = encode.queries(forward, towers["query"], asking, query_rows_Q)
+        found_QxK, _ = index.exact(queries_QxD, [passages_NxD], settings.depth)
+        first_QxK = found_QxK[:, : settings.scored_depth]
+        rerank.scores(forward, scorer, texts.store, asking, query_rows_Q, first_QxK)
+
+    rival = rivals.SentenceTransformers(run) if versus else None
+    passages = [_joined(passage) for passage in texts.passages]
+    _seconds(ours, 1)
+    own, other = [], []
+    for _ in range(rounds):
+        own.append(texts.tokenised_in + _seconds(ours, 1)[0])
+        if rival is not None:
+            started = time.perf_counter()
+            theirs_QxK = rival.mine(texts.queries, passages, settings.depth, settings.scored_depth)
+            other.append(time.perf_counter() - started)
+    result = {
+        "benchmark": "mine",
+        "passages": len(passages),
+        "queries": len(texts.queries),
+        "scored_pairs": len(texts.queries) * min(settings.scored_depth, len(passages)),
+        "seconds": float(np.median(own)),
+        "peak_memory_gib": _memory(),
+    }
+    if rival is not None:
+        result |= _against("sentence_transformers_seconds", other, own)
+        result["candidates_in_common"] = index.recall(found_QxK, theirs_QxK)
+    return result
+
+
 def inputs(run: Run, texts: Texts, steps: int, step_seconds: float | None) -> dict:
     """Batches alone, as the training loop gets them."""
     batches = _batches(run, texts, steps + 2)

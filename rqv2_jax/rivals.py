@@ -139,6 +139,26 @@ class SentenceTransformers:
         """The scores of some pairs."""
         return self.scorer.predict(pairs)
 
+    def mine(
+        self, queries: list[str], passages: list[str], depth: int, scored_depth: int
+    ) -> np.ndarray:
+        """The rows [Q, K] of each query's best passages; the first are scored too."""
+        from sentence_transformers.util import dot_score, semantic_search
+
+        vectors = [
+            self.encoder.encode(texts, convert_to_tensor=True) for texts in (queries, passages)
+        ]
+        found = semantic_search(*vectors, top_k=depth, score_function=dot_score)
+        rows_QxK = np.array([[hit["corpus_id"] for hit in hits] for hits in found])
+        self.scorer.predict(
+            [
+                (query, passages[row])
+                for query, rows in zip(queries, rows_QxK[:, :scored_depth])
+                for row in rows
+            ]
+        )
+        return rows_QxK
+
 
 def faiss_indexes(
     passages_NxD: np.ndarray, queries_QxD: np.ndarray, depth: int
