@@ -803,12 +803,18 @@ def test_given_lists_train_given_models(finished, tmp_path):
     pipeline.main(given, tmp_path / "workdir")
     assert (tmp_path / "workdir" / "lists" / "dev.retrieved.npz").is_file()
     assert not (tmp_path / "workdir" / "lists" / "train.retrieved.npz").exists()
-    rows = json.loads((tmp_path / "workdir" / "results.json").read_text())["rows"]
-    before, after = (
-        next(r["metrics"] for r in rows if (r["state"], r["model"]) == (state, "reranker"))
-        for state in ("reranker", "joint")
+    found, given_models = (
+        next(
+            row["metrics"]
+            for row in json.loads((folder / "results.json").read_text())["rows"]
+            if (row["state"], row["model"], row["index"]) == (state, "reranker", "exact")
+        )
+        for folder, state in ((tmp_path / "workdir", "reranker"), (workdir, "joint"))
     )
-    assert before != after
+    assert found == given_models
+    trained = list((tmp_path / "workdir" / "joint" / "last").glob("[0-9]*"))
+    assert trained
+    assert all(int(path.name) > 0 for path in trained)
 
 
 @pytest.mark.slow
