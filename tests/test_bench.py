@@ -45,7 +45,8 @@ def test_the_joint_step_and_its_rival_do_the_same_work(run, texts, pooling):
     assert found["losses"] == pytest.approx(found["torch_losses"], rel=1e-3)
     assert found["ratio"] == pytest.approx(found["torch_step_seconds"] / found["step_seconds"])
     assert 1 < found["computed_over_real_tokens"] < found["torch_padded_over_real_tokens"] * 1.2
-    assert 0.5 < found["compiled_over_model_flop"] < 1.5
+    # With cls pooling the only layer is the last, of which first tokens alone go on.
+    assert 0.1 < found["compiled_over_model_flop"] < 1.5
     assert found["pairs_per_second"] == pytest.approx(16 / found["step_seconds"])
 
 
