@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from rqv2_jax import bert, hlo, planning, rivals, train
+from rqv2_jax import bert, hlo, pipeline, planning, rivals, train
 from rqv2_jax import config as config_lib
 from rqv2_jax.data import lists as lists_lib
 from rqv2_jax.data import tokens
@@ -58,12 +58,11 @@ def read(run: Run, lengths: str, passages: int, queries: int) -> Texts:
             found = [(p.title, p.text) for p in itertools.islice(collection.passages(), passages)]
             asked = [q.text for q in itertools.islice(collection.queries("train"), queries)]
     started = time.perf_counter()
-    read = [run.tokenizer.texts(texts) for texts in (*zip(*found), asked)]
+    titles, bodies, questions = (run.tokenizer.texts(texts) for texts in (*zip(*found), asked))
     seconds = time.perf_counter() - started
-    split = tokens.Queries(read[2], asked, np.zeros((3, 0), np.int64))
-    store = tokens.Store(
-        read[0], read[1], [str(i) for i in range(len(found))], {"train": split}, ""
-    )
+    split = tokens.Queries(questions, asked, np.zeros((3, 0), np.int64))
+    ids = [str(i) for i in range(len(found))]
+    store = tokens.Store(titles, bodies, ids, {"train": split}, "")
     return Texts(found, asked, store, seconds)
 
 
@@ -85,22 +84,9 @@ def _lists(texts: Texts, count: int, size: int) -> lists_lib.Lists:
 
 
 def _batches(run: Run, texts: Texts, steps: int) -> ListBatches:
-    joint, shards = run.config.joint, run.sharding.shards
-    stage = train.make_stage(run.config, run.models, "joint")
-    return ListBatches(
-        texts.store,
-        texts.store.splits["train"],
-        run.inputs,
-        _lists(texts, steps * joint.batch, joint.list_size),
-        batch=joint.batch,
-        models=("retriever", "reranker"),
-        in_batch=stage.in_batch,
-        shards=shards,
-        accumulate=stage.accumulate,
-        own=run.sharding.own_parts(shards * stage.accumulate),
-        max_blocks=run.config.packing.blocks,
-        row_width=run.config.packing.row_width,
-    )
+    joint, stage = run.config.joint, train.make_stage(run.config, run.models, "joint")
+    lists = _lists(texts, steps * joint.batch, joint.list_size)
+    return pipeline.stage_batches(run, texts.store, "joint", stage, lists)
 
 
 def peak(dtype: str) -> float:
@@ -193,6 +179,16 @@ def joint(run: Run, texts: Texts, steps: int, versus: bool) -> dict:
     return found
 
 
+def _in_turn(texts: Texts, ours: Callable, theirs: Callable | None, rounds: int):
+    """Seconds of every round of ours, tokenising included, and of theirs if there is one."""
+    own, other = [], []
+    for _ in range(rounds):
+        own.append(texts.tokenised_in + _seconds(ours, 1)[0])
+        if theirs is not None:
+            other += _seconds(theirs, 1)
+    return own, other
+
+
 def _against(name: str, theirs: list[float], ours: list[float]) -> dict:
     return {name: float(np.median(theirs)), "ratio": float(np.median(theirs) / np.median(ours))}
 
@@ -205,51 +201,38 @@ def encode_and_rerank(run: Run, texts: Texts, rounds: int, versus: bool) -> list
     """Passages to vectors, and pairs to scores; tokenising is part of either."""
     count = len(texts.passages)
     towers, scorer = run.initial("retriever"), run.initial("reranker")
-    query_rows_N = np.arange(count) % len(texts.queries)
-    pair_lengths_N = run.inputs.pair_lengths(
-        texts.store, texts.store.splits["train"].texts, query_rows_N, np.arange(count)
-    )
+    forward, store, asking = run.forward, texts.store, texts.store.splits["train"].texts
+    rows_N = np.arange(count)
+    query_rows_N = rows_N % len(texts.queries)
 
     def encode_all():
-        encode.passages(run.forward, towers["passage"], texts.store, np.arange(count))
+        encode.passages(forward, towers["passage"], store, rows_N)
 
     def score_all():
-        rerank.scores(
-            run.forward,
-            scorer,
-            texts.store,
-            texts.store.splits["train"].texts,
-            query_rows_N,
-            np.arange(count)[:, None],
-        )
+        rerank.scores(forward, scorer, store, asking, query_rows_N, rows_N[:, None])
 
-    passage_lengths_N = run.inputs.passage_lengths(texts.store, np.arange(count))
-    pairs = [(texts.queries[row], _joined(p)) for row, p in zip(query_rows_N, texts.passages)]
+    passages = [_joined(passage) for passage in texts.passages]
+    pairs = [(texts.queries[row], passage) for row, passage in zip(query_rows_N, passages)]
     rival = rivals.SentenceTransformers(run) if versus else None
-    asking = texts.store.splits["train"].texts
     found = []
     for name, ours, lengths_N, widths, theirs in (
         (
             "encode",
             encode_all,
-            passage_lengths_N,
-            encode.widths(run.forward, texts.store),
-            lambda: rival.encode([_joined(p) for p in texts.passages]),
+            run.inputs.passage_lengths(store, rows_N),
+            encode.widths(forward, store),
+            lambda: rival.encode(passages),
         ),
         (
             "re-rank",
             score_all,
-            pair_lengths_N,
-            rerank.widths(run.forward, texts.store, asking),
+            run.inputs.pair_lengths(store, asking, query_rows_N, rows_N),
+            rerank.widths(forward, store, asking),
             lambda: rival.rerank(pairs),
         ),
     ):
         compile_seconds = _seconds(ours, 1)[0]
-        own, other = [], []
-        for _ in range(rounds):
-            own.append(texts.tokenised_in + _seconds(ours, 1)[0])
-            if rival is not None:
-                other += _seconds(theirs, 1)
+        own, other = _in_turn(texts, ours, theirs if versus else None, rounds)
         seconds = float(np.median(own))
         flops = planning.forward_flops(run.models.config, 1, lengths_N)
         result = {
@@ -259,7 +242,7 @@ def encode_and_rerank(run: Run, texts: Texts, rounds: int, versus: bool) -> list
             "tokenising_share": texts.tokenised_in / seconds,
             "real_tokens_per_second": float(lengths_N.sum()) / seconds,
             "computed_over_real_tokens": sum(
-                rows * width for _, rows, width in run.forward.schedule(lengths_N, widths)
+                rows * width for _, rows, width in forward.schedule(lengths_N, widths)
             )
             / float(lengths_N.sum()),
             "model_gflop_per_second": float(flops.sum()) / seconds / 1e9,
@@ -281,7 +264,7 @@ def mine(run: Run, texts: Texts, rounds: int, versus: bool) -> dict:
     towers, scorer = run.initial("retriever"), run.initial("reranker")
     asking, forward, settings = texts.store.splits["train"].texts, run.forward, run.config.mine
     query_rows_Q = np.arange(len(texts.queries))
-    found_QxK = None
+    found_QxK = theirs_QxK = None
 
     def ours():
         nonlocal found_QxK
@@ -293,16 +276,14 @@ def mine(run: Run, texts: Texts, rounds: int, versus: bool) -> dict:
         first_QxK = found_QxK[:, : settings.scored_depth]
         rerank.scores(forward, scorer, texts.store, asking, query_rows_Q, first_QxK)
 
+    def theirs():
+        nonlocal theirs_QxK
+        theirs_QxK = rival.mine(texts.queries, passages, settings.depth, settings.scored_depth)
+
     rival = rivals.SentenceTransformers(run) if versus else None
     passages = [_joined(passage) for passage in texts.passages]
     _seconds(ours, 1)
-    own, other = [], []
-    for _ in range(rounds):
-        own.append(texts.tokenised_in + _seconds(ours, 1)[0])
-        if rival is not None:
-            started = time.perf_counter()
-            theirs_QxK = rival.mine(texts.queries, passages, settings.depth, settings.scored_depth)
-            other.append(time.perf_counter() - started)
+    own, other = _in_turn(texts, ours, theirs if versus else None, rounds)
     result = {
         "benchmark": "mine",
         "passages": len(passages),

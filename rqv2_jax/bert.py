@@ -237,6 +237,13 @@ def _bias(block: Block, asking_RxA):
     return jnp.where(same_RxAxT, 0.0, MASKED)[:, None]
 
 
+def by_block(x_NxD, blocks: tuple[Block, ...]) -> list[jax.Array]:
+    """The states [R, T, D] of each block out of those of all, as `Encoder` gives them."""
+    ends = np.cumsum([block.sequence_RxT.size for block in blocks])[:-1]
+    parts = zip(jnp.split(x_NxD, ends), blocks)
+    return [part.reshape(*block.sequence_RxT.shape, -1) for part, block in parts]
+
+
 def first_states(config: BertConfig, params, blocks: tuple[Block, ...], key):
     """The last layer's hidden state of each sequence's first token, as `Encoder` gives it.
 
@@ -254,10 +261,8 @@ def first_states(config: BertConfig, params, blocks: tuple[Block, ...], key):
         deterministic=off,
         rngs={} if off else {"dropout": key},
     )
-    ends = np.cumsum([block.sequence_RxT.size for block in blocks])[:-1]
     first, biases = [], []
-    for block, part_NxD in zip(blocks, jnp.split(x_NxD, ends)):
-        part_RxTxD = part_NxD.reshape(*block.sequence_RxT.shape, -1)
+    for block, part_RxTxD in zip(blocks, by_block(x_NxD, blocks)):
         found = jnp.take_along_axis(part_RxTxD, block.first_RxS[..., None], axis=1)
         first.append(found.reshape(-1, config.hidden_size))
         biases.append(

@@ -13,7 +13,6 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from rqv2_jax import bert
 from rqv2_jax.data.packing import Block, Packed
@@ -40,8 +39,7 @@ class Models:
             deterministic=key is None,
             rngs={} if key is None else {"dropout": key},
         )
-        ends = np.cumsum([block.sequence_RxT.size for block in packed.blocks])[:-1]
-        parts = zip(packed.blocks, jnp.split(states.astype(jnp.float32), ends))
+        parts = zip(packed.blocks, bert.by_block(states.astype(jnp.float32), packed.blocks))
         return jnp.concatenate([_means(*part) for part in parts])[packed.slot_N]
 
     def _first_states(self, params, packed: Packed, key):
@@ -59,16 +57,13 @@ class Models:
         return first_NxD @ params["head"]["kernel"] + params["head"]["bias"]
 
 
-def _means(block: Block, states_NxD):
+def _means(block: Block, states_RxTxD):
     """The mean state of each sequence [R * S, D] of a block."""
-    rows, length = block.tokens_RxT.shape
     number_RxS = jnp.take_along_axis(block.sequence_RxT, block.first_RxS, axis=1)
     own_RxSxT = (number_RxS[:, :, None] == block.sequence_RxT[:, None]).astype(jnp.float32)
     # TPUs round the factors of a product to bfloat16 unless told otherwise.
-    sums_RxSxD = jnp.einsum(
-        "rst,rtd->rsd", own_RxSxT, states_NxD.reshape(rows, length, -1), precision="highest"
-    )
-    return (sums_RxSxD / own_RxSxT.sum(-1, keepdims=True)).reshape(-1, states_NxD.shape[-1])
+    sums_RxSxD = jnp.einsum("rst,rtd->rsd", own_RxSxT, states_RxTxD, precision="highest")
+    return (sums_RxSxD / own_RxSxT.sum(-1, keepdims=True)).reshape(-1, states_RxTxD.shape[-1])
 
 
 def retriever_scores(query_BxD, passage_BPxD):

@@ -92,6 +92,27 @@ def prepare(run: Run) -> tokens.Store:
     return store
 
 
+def stage_batches(
+    run: Run, store: tokens.Store, name: str, stage: train.Stage, lists: lists_lib.Lists
+) -> ListBatches:
+    """The batches that a training stage makes of its lists."""
+    shards = run.sharding.shards
+    return ListBatches(
+        store,
+        store.splits["train"],
+        run.inputs,
+        lists,
+        batch=run.config[name].batch,
+        models=stage.models,
+        in_batch=stage.in_batch,
+        shards=shards,
+        accumulate=stage.accumulate,
+        own=run.sharding.own_parts(shards * stage.accumulate),
+        max_blocks=run.config.packing.blocks,
+        row_width=run.config.packing.row_width,
+    )
+
+
 def _train_stage(
     run: Run,
     store: tokens.Store,
@@ -109,24 +130,10 @@ def _train_stage(
     which the steps from `step` on are made; `state` may be a later one, of a run that resumes.
     """
     settings, stage = run.config[name], train.make_stage(run.config, run.models, name)
-    shards = run.sharding.shards
 
     def make_batches(lists):
         hosts.check_same(f"the lists of stage {name}", lists.query_rows_L, lists.passages_LxP)
-        return ListBatches(
-            store,
-            store.splits["train"],
-            run.inputs,
-            lists,
-            batch=settings.batch,
-            models=stage.models,
-            in_batch=stage.in_batch,
-            shards=shards,
-            accumulate=stage.accumulate,
-            own=run.sharding.own_parts(shards * stage.accumulate),
-            max_blocks=run.config.packing.blocks,
-            row_width=run.config.packing.row_width,
-        )
+        return stage_batches(run, store, name, stage, lists)
 
     batches = make_batches(lists)
     steps = batches.steps

@@ -142,6 +142,7 @@ class World:
 @pytest.fixture(scope="session")
 def world(make_bert):
     import jax
+    from shapes import read_shape
 
     from rqv2_jax import models as models_lib
     from rqv2_jax import weights
@@ -153,15 +154,7 @@ def world(make_bert):
         tower: make_bert(seed, num_hidden_layers=1)
         for seed, tower in enumerate(("query", "passage", "encoder"))
     }
-    config = weights.read_config(
-        made["query"][0],
-        num_layers=1,
-        dropout=0.0,
-        dtype="float32",
-        remat="none",
-        attention="plain",
-        unrolled=True,
-    )
+    config = read_shape(made["query"][0], 1, dropout=0.0)
     encoders = {tower: weights.load_encoder(made[tower][0], config) for tower in made}
     params = {
         "retriever": {tower: encoders[tower] for tower in ("query", "passage")},

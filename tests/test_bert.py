@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from shapes import read_shape
 
 from rqv2_jax import bert, weights
 from rqv2_jax.data.packing import Block
@@ -20,15 +21,7 @@ KEY = jax.random.key(0, impl="rbg")
 
 
 def load(folder, num_layers):
-    config = weights.read_config(
-        folder,
-        num_layers=num_layers,
-        dropout=0.1,
-        dtype="float32",
-        remat="none",
-        attention="plain",
-        unrolled=True,
-    )
+    config = read_shape(folder, num_layers)
     return config, weights.load_encoder(folder, config)
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from shapes import read_shape
 
 from rqv2_jax import models, weights
 from rqv2_jax.data import packing
@@ -29,15 +30,7 @@ def ragged(lengths=LENGTHS, seed=0):
 @pytest.fixture(scope="module")
 def tiny(make_bert):
     folder, model = make_bert(num_hidden_layers=1)
-    config = weights.read_config(
-        folder,
-        num_layers=1,
-        dropout=RATE,
-        dtype="float32",
-        remat="none",
-        attention="plain",
-        unrolled=True,
-    )
+    config = read_shape(folder, 1, dropout=RATE)
     sequences = ragged()
     starts = np.cumsum(LENGTHS)[:-1]
     states = []

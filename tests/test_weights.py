@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from shapes import read_shape
 
 from rqv2_jax import bert, weights
 from rqv2_jax.data.packing import Block
@@ -21,15 +22,7 @@ WORDS = "embeddings.word_embeddings.weight"
 
 
 def load(folder, num_layers=2):
-    config = weights.read_config(
-        folder,
-        num_layers=num_layers,
-        dropout=0.1,
-        dtype="float32",
-        remat="none",
-        attention="plain",
-        unrolled=True,
-    )
+    config = read_shape(folder, num_layers)
     return weights.load_encoder(folder, config)
 
 
@@ -79,15 +72,7 @@ def assert_same(tree, other):
 
 
 def test_params_are_those_the_encoder_asks_for(folder):
-    config = weights.read_config(
-        folder,
-        num_layers=2,
-        dropout=0.1,
-        dtype="float32",
-        remat="none",
-        attention="plain",
-        unrolled=True,
-    )
+    config = read_shape(folder, 2)
     ids = jnp.zeros((1, 8), jnp.int32)
     asked = jax.eval_shape(
         lambda key: bert.Encoder(config).init(key, (Block(*[ids] * 5),), deterministic=True),
@@ -176,15 +161,7 @@ def test_ernie_adds_its_task_embedding(make_bert):
     """As in ERNIE 2.0, whose fine-tuning uses task 0; the hidden states say so."""
     settings = {"use_task_id": True, "task_type_vocab_size": 3, "num_hidden_layers": 1}
     found, model = make_bert(4, "ErnieModel", **settings)
-    config = weights.read_config(
-        found,
-        num_layers=1,
-        dropout=0.0,
-        dtype="float32",
-        remat="none",
-        attention="plain",
-        unrolled=True,
-    )
+    config = read_shape(found, 1, dropout=0.0)
     params = weights.load_encoder(found, config)
     rng = np.random.default_rng(0)
     tokens, types = rng.integers(5, config.vocab_size, (1, 9)), np.array([[0] * 4 + [1] * 5])
@@ -207,15 +184,7 @@ def test_base_models_give_the_hidden_states_of_transformers(make_bert, name):
     if name == "ErnieModel":
         settings |= {"use_task_id": True, "task_type_vocab_size": 3, "type_vocab_size": 4}
     found, model = make_bert(5, name, **settings)
-    config = weights.read_config(
-        found,
-        num_layers=12,
-        dropout=0.0,
-        dtype="float32",
-        remat="none",
-        attention="plain",
-        unrolled=False,
-    )
+    config = read_shape(found, 12, dropout=0.0, unrolled=False)
     params = weights.load_encoder(found, config)
     rng = np.random.default_rng(0)
     tokens = rng.integers(5, config.vocab_size, (2, 48))
@@ -375,29 +344,10 @@ def test_find_folder_of_a_package_without_a_model():
 
 
 def test_written_encoders_are_read_back(folder, tmp_path):
-    config = weights.read_config(
-        folder,
-        num_layers=1,
-        dropout=0.1,
-        dtype="float32",
-        remat="none",
-        attention="plain",
-        unrolled=True,
-    )
+    config = read_shape(folder, 1)
     params = weights.load_encoder(folder, config)
     weights.save_encoder(tmp_path / "query", folder, config, params)
-    assert (
-        weights.read_config(
-            tmp_path / "query",
-            num_layers=1,
-            dropout=0.1,
-            dtype="float32",
-            remat="none",
-            attention="plain",
-            unrolled=True,
-        )
-        == config
-    )
+    assert read_shape(tmp_path / "query", 1) == config
     again = weights.load_encoder(tmp_path / "query", config)
     assert jax.tree.structure(again) == jax.tree.structure(params)
     jax.tree.map(np.testing.assert_array_equal, again, params)
