@@ -167,6 +167,7 @@ def default() -> ml_collections.ConfigDict:
                 "batch_tokens": 16384,  # of one forward pass, over all devices
                 "retrieve_depth": 1000,
                 "rerank_depth": 50,
+                "rerank_queries": 1_000_000,  # of the queries, at most, that are re-ranked
                 # The first is tested for significance.
                 "metrics": (
                     "RR@10",

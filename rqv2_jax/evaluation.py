@@ -113,7 +113,8 @@ def evaluate(
     """Retrieval and re-ranking of model states on a split, as `results.json` describes it.
 
     Retrieves with exact search and, if asked for, with ScaNN; the re-ranker re-ranks what its own
-    state's retriever found by the first of `indexes`. Writes `runs/*.trec`, `eval/<split>.json` and,
+    state's retriever found by the first of `indexes`, for all queries or the same subset of them in
+    every state. Writes `runs/*.trec`, `eval/<split>.json` and,
     as `<state>.<model>.<index>.<metric>`, the values of all queries in `eval/<split>.per_query.npz`.
 
     Raises:
@@ -125,22 +126,25 @@ def evaluate(
     compared = metrics.at_relevance(settings.metrics, settings.min_relevance)[0]
     # The same queries for every seed, so that runs can be compared by query.
     rows_Q = np.sort(mining.subset(len(queries.ids), settings.queries, 0))
-    query_ids, measured = [queries.ids[row] for row in rows_Q], _measure(run, store, split, rows_Q)
+    # Those that are re-ranked, as positions among the queries.
+    reranked_R = np.sort(mining.subset(len(rows_Q), settings.rerank_queries, 0))
+    asked = {"retriever": rows_Q, "reranker": rows_Q[reranked_R]}
+    measured = _measure(run, store, split)
     rows, per_query = [], {}
     hosts.from_first(lambda: (run.workdir / "runs").mkdir(exist_ok=True))
 
     def add(state, model, name, passages_QxK, scores_QxK, **extra):
         path = run.workdir / "runs" / f"{split}.{state}.{model}.{name}.trec"
         tag = f"rqv2_jax.{state}.{model}"
-        found = passages_QxK, scores_QxK
+        found, query_ids = (passages_QxK, scores_QxK), [queries.ids[row] for row in asked[model]]
         hosts.from_first(
             lambda: metrics.write_trec_run(path, query_ids, store.passage_ids, *found, tag)
         )
-        values = measured(*found)
+        values = measured(asked[model], *found)
         per_query[state, model, name] = values
         row = {"state": state, "model": model, "split": split, "index": name}
         means = {metric: float(value.mean()) for metric, value in values.items()}
-        rows.append({**row, "queries": len(rows_Q), "metrics": means, **extra})
+        rows.append({**row, "queries": len(query_ids), "metrics": means, **extra})
 
     for state in states:
         if state == "retriever" and run.config.retriever.epochs == 0:
@@ -153,22 +157,22 @@ def evaluate(
             if state != "reranker":
                 add(state, "retriever", name, *retrieved[name], **extra)
         if state in ("reranker", "joint"):
-            passages_QxK, scores_QxK = retrieved[indexes[0]]
-            top_QxK = passages_QxK[:, : settings.rerank_depth]
+            passages_RxK, scores_RxK = (array[reranked_R] for array in retrieved[indexes[0]])
+            top_RxK = passages_RxK[:, : settings.rerank_depth]
 
-            def compute(state=state, top_QxK=top_QxK):
+            def compute(state=state, top_RxK=top_RxK):
                 params = run.params(state, "reranker")
                 return {
                     "scores": rerank.scores(
-                        run.forward, params, store, queries.texts, rows_Q, top_QxK
+                        run.forward, params, store, queries.texts, asked["reranker"], top_RxK
                     )
                 }
 
             path = run.workdir / "eval" / f"{split}.{state}.reranked.{indexes[0]}.npz"
-            source = f"{store.fingerprint} {settings.queries} {settings.rerank_depth}"
-            source += queries.fingerprint
+            source = f"{store.fingerprint} {settings.queries} {settings.rerank_queries} "
+            source += f"{settings.rerank_depth} {queries.fingerprint}"
             top = artifacts.cached(path, source, compute)["scores"]
-            add(state, "reranker", indexes[0], passages_QxK, rerank.merge(top, scores_QxK))
+            add(state, "reranker", indexes[0], passages_RxK, rerank.merge(top, scores_RxK))
 
     first = indexes[0]
     start = "zero_shot" if run.config.retriever.epochs == 0 else "retriever"
@@ -183,6 +187,8 @@ def evaluate(
         if not {(*a, first), (*b, first)} <= set(per_query):
             continue
         values = [per_query[(*x, first)][compared] for x in (a, b)]
+        if a[1] != b[1]:
+            values[1] = values[1][reranked_R]
         difference, p_value = metrics.paired_test(
             *values, permutations=settings.permutations, seed=run.config.seed
         )
@@ -199,21 +205,24 @@ def evaluate(
     return report
 
 
-def _measure(run: Run, store: tokens.Store, split: str, rows_Q: np.ndarray):
-    """`measure(passages_QxK, scores_QxK)`: the values of every metric for queries of a split."""
+def _measure(run: Run, store: tokens.Store, split: str):
+    """`measure(rows_Q, passages_QxK, scores_QxK)`: every metric's values for queries of a split."""
     settings, queries = run.config.evaluate, store.splits[split]
     names = metrics.at_relevance(settings.metrics, settings.min_relevance)
     if queries.qrels_3xN.size:
-        qrels = _qrels_of(queries, rows_Q)
-        return lambda *found: metrics.evaluate(*found, store.passage_ids, qrels, names)
+
+        def labelled(rows_Q, *found):
+            qrels = _qrels_of(queries, rows_Q)
+            return metrics.evaluate(*found, store.passage_ids, qrels, names)
+
+        return labelled
 
     texts = texts_of(run, store)
     answers = [query.answers for query in texts.queries(split)]
-    answers_Q = [answers[row] for row in rows_Q]
     deepest = max(metrics.parse_metric(name)[1] for name in names)
     passages: dict[int, str] = {}
 
-    def measure(passages_QxK, scores_QxK):
+    def measure(rows_Q, passages_QxK, scores_QxK):
         found = metrics.sort_run(passages_QxK, scores_QxK, store.passage_ids)
         top_QxK, scores_QxK = (array[:, :deepest] for array in found)
         wanted = set(top_QxK[top_QxK >= 0].tolist()) - passages.keys()
@@ -221,7 +230,7 @@ def _measure(run: Run, store: tokens.Store, split: str, rows_Q: np.ndarray):
             for row, passage in enumerate(texts.passages()):
                 if row in wanted:
                     passages[row] = answers_lib.joined(passage.text)
-        qrels = answers_lib.judge(top_QxK, answers_Q, passages)
+        qrels = answers_lib.judge(top_QxK, [answers[row] for row in rows_Q], passages)
         every_Q = np.arange(len(rows_Q))
         return metrics.evaluate(top_QxK, scores_QxK, store.passage_ids, qrels, names, every_Q)
 
@@ -283,9 +292,12 @@ def render(report: dict) -> str:
         recalls = [f"{k} {v:.3f}" for k, v in row.items() if k.startswith("recall@")]
         note = f"  {', '.join(recalls)}" if recalls else ""
         lines.append(f"{row['state']:10} {row['model']:10} {row['index']:6} {cells}{note}")
-    queries = report["rows"][0]["queries"]
+    queries = {row["model"]: row["queries"] for row in report["rows"]}
+    counted = f"{queries['retriever']} {report['rows'][0]['split']} queries"
+    if queries.get("reranker", queries["retriever"]) != queries["retriever"]:
+        counted += f", {queries['reranker']} of them re-ranked"
     titles = "with" if report["titles"] else "without"
-    lines.append(f"{queries} {report['rows'][0]['split']} queries; passages {titles} titles")
+    lines.append(f"{counted}; passages {titles} titles")
     lines += [
         f"{s['metric']}: {s['a']} - {s['b']} = {s['difference']:+.4f} (p = {s['p_value']:.4f})"
         for s in report["significance"]

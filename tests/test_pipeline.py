@@ -239,6 +239,34 @@ def test_evaluation_of_some_queries_is_theirs_in_the_whole(finished, tmp_path):
             np.testing.assert_allclose(part[name], whole[name][rows], atol=1e-6)
 
 
+def test_some_queries_are_reranked_and_all_retrieved(finished, tmp_path):
+    config, workdir = finished
+    shutil.copytree(workdir, tmp_path / "w")
+    fewer = config_lib.loads(config_lib.dumps(config))
+    fewer.evaluate.rerank_queries = 5
+    run = open_run(fewer, tmp_path / "w")
+    store = tokens.open_store(workdir / "data" / "tokens")
+    report = evaluation.evaluate(run, store, "test", ("exact",))
+    every = len(store.splits["test"].ids)
+    counts = {row["model"]: row["queries"] for row in report["rows"]}
+    assert counts == {"retriever": every, "reranker": 5}
+    assert f"{every} test queries, 5 of them re-ranked;" in evaluation.render(report)
+    lines = (tmp_path / "w" / "runs" / "test.joint.reranker.exact.trec").read_text().splitlines()
+    asked = list(dict.fromkeys(line.split()[0] for line in lines))
+    rows = [store.splits["test"].ids.index(query) for query in asked]
+    with (
+        np.load(workdir / "eval" / "test.per_query.npz") as whole,
+        np.load(tmp_path / "w" / "eval" / "test.per_query.npz") as part,
+    ):
+        for name in part.files:
+            expected = whole[name][rows] if ".reranker." in name else whole[name]
+            np.testing.assert_allclose(part[name], expected, atol=1e-6)
+        re_ranked = part["joint.reranker.exact.RR@10"].mean()
+        difference = re_ranked - whole["joint.retriever.exact.RR@10"][rows].mean()
+    (compared,) = (x for x in report["significance"] if x["b"] == "joint retriever")
+    assert compared["difference"] == pytest.approx(difference)
+
+
 @pytest.fixture
 def deep(finished, tmp_path):
     """The finished run's copy, and graded labels of new queries over its passages, as TREC's are."""
