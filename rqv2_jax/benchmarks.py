@@ -23,7 +23,7 @@ from rqv2_jax.data import lists as lists_lib
 from rqv2_jax.data import tokens
 from rqv2_jax.data.batches import KINDS, ListBatches
 from rqv2_jax.data.packing import Ragged
-from rqv2_jax.retrieval import encode, index, rerank
+from rqv2_jax.retrieval import encode, index, rerank, stream
 from rqv2_jax.workdir import Run, open_collection, open_run
 
 # Each a token of its own to BERT.
@@ -215,19 +215,19 @@ def encode_and_rerank(run: Run, texts: Texts, rounds: int, versus: bool) -> list
     pairs = [(texts.queries[row], passage) for row, passage in zip(query_rows_N, passages)]
     rival = rivals.SentenceTransformers(run) if versus else None
     found = []
-    for name, ours, lengths_N, widths, theirs in (
+    for name, ours, lengths_N, layout, theirs in (
         (
             "encode",
             encode_all,
             run.inputs.passage_lengths(store, rows_N),
-            encode.widths(forward, store),
+            encode.layout(forward, store),
             lambda: rival.encode(passages),
         ),
         (
             "re-rank",
             score_all,
             run.inputs.pair_lengths(store, asking, query_rows_N, rows_N),
-            rerank.widths(forward, store, asking),
+            rerank.layout(forward, store, asking),
             lambda: rival.rerank(pairs),
         ),
     ):
@@ -235,16 +235,17 @@ def encode_and_rerank(run: Run, texts: Texts, rounds: int, versus: bool) -> list
         own, other = _in_turn(texts, ours, theirs if versus else None, rounds)
         seconds = float(np.median(own))
         flops = planning.forward_flops(run.models.config, 1, lengths_N)
+        computed = sum(
+            len(numbers_SxR) * sum(shape.rows * shape.width for shape in shapes)
+            for numbers_SxR, shapes in stream.schedule(lengths_N, layout, run.sharding.shards)
+        )
         result = {
             "benchmark": name,
             "sequences": count,
             "sequences_per_second": count / seconds,
             "tokenising_share": texts.tokenised_in / seconds,
             "real_tokens_per_second": float(lengths_N.sum()) / seconds,
-            "computed_over_real_tokens": sum(
-                rows * width for _, rows, width in forward.schedule(lengths_N, widths)
-            )
-            / float(lengths_N.sum()),
+            "computed_over_real_tokens": computed / float(lengths_N.sum()),
             "model_gflop_per_second": float(flops.sum()) / seconds / 1e9,
             "first_round_seconds": compile_seconds,
             "peak_memory_gib": _memory(),

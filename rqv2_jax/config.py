@@ -256,7 +256,7 @@ def two_cores(config: ml_collections.ConfigDict):
         | {"denoised_share": 1.0, "loss": LOSSES["official_code"]}
     )
     config.dev.update({"queries": 100, "depth": 10, "pool": 1000})
-    config.evaluate.update({"batch_tokens": 2048, "rerank_depth": 10})
+    config.evaluate.update({"batch_tokens": 8192, "rerank_depth": 10})
 
 
 def _flat(config, prefix=""):

@@ -155,7 +155,13 @@ def open_run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Run:
         tokenizer=tokenizer,
         inputs=inputs,
         sharding=sharding,
-        forward=make_forward(models, inputs, sharding, config.evaluate.batch_tokens),
+        forward=make_forward(
+            models,
+            inputs,
+            sharding,
+            batch_tokens=config.evaluate.batch_tokens,
+            max_blocks=config.packing.blocks,
+        ),
     )
 
 

@@ -86,7 +86,7 @@ def test_recall_in_closed_form():
 @pytest.fixture(scope="module")
 def forward(world):
     sharding = sharding_lib.make(1, 1)
-    return stream.make_forward(world.models, world.inputs, sharding, 64)
+    return forward_of(world, sharding, 64)
 
 
 def test_streamed_vectors_come_in_order_and_equal_those_of_one_batch(world, forward):
@@ -102,7 +102,7 @@ def test_streaming_over_several_devices_changes_nothing(world, forward):
     rows = np.arange(24)
     expected = encode.passages(forward, tower, world.store, rows)
     sharding = sharding_lib.make(2, 2)
-    several = stream.make_forward(world.models, world.inputs, sharding, 64)
+    several = forward_of(world, sharding, 64)
     found = encode.passages(several, sharding.put_params(tower), world.store, rows)
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
@@ -152,22 +152,61 @@ def test_query_tower_and_passage_tower_are_not_swapped(world, forward):
     assert np.abs(ours - other).max() > 0.1
 
 
-@given(st.lists(st.integers(1, 512), min_size=1, max_size=50))
-def test_row_widths_reach_the_longest_sequence_in_few_shapes(lengths):
-    widths = stream.row_widths(np.array(lengths), 512)
-    assert len(widths) <= 4
-    assert widths[-1] == 512
-    assert all(width % 8 == 0 for width in widths)
-    assert list(widths) == sorted(widths)
+def forward_of(world, sharding, batch_tokens):
+    return stream.make_forward(
+        world.models, world.inputs, sharding, batch_tokens=batch_tokens, max_blocks=3
+    )
 
 
-def test_row_widths_waste_little_on_usual_lengths():
+@given(
+    usual=st.lists(st.integers(1, 96), min_size=1, max_size=60),
+    lengths=st.lists(st.integers(1, 96), min_size=1, max_size=60),
+    shards=st.sampled_from([1, 2, 4]),
+    tokens=st.sampled_from([64, 300, 2000]),
+)
+@settings(deadline=None)
+def test_every_sequence_has_one_row_that_holds_it(usual, lengths, shards, tokens):
+    sharding = types.SimpleNamespace(shards=shards)
+    forward = stream.Forward(None, sharding, tokens, 4, None, None)
+    layout = forward.layout(np.array(usual), 96)
+    assert len(layout.usual) <= 4
+    lengths_N, found, shapes = np.array(lengths), [], set()
+    for numbers_SxR, batch_shapes in stream.schedule(lengths_N, layout, shards):
+        shapes.add(batch_shapes)
+        widths = np.repeat(*np.array([(s.width, s.rows) for s in batch_shapes]).T)
+        assert numbers_SxR.shape == (shards, len(widths))
+        for numbers_R in numbers_SxR:
+            real = numbers_R[numbers_R >= 0]
+            # Sequences are laid out shortest first, empty ones before all.
+            lengths_R = np.append(np.zeros(len(numbers_R) - len(real), int), lengths_N[real])
+            assert np.all(np.sort(lengths_R) <= widths)
+            found += list(real)
+            assert np.all(numbers_R[: len(real)] == real)
+    assert sorted(found) == list(range(len(lengths)))
+    assert shapes <= {layout.usual, layout.spare}
+
+
+@pytest.mark.parametrize("count", [200, 1_000, 20_000])
+def test_few_tokens_are_computed_beside_those_of_usual_lengths(count):
     """With the lengths of MS MARCO's passages, mean 79 of 128 tokens."""
     rng = np.random.default_rng(0)
-    lengths_N = np.clip(rng.lognormal(np.log(76), 0.36, 10_000), 16, 128).astype(int)
-    widths = np.array(stream.row_widths(lengths_N, 128))
-    computed = widths[np.searchsorted(widths, lengths_N)].sum()
-    assert computed < 1.15 * lengths_N.sum()
+    usual_N, lengths_N = (
+        np.clip(rng.lognormal(np.log(76), 0.36, n), 16, 128).astype(int) for n in (10_000, count)
+    )
+    forward = stream.Forward(None, types.SimpleNamespace(shards=1), 8192, 12, None, None)
+    batches = list(stream.schedule(lengths_N, forward.layout(usual_N, 128), 1))
+    computed = sum(s.rows * s.width for batch in batches for s in batch.shapes)
+    assert computed < {200: 1.3, 1_000: 1.15, 20_000: 1.09}[count] * lengths_N.sum()
+
+
+def test_lengths_unlike_the_usual_ones_take_few_batches_more():
+    lengths_N = np.full(400, 100)
+    forward = stream.Forward(None, types.SimpleNamespace(shards=2), 4096, 4, None, None)
+    layout = forward.layout(np.append(np.full(300, 10), np.full(100, 30)), 128)
+    batches = list(stream.schedule(lengths_N, layout, 2))
+    assert {batch.shapes for batch in batches} == {layout.spare}
+    # 4 rows of 128 tokens on either device.
+    assert len(batches) == 50
 
 
 def test_progress_counts_every_sequence(world, forward):

@@ -14,20 +14,20 @@ import tqdm
 
 from rqv2_jax import hosts
 from rqv2_jax.data.tokens import Store, Texts
-from rqv2_jax.retrieval.stream import Forward, row_widths
+from rqv2_jax.retrieval.stream import Forward, Layout
 
 PASSAGES_PER_SHARD = 2**15
 
 
 def queries(forward: Forward, tower, texts: Texts, rows_N: np.ndarray) -> np.ndarray:
     """The vectors [N, D] of some queries, by the query tower's params."""
-    longest = forward.inputs.query_length
+    lengths_N = forward.inputs.query_lengths(texts, np.arange(len(texts)))
     with tqdm.tqdm(desc="encode queries", total=len(rows_N), unit=" queries") as bar:
         return forward.run(
             forward.vectors,
             tower,
-            lengths_N=forward.inputs.query_lengths(texts, rows_N),
-            widths=row_widths(np.arange(1, longest), longest),
+            lengths_N=lengths_N[rows_N],
+            layout=forward.layout(lengths_N, forward.inputs.query_length),
             build=lambda part: forward.inputs.queries(texts, rows_N[part]),
             bar=bar,
         )
@@ -48,16 +48,16 @@ def passages(forward: Forward, tower, store: Store, rows_N: np.ndarray, bar=None
             forward.vectors,
             tower,
             lengths_N=forward.inputs.passage_lengths(store, rows_N),
-            widths=widths(forward, store),
+            layout=layout(forward, store),
             build=lambda part: forward.inputs.passages(store, rows_N[part]),
             bar=shown,
         )
 
 
-def widths(forward: Forward, store: Store) -> tuple[int, ...]:
-    """Of rows of passages: those of the corpus, so that every part of it takes the same shapes."""
+def layout(forward: Forward, store: Store) -> Layout:
+    """For passages as long as those of the corpus, so that every part of it takes the same shapes."""
     usual_N = forward.inputs.passage_lengths(store, store.sample())
-    return row_widths(usual_N, forward.inputs.passage_length)
+    return forward.layout(usual_N, forward.inputs.passage_length)
 
 
 def corpus(

@@ -7,7 +7,7 @@ import numpy as np
 import tqdm
 
 from rqv2_jax.data.tokens import Store, Texts
-from rqv2_jax.retrieval.stream import Forward, row_widths
+from rqv2_jax.retrieval.stream import Forward, Layout
 
 
 def scores(
@@ -27,19 +27,19 @@ def scores(
             forward.reranker_scores,
             params,
             lengths_N=inputs.pair_lengths(store, texts, queries_N, passages_N),
-            widths=widths(forward, store, texts),
+            layout=layout(forward, store, texts),
             build=lambda part: inputs.pairs(store, texts, queries_N[part], passages_N[part]),
             bar=bar,
         )
     return scores_N.reshape(passages_QxK.shape)
 
 
-def widths(forward: Forward, store: Store, texts: Texts) -> tuple[int, ...]:
-    """Of rows of pairs: those of pairs at random, so that every call takes the same shapes."""
+def layout(forward: Forward, store: Store, texts: Texts) -> Layout:
+    """For pairs of a query and any passage, so that every call takes the same shapes."""
     sample_N = store.sample()
     asking_N = np.resize(np.arange(len(texts)), len(sample_N))
     usual_N = forward.inputs.pair_lengths(store, texts, asking_N, sample_N)
-    return row_widths(usual_N, forward.inputs.pair_length)
+    return forward.layout(usual_N, forward.inputs.pair_length)
 
 
 def merge(top_QxR: np.ndarray, retriever_QxK: np.ndarray) -> np.ndarray:

@@ -1,10 +1,11 @@
-"""A model over any number of sequences: sorted by length, in a few compiled shapes, streamed.
+"""A model over any number of sequences: dealt to batches of two compiled shapes, streamed.
 
-Shape suffixes: N sequences.
+Shape suffixes: N sequences, S shards, R rows of a shard.
 """
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 import tqdm
@@ -14,7 +15,26 @@ from rqv2_jax.data.inputs import Inputs
 from rqv2_jax.models import Models
 from rqv2_jax.sharding import Sharding
 
-MAX_SHAPES = 4
+# Of a usual batch's tokens, a spare one's.
+SPARE_SHARE = 0.25
+
+
+class Layout(NamedTuple):
+    """The shapes of one device's rows, in the two batches that are compiled.
+
+    A `usual` batch has short and long rows in the proportions of the usual lengths; a `spare` one has
+    rows for any length, for the few sequences that usual batches have no room for.
+    """
+
+    usual: tuple[packing.Shape, ...]
+    spare: tuple[packing.Shape, ...]
+
+
+class Batch(NamedTuple):
+    """Numbers of the sequences in each shard's rows, -1 in empty rows, and the rows' shapes."""
+
+    numbers_SxR: np.ndarray
+    shapes: tuple[packing.Shape, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,12 +42,13 @@ class Forward:
     """Both models' forward passes, compiled once for the mesh.
 
     `vectors` and `reranker_scores` are those of `Models` over all shards; `batch_tokens` is rows
-    times width of one pass.
+    times width of one pass, in at most `max_blocks` widths.
     """
 
     inputs: Inputs
     sharding: Sharding
     batch_tokens: int
+    max_blocks: int
     vectors: Callable
     reranker_scores: Callable
 
@@ -37,7 +58,7 @@ class Forward:
         params,
         *,
         lengths_N: np.ndarray,
-        widths: tuple[int, ...],
+        layout: Layout,
         build: Callable[[np.ndarray], packing.Ragged],
         bar: tqdm.tqdm,
     ) -> np.ndarray:
@@ -46,59 +67,105 @@ class Forward:
         Args:
           fn: `vectors` or `reranker_scores`.
           lengths_N: the length of each sequence in tokens.
-          widths: of rows, ascending, from `row_widths`; as many shapes are compiled.
+          layout: from `layout`.
           build: makes the sequences of some numbers.
           bar: progress, counted in sequences.
         """
-        shards = self.sharding.shards
-        own = self.sharding.own_parts(shards)
+        own = self.sharding.own_parts(self.sharding.shards)
         results, order, waiting = [], [], None
-        for chosen, rows, width in self.schedule(lengths_N, widths):
-            # The last batch repeats a sequence: shapes are fixed.
-            filled = np.append(chosen, np.full(rows - len(chosen), chosen[-1]))
-            packed = [
-                packing.pack(build(part), (packing.Shape(len(part), width),))
-                for part in filled.reshape(shards, -1)[own]
-            ]
-            output = fn(params, self.sharding.put_batch(packing.stack(packed)))
+
+        def fetch(output, real_N):
+            results.append(np.asarray(output)[real_N])
+            bar.update(int(real_N.sum()))
+
+        for numbers_SxR, shapes in schedule(lengths_N, layout, self.sharding.shards):
+            parts = [_filled(build, numbers_R) for numbers_R in numbers_SxR[own]]
+            packed = packing.stack([packing.pack(part, shapes) for part in parts])
+            output = fn(params, self.sharding.put_batch(packed))
             # The devices work on this batch while the host fetches the one before.
             if waiting is not None:
-                results.append(np.asarray(waiting[0])[: waiting[1]])
-                bar.update(waiting[1])
-            waiting = output, len(chosen)
-            order.append(chosen)
-        results.append(np.asarray(waiting[0])[: waiting[1]])
-        bar.update(waiting[1])
+                fetch(*waiting)
+            numbers_N = numbers_SxR.reshape(-1)
+            waiting = output, numbers_N >= 0
+            order.append(numbers_N[numbers_N >= 0])
+        fetch(*waiting)
         joined = np.concatenate(results)
         ordered = np.empty_like(joined)
         ordered[np.concatenate(order)] = joined
         return ordered
 
-    def schedule(
-        self, lengths_N: np.ndarray, widths: tuple[int, ...]
-    ) -> Iterator[tuple[np.ndarray, int, int]]:
-        """The batches in their order: (numbers of the sequences, rows, width of a row)."""
-        shards, order_N, start = self.sharding.shards, np.argsort(lengths_N, kind="stable"), 0
-        ends = np.searchsorted(lengths_N[order_N], widths, side="right")
-        for width, end in zip(widths, ends):
-            rows = max(self.batch_tokens // width // shards, 1) * shards
-            while end - start >= rows or (width == widths[-1] and start < end):
-                yield order_N[start : min(start + rows, end)], rows, width
-                start += rows
+    def layout(self, usual_N: np.ndarray, longest: int) -> Layout:
+        """Rows that waste least on the usual lengths and hold sequences up to `longest`.
+
+        The same lengths give the same shapes, however many sequences are streamed.
+        """
+        tokens = self.batch_tokens / self.sharding.shards
+        width = packing.WIDTH_MULTIPLE
+        rows = max(int(tokens / (-(-usual_N // width) * width).mean()), 1)
+        # The j-th shortest of a batch's sequences may be as long as that share of the usual ones.
+        last_R = -(-np.arange(1, rows + 1) * len(usual_N) // rows) - 1
+        longest_R = np.sort(usual_N)[last_R]
+        longest_R[-1] = longest
+        spare = packing.plan(np.full(max(int(SPARE_SHARE * tokens / longest), 1), longest), 1)
+        return Layout(packing.plan(longest_R, self.max_blocks), spare)
 
 
-def make_forward(models: Models, inputs: Inputs, sharding: Sharding, batch_tokens: int) -> Forward:
+def make_forward(
+    models: Models, inputs: Inputs, sharding: Sharding, *, batch_tokens: int, max_blocks: int
+) -> Forward:
     """Compiles nothing yet: each shape compiles when it is first met."""
     return Forward(
         inputs,
         sharding,
         batch_tokens,
+        max_blocks,
         sharding.per_shard(models.vectors),
         sharding.per_shard(models.reranker_scores),
     )
 
 
-def row_widths(usual_N: np.ndarray, longest: int) -> tuple[int, ...]:
-    """The few row widths that waste least on the usual lengths; sequences up to `longest` fit."""
-    shapes = packing.plan(np.append(np.sort(usual_N), longest), MAX_SHAPES)
-    return tuple(shape.width for shape in shapes)
+def schedule(lengths_N: np.ndarray, layout: Layout, shards: int) -> Iterator[Batch]:
+    """The batches that hold all sequences with the fewest tokens computed."""
+    widths_K, rows_K = np.array([(shape.width, shape.rows) for shape in layout.usual]).T[:, ::-1]
+    order_N = np.argsort(-lengths_N, kind="stable")
+    # By the narrowest rows that hold it, widest first.
+    kinds_N = len(widths_K) - 1 - np.searchsorted(widths_K[::-1], lengths_N[order_N])
+    wanted_K = np.cumsum(np.bincount(kinds_N, minlength=len(widths_K)))
+    room_K = shards * np.cumsum(rows_K)
+    counts_C = np.arange(-(-wanted_K // room_K).max() + 1)
+    # By Hall's theorem, as rows of a kind hold all sequences of the kinds after it.
+    left_C = (wanted_K - counts_C[:, None] * room_K).max(axis=1).clip(0)
+    (spare,) = layout.spare
+    spares_C = -(-left_C // (shards * spare.rows))
+    count = np.argmin(counts_C * (widths_K @ rows_K) + spares_C * (spare.rows * spare.width))
+
+    free, placed, left = 0, [], []
+    first_K = np.searchsorted(kinds_N, range(1, len(rows_K)))
+    for rows, group in zip(rows_K, np.split(order_N, first_K)):
+        free += count * shards * rows
+        placed.append(group[:free])
+        left.append(group[free:])
+        free -= len(placed[-1])
+
+    def filled(groups, size):
+        numbers = np.full(size, -1)
+        found = np.concatenate(groups)
+        numbers[: len(found)] = found
+        return numbers
+
+    # The longest go to different shards' widest rows, then the next longest, ...
+    dealt_RxC = filled(placed, count * room_K[-1]).reshape(rows_K.sum(), count * shards)
+    for numbers_SxR in dealt_RxC.T.reshape(count, shards, rows_K.sum()):
+        yield Batch(numbers_SxR, layout.usual)
+    spares = filled(left, spares_C[count] * shards * spare.rows)
+    for numbers_SxR in spares.reshape(-1, shards, spare.rows):
+        yield Batch(numbers_SxR, layout.spare)
+
+
+def _filled(build, numbers_R) -> packing.Ragged:
+    """The sequences of some numbers, those of -1, which come last, without tokens."""
+    real_R = numbers_R >= 0
+    ragged = build(numbers_R[real_R])
+    lengths_R = np.zeros(len(numbers_R), ragged.lengths_N.dtype)
+    lengths_R[real_R] = ragged.lengths_N
+    return ragged._replace(lengths_N=lengths_R)
