@@ -25,10 +25,10 @@ def _merge(queries_QxD, tile_NxD, first, count, best_QxK, rows_QxK):
     scores_QxN = queries_QxD @ tile_NxD.T
     numbers_N = jnp.arange(len(tile_NxD))
     scores_QxN = jnp.where(numbers_N < count, scores_QxN, -jnp.inf)
-    all_scores = jnp.concatenate([best_QxK, scores_QxN], axis=1)
-    tile_rows_QxN = jnp.broadcast_to(numbers_N + first, scores_QxN.shape)
-    all_rows = jnp.concatenate([rows_QxK, tile_rows_QxN], axis=1)
-    best, chosen = jax.lax.top_k(all_scores, best_QxK.shape[1])
+    depth = best_QxK.shape[1]
+    found, numbers = jax.lax.top_k(scores_QxN, min(depth, len(tile_NxD)))
+    best, chosen = jax.lax.top_k(jnp.concatenate([best_QxK, found], axis=1), depth)
+    all_rows = jnp.concatenate([rows_QxK, numbers + first], axis=1)
     return best, jnp.take_along_axis(all_rows, chosen, axis=1)
 
 
