@@ -9,7 +9,7 @@ from rqv2_jax.data import batches as batches_lib
 from rqv2_jax.data.batches import ListBatches, in_batch_labels
 from rqv2_jax.data.inputs import Inputs
 from rqv2_jax.data.lists import Lists, Provenance
-from rqv2_jax.data.packing import Packed
+from rqv2_jax.data.packing import Packed, plan
 from rqv2_jax.data.tokens import Queries, Store, Texts
 from rqv2_jax.errors import InputError
 
@@ -190,7 +190,7 @@ def test_shapes_are_the_same_at_every_step(parts, order):
 
 
 def test_batches_change_lists_within_a_window_only(monkeypatch):
-    monkeypatch.setattr(batches_lib, "WINDOW", 2)
+    monkeypatch.setattr(batches_lib, "WINDOW", 8)
     store, queries, lists = world(lists=22, seed=4)
     batches = batches_of(store, queries, lists)
     for first, last in ((0, 8), (8, 16), (16, 20)):
@@ -199,28 +199,26 @@ def test_batches_change_lists_within_a_window_only(monkeypatch):
 
 
 @given(st.integers(1, 12), st.integers(1, 20), st.integers(0, 2**32 - 1))
-@settings(deadline=None)
-def test_deal_gives_every_batch_about_as_many_tokens(batch, count, seed):
-    tokens_L = np.random.default_rng(seed).lognormal(6, 0.4, batch * count).astype(int)
-    order_L = batches_lib.deal(tokens_L, batch)
+@settings(deadline=None, max_examples=30)
+def test_balance_only_changes_the_order_of_lists(batch, count, seed):
+    lengths_LxN = np.random.default_rng(seed).integers(1, 50, (batch * count, 3))
+    order_L = batches_lib.balance([lengths_LxN, lengths_LxN[:, :1]], batch)
     assert sorted(order_L) == list(range(batch * count))
-    sums = tokens_L[order_L].reshape(count, batch).sum(axis=1)
-    # As for any list scheduling: no two batches differ by more than one list.
-    assert np.ptp(sums) <= tokens_L.max()
 
 
-def test_deal_balances_batches_and_their_shares():
-    tokens_L = np.random.default_rng(0).lognormal(6, 0.4, 96 * 50).astype(int)
-    dealt = tokens_L[batches_lib.deal(tokens_L, 96)]
+@pytest.mark.parametrize(("parts", "most", "by_chance"), [(1, 1.11, 1.13), (4, 1.15, 1.24)])
+def test_balanced_batches_and_their_parts_need_rows_of_the_same_widths(parts, most, by_chance):
+    """With the lengths of MS MARCO's passages, batches of 16 lists of 8."""
+    rng = np.random.default_rng(0)
+    lengths_LxN = np.clip(rng.lognormal(np.log(76), 0.36, (16 * 60, 8)), 16, 128).astype(int)
 
-    def spread(part):
-        sums = dealt.reshape(-1, part).sum(axis=1)
-        return sums.std() / sums.mean()
+    def computed(lengths_LxN):
+        rows_SxN = lengths_LxN.reshape(60 * parts, -1)
+        shapes = plan(np.sort(rows_SxN, axis=1).max(axis=0), 12)
+        return sum(s.rows * s.width for s in shapes) * len(rows_SxN) / rows_SxN.sum()
 
-    assert spread(96) < 0.005
-    for part in (48, 24):
-        chance = np.std(tokens_L) / np.mean(tokens_L) / part**0.5
-        assert spread(part) < chance / 4
+    assert computed(lengths_LxN) > by_chance
+    assert computed(lengths_LxN[batches_lib.balance([lengths_LxN], 16)]) < most
 
 
 @pytest.mark.parametrize("in_batch", [False, True])

@@ -20,8 +20,10 @@ from rqv2_jax.errors import InputError
 # The accelerators belong to JAX.
 tf.config.set_visible_devices([], "GPU")
 
-# Batches that share out their lists by length, and whose lengths are planned at once.
-WINDOW = 256
+# Lists that change places, and whose lengths are looked at, at once.
+WINDOW = 2**14
+# Rounds in which they do.
+EXCHANGES = 400
 
 KINDS = ("queries", "passages", "pairs")
 
@@ -31,7 +33,7 @@ class ListBatches:
 
     Args:
       lists: all lists of the run; those beyond the last whole batch are left out. Within a window of
-        some hundred batches they change places so that all batches hold about as many tokens.
+        some thousand lists they change places so that all batches need rows of the same widths.
       models: which inputs to build: "retriever" (queries and passages), "reranker" (pairs), or both.
       in_batch: also labels over all passages of the batch, other positives of a query masked out.
       shards: device shards. Where they do not divide the batch, some hold lists without passages.
@@ -98,19 +100,23 @@ class ListBatches:
 
     def _balanced(self, lists: Lists) -> Lists:
         order = []
-        for first in range(0, self.steps * self.batch, WINDOW * self.batch):
-            rows_L = np.arange(first, min(first + WINDOW * self.batch, self.steps * self.batch))
+        for first, steps in self._windows():
+            rows_L = np.arange(first * self.batch, (first + steps) * self.batch)
             given = lists.query_rows_L[rows_L], lists.passages_LxP[rows_L]
             # Of all kinds, so that the batches do not depend on who learns from them.
-            tokens_L = sum(self._lengths(kind, *given).sum(axis=1) for kind in KINDS)
-            order.append(rows_L[deal(tokens_L, self.batch)])
+            lengths = [self._lengths(kind, *given) for kind in KINDS]
+            order.append(rows_L[balance(lengths, self.batch)])
         return lists.take(np.concatenate(order))
+
+    def _windows(self):
+        """The first step of each window and the number of its steps."""
+        most = max(WINDOW // self.batch, 1)
+        return [(first, min(most, self.steps - first)) for first in range(0, self.steps, most)]
 
     def _plan(self, kind, max_blocks, row_width):
         """The shapes that hold this kind of input of all parts."""
         longest_N, rows = 0, 0
-        for first in range(0, self.steps, WINDOW):
-            steps = min(WINDOW, self.steps - first)
+        for first, steps in self._windows():
             slots = self.slots_SxB.reshape(-1).clip(0)
             rows_L = ((first + np.arange(steps))[:, None] * self.batch + slots).reshape(-1)
             lengths = self._lengths(
@@ -186,32 +192,50 @@ class ListBatches:
             yield tf.nest.pack_sequence_as(example, arrays)
 
 
-def deal(tokens_L: np.ndarray, batch: int) -> np.ndarray:
-    """An order of lists [L] whose consecutive batches hold about as many tokens each; L divides.
+def balance(lengths: Sequence[np.ndarray], batch: int) -> np.ndarray:
+    """An order of lists [L] whose consecutive batches hold as many sequences of any length; L divides.
 
-    The longest lists go to different batches, then the next longest, each to the batch that has the
-    fewest tokens so far. Halves, quarters, ... of a batch hold about as many too, for the devices.
+    Rows of one width are as many as the batch with the most sequences of that length needs. Halves,
+    quarters, ... of a batch are alike too, as far as they hold 16 sequences of a kind: they may be
+    parts. Of two parts a list each changes places with the other, again and again, where that lowers
+    the number of sequences beyond some width by which they exceed the mean.
+
+    Args:
+      lengths: of every kind of input, the lengths of the lists' sequences [L, N].
     """
-    strata_BxN = np.argsort(-tokens_L, kind="stable").reshape(batch, -1)
-    sums_N = np.zeros(strata_BxN.shape[1])
-    dealt_NxB = np.empty(strata_BxN.T.shape, np.int64)
-    for place, stratum_N in zip(_spread(np.arange(batch)), strata_BxN):
-        emptiest_N = np.argsort(sums_N, kind="stable")
-        dealt_NxB[emptiest_N, place] = stratum_N
-        sums_N[emptiest_N] += tokens_L[stratum_N]
-    return dealt_NxB.reshape(-1)
+    size = batch
+    while size % 2 == 0 and size // 2 * max(x.shape[1] for x in lengths) >= 16:
+        size //= 2
+    # The number of a list's sequences that are too long for each width.
+    longer_LxW = np.concatenate(
+        [
+            (x[..., None] > np.arange(0, x.max(), packing.WIDTH_MULTIPLE)).sum(axis=1)
+            for x in lengths
+        ],
+        axis=1,
+        dtype=np.float32,
+    )
+    order_SxB = np.arange(len(longer_LxW)).reshape(-1, size)
+    longer_SxW = longer_LxW[order_SxB].sum(axis=1)
+    mean_W = longer_SxW.mean(axis=0)
 
+    def excess(longer_SxW):
+        # A high power, as the part that exceeds most sets the number of rows.
+        return (((longer_SxW - mean_W).clip(0) ** 2) ** 2).sum(axis=-1)
 
-def _spread(places):
-    """Places in the order in which to fill them, so that any half of a half gets every size."""
-    if len(places) < 4 or len(places) % 2:
-        return places
-    left, right = (_spread(half) for half in np.split(places, 2))
-    turns = np.arange(len(places)) % 4
-    order = np.empty_like(places)
-    order[(turns == 0) | (turns == 3)] = left
-    order[(turns == 1) | (turns == 2)] = right
-    return order
+    excess_S, rng = excess(longer_SxW), np.random.default_rng(0)
+    for _ in range(EXCHANGES):
+        pairs_2xN = rng.permutation(len(order_SxB))[: len(order_SxB) // 2 * 2].reshape(2, -1)
+        places_2xN = rng.integers(0, size, pairs_2xN.shape)
+        lists_2xN = order_SxB[pairs_2xN, places_2xN]
+        gain_NxW = longer_LxW[lists_2xN[1]] - longer_LxW[lists_2xN[0]]
+        changed = longer_SxW[pairs_2xN] + np.stack([gain_NxW, -gain_NxW])
+        excess_2xN = excess(changed)
+        better_N = excess_2xN.sum(axis=0) < excess_S[pairs_2xN].sum(axis=0)
+        pairs_2xM = pairs_2xN[:, better_N]
+        order_SxB[pairs_2xM, places_2xN[:, better_N]] = lists_2xN[::-1, better_N]
+        longer_SxW[pairs_2xM], excess_S[pairs_2xM] = changed[:, better_N], excess_2xN[:, better_N]
+    return order_SxB.reshape(-1)
 
 
 def slots(batch: int, shards: int, accumulate: int) -> np.ndarray:
