@@ -217,54 +217,59 @@ def _leaves(tree):
     return [tree]
 
 
-def test_evaluation_of_some_queries_is_theirs_in_the_whole(finished, tmp_path):
+@pytest.fixture
+def evaluated_again(finished, tmp_path):
+    """`again(setting=value) -> (report, rows, whole, part)`: the run evaluated by other settings.
+
+    `rows` are the test queries that were re-ranked; `whole` and `part` hold the values of all queries
+    before and now.
+    """
     config, workdir = finished
-    shutil.copytree(workdir, tmp_path / "w")
-    fewer = config_lib.loads(config_lib.dumps(config))
-    fewer.evaluate.queries = 5
-    run = open_run(fewer, tmp_path / "w")
-    store = tokens.open_store(workdir / "data" / "tokens")
-    report = evaluation.evaluate(run, store, "test", ("exact",))
+
+    def again(**changed):
+        shutil.copytree(workdir, tmp_path / "w")
+        own = config_lib.loads(config_lib.dumps(config))
+        own.evaluate.update(changed)
+        store = tokens.open_store(workdir / "data" / "tokens")
+        report = evaluation.evaluate(open_run(own, tmp_path / "w"), store, "test", ("exact",))
+        run_file = tmp_path / "w" / "runs" / "test.joint.reranker.exact.trec"
+        asked = dict.fromkeys(line.split()[0] for line in run_file.read_text().splitlines())
+        rows = [store.splits["test"].ids.index(query) for query in asked]
+        return (
+            report,
+            rows,
+            *(
+                dict(np.load(folder / "eval" / "test.per_query.npz"))
+                for folder in (workdir, tmp_path / "w")
+            ),
+        )
+
+    return again
+
+
+def test_evaluation_of_some_queries_is_theirs_in_the_whole(evaluated_again):
+    report, rows, whole, part = evaluated_again(queries=5)
+    assert len(rows) == 5
     assert all(row["queries"] == 5 for row in report["rows"])
-    lines = (tmp_path / "w" / "runs" / "test.joint.reranker.exact.trec").read_text().splitlines()
-    asked = list(dict.fromkeys(line.split()[0] for line in lines))
-    assert len(asked) == 5
-    rows = [store.splits["test"].ids.index(query) for query in asked]
-    with (
-        np.load(workdir / "eval" / "test.per_query.npz") as whole,
-        np.load(tmp_path / "w" / "eval" / "test.per_query.npz") as part,
-    ):
-        assert "joint.reranker.exact.nDCG@10" in part.files
-        for name in part.files:
-            np.testing.assert_allclose(part[name], whole[name][rows], atol=1e-6)
+    assert "joint.reranker.exact.nDCG@10" in part
+    for name, values in part.items():
+        np.testing.assert_allclose(values, whole[name][rows], atol=1e-6)
 
 
-def test_some_queries_are_reranked_and_all_retrieved(finished, tmp_path):
-    config, workdir = finished
-    shutil.copytree(workdir, tmp_path / "w")
-    fewer = config_lib.loads(config_lib.dumps(config))
-    fewer.evaluate.rerank_queries = 5
-    run = open_run(fewer, tmp_path / "w")
-    store = tokens.open_store(workdir / "data" / "tokens")
-    report = evaluation.evaluate(run, store, "test", ("exact",))
-    every = len(store.splits["test"].ids)
+def test_some_queries_are_reranked_and_all_retrieved(evaluated_again):
+    report, rows, whole, part = evaluated_again(rerank_queries=5)
+    every = len(whole["joint.retriever.exact.RR@10"])
+    assert len(rows) == 5 < every
     counts = {row["model"]: row["queries"] for row in report["rows"]}
     assert counts == {"retriever": every, "reranker": 5}
     assert f"{every} test queries, 5 of them re-ranked;" in evaluation.render(report)
-    lines = (tmp_path / "w" / "runs" / "test.joint.reranker.exact.trec").read_text().splitlines()
-    asked = list(dict.fromkeys(line.split()[0] for line in lines))
-    rows = [store.splits["test"].ids.index(query) for query in asked]
-    with (
-        np.load(workdir / "eval" / "test.per_query.npz") as whole,
-        np.load(tmp_path / "w" / "eval" / "test.per_query.npz") as part,
-    ):
-        for name in part.files:
-            expected = whole[name][rows] if ".reranker." in name else whole[name]
-            np.testing.assert_allclose(part[name], expected, atol=1e-6)
-        re_ranked = part["joint.reranker.exact.RR@10"].mean()
-        difference = re_ranked - whole["joint.retriever.exact.RR@10"][rows].mean()
+    for name, values in part.items():
+        expected = whole[name][rows] if ".reranker." in name else whole[name]
+        np.testing.assert_allclose(values, expected, atol=1e-6)
+    name = "joint.{}.exact.RR@10"
+    difference = part[name.format("reranker")] - whole[name.format("retriever")][rows]
     (compared,) = (x for x in report["significance"] if x["b"] == "joint retriever")
-    assert compared["difference"] == pytest.approx(difference)
+    assert compared["difference"] == pytest.approx(difference.mean())
 
 
 @pytest.fixture
