@@ -42,8 +42,8 @@ def compare(
     min_relevance: int,
     permutations: int,
     seed: int,
-) -> tuple[list[dict], int]:
-    """(a row for each metric, number of queries) of two TREC run files.
+) -> tuple[list[dict], int, tuple[int, ...]]:
+    """(a row for each metric, number of queries, how many of them a and b name) of two TREC run files.
 
     A row has the means `a` and `b`, `difference` = a - b with its 95% bootstrap interval from `low`
     to `high`, and the p-value of the two-sided paired randomisation test. All queries with a relevant
@@ -77,12 +77,17 @@ def compare(
         low, high = metrics.interval(a_J - b_J, resamples=permutations, seed=seed)
         row = {"metric": name, "a": float(a_J.mean()), "b": float(b_J.mean())}
         rows.append({**row, "difference": difference, "low": low, "high": high, "p_value": p_value})
-    return rows, len(a_J)
+    relevant = {query for (query, _), relevance in judged.items() if relevance > 0}
+    return rows, len(a_J), tuple(len(relevant & run.keys()) for run in runs)
 
 
-def render(rows: list[dict], queries: int, a: str, b: str) -> str:
+def render(rows: list[dict], queries: int, named: tuple[int, ...], a: str, b: str) -> str:
     """The comparison as a table for people."""
-    lines = [f"a: {a}", f"b: {b}", f"{queries} queries with a relevant passage", ""]
+    lines = []
+    for name, path, count in zip("ab", (a, b), named):
+        missing = f" (names {count} of the queries; the others count 0)" if count < queries else ""
+        lines.append(f"{name}: {path}{missing}")
+    lines += [f"{queries} queries with a relevant passage", ""]
     width = max(12, *(len(row["metric"]) for row in rows))
     lines.append(f"{'metric':{width}} {'a':>8} {'b':>8} {'a - b':>9} {'95% interval':>20} {'p':>8}")
     for row in rows:

@@ -74,7 +74,7 @@ def _compare(a: str, b: str):
     from rqv2_jax import config as config_lib
 
     defaults = config_lib.default()
-    rows, queries = compare.compare(
+    rows, queries, named = compare.compare(
         pathlib.Path(a),
         pathlib.Path(b),
         pathlib.Path(_QRELS.value),
@@ -83,7 +83,7 @@ def _compare(a: str, b: str):
         permutations=defaults.evaluate.permutations,
         seed=defaults.seed,
     )
-    print(compare.render(rows, queries, a, b))
+    print(compare.render(rows, queries, named, a, b))
 
 
 if __name__ == "__main__":

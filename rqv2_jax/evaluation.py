@@ -114,8 +114,8 @@ def evaluate(
 
     Retrieves with exact search and, if asked for, with ScaNN; the re-ranker re-ranks what its own
     state's retriever found by the first of `indexes`, for all queries or the same subset of them in
-    every state. Writes `runs/*.trec`, `eval/<split>.json` and,
-    as `<state>.<model>.<index>.<metric>`, the values of all queries in `eval/<split>.per_query.npz`.
+    every state. Writes `runs/*.trec`, `eval/<split>.json` and, as `<state>.<model>.<index>.<metric>`,
+    the value of each query the model was measured on, in their order, in `eval/<split>.per_query.npz`.
 
     Raises:
       InputError: the split is not there, or a stage has not been run.
@@ -292,10 +292,10 @@ def render(report: dict) -> str:
         recalls = [f"{k} {v:.3f}" for k, v in row.items() if k.startswith("recall@")]
         note = f"  {', '.join(recalls)}" if recalls else ""
         lines.append(f"{row['state']:10} {row['model']:10} {row['index']:6} {cells}{note}")
-    queries = {row["model"]: row["queries"] for row in report["rows"]}
-    counted = f"{queries['retriever']} {report['rows'][0]['split']} queries"
-    if queries.get("reranker", queries["retriever"]) != queries["retriever"]:
-        counted += f", {queries['reranker']} of them re-ranked"
+    fewest, most = (f(row["queries"] for row in report["rows"]) for f in (min, max))
+    counted = f"{most} {report['rows'][0]['split']} queries"
+    if fewest < most:
+        counted += f", {fewest} of them re-ranked"
     titles = "with" if report["titles"] else "without"
     lines.append(f"{counted}; passages {titles} titles")
     lines += [

@@ -70,7 +70,7 @@ def test_encoding_re_ranking_mining_and_inputs(run, texts):
     for found in (encoded, reranked):
         assert found["sequences"] == 256
         assert 0 < found["tokenising_share"] < 1
-    # A few hundred sequences: the last batch of a width is not full.
+    # A few hundred sequences do not fill their last batches.
     assert 1 < encoded["computed_over_real_tokens"] < 1.6
     mined = benchmarks.mine(run, texts, 1, versus=False)
     assert (mined["passages"], mined["queries"], mined["scored_pairs"]) == (256, 64, 64 * 20)

@@ -45,8 +45,10 @@ def compared(folder, a="a.trec", b="b.trec", qrels="qrels", min_relevance=1):
 
 @pytest.mark.parametrize("least", [1, 2, 3])
 def test_means_are_those_of_ir_measures(files, least):
-    rows, queries = compared(files, min_relevance=least)
-    assert queries == 40
+    rows, queries, named = compared(files, min_relevance=least)
+    assert queries == named[0] == 40
+    # Run b misses a quarter.
+    assert named[1] == 30
     said = f"(rel={least})" if least > 1 else ""
     names = [name.replace("@", f"{said}@") if name != "nDCG@10" else name for name in NAMES]
     assert [row["metric"] for row in rows] == names
@@ -61,8 +63,8 @@ def test_means_are_those_of_ir_measures(files, least):
 
 
 def test_differences_lie_in_their_intervals_and_change_sign(files):
-    rows, _ = compared(files)
-    swapped, _ = compared(files, "b.trec", "a.trec")
+    rows, *_ = compared(files)
+    swapped, *_ = compared(files, "b.trec", "a.trec")
     for row, other in zip(rows, swapped):
         assert row["difference"] == pytest.approx(row["a"] - row["b"])
         assert row["low"] < row["difference"] < row["high"]
@@ -74,7 +76,7 @@ def test_differences_lie_in_their_intervals_and_change_sign(files):
 
 
 def test_a_run_does_not_differ_from_itself(files):
-    rows, _ = compared(files, "a.trec", "a.trec")
+    rows, *_ = compared(files, "a.trec", "a.trec")
     assert all((row["difference"], row["p_value"]) == (0, 1) for row in rows)
 
 
@@ -119,7 +121,11 @@ def test_the_program_prints_the_table_and_refuses_half_a_comparison(files):
     flags = f"--qrels={files / 'qrels'}", "--min_relevance=2"
     ended = run_program("rqv2_jax.evaluate", "--compare", a, b, *flags)
     assert ended.returncode == 0, ended.stderr
-    rows, _ = compared(files, min_relevance=2)
+    rows, *_ = compared(files, min_relevance=2)
+    assert ended.stdout.splitlines()[:2] == [
+        f"a: {a}",
+        f"b: {b} (names 30 of the queries; the others count 0)",
+    ]
     table = {line.split()[0]: line.split()[1:3] for line in ended.stdout.splitlines()[5:]}
     assert table["RR(rel=2)@10"] == [f"{rows[0]['a']:.4f}", f"{rows[0]['b']:.4f}"]
     assert table["nDCG@10"] == [f"{rows[-1]['a']:.4f}", f"{rows[-1]['b']:.4f}"]

@@ -158,6 +158,11 @@ def forward_of(world, sharding, batch_tokens):
     )
 
 
+def layout_of(usual_N, longest, shards, tokens, max_blocks=12):
+    sharding = types.SimpleNamespace(shards=shards)
+    return stream.Forward(None, sharding, tokens, max_blocks, None, None).layout(usual_N, longest)
+
+
 @given(
     usual=st.lists(st.integers(1, 96), min_size=1, max_size=60),
     lengths=st.lists(st.integers(1, 96), min_size=1, max_size=60),
@@ -166,10 +171,10 @@ def forward_of(world, sharding, batch_tokens):
 )
 @settings(deadline=None)
 def test_every_sequence_has_one_row_that_holds_it(usual, lengths, shards, tokens):
-    sharding = types.SimpleNamespace(shards=shards)
-    forward = stream.Forward(None, sharding, tokens, 4, None, None)
-    layout = forward.layout(np.array(usual), 96)
+    layout = layout_of(np.array(usual), 96, shards, tokens, max_blocks=4)
     assert len(layout.usual) <= 4
+    per_shard = sum(s.rows * s.width for s in layout.usual)
+    assert per_shard <= tokens / shards or sum(s.rows for s in layout.usual) == 1
     lengths_N, found, shapes = np.array(lengths), [], set()
     for numbers_SxR, batch_shapes in stream.schedule(lengths_N, layout, shards):
         shapes.add(batch_shapes)
@@ -186,23 +191,36 @@ def test_every_sequence_has_one_row_that_holds_it(usual, lengths, shards, tokens
     assert shapes <= {layout.usual, layout.spare}
 
 
-@pytest.mark.parametrize("count", [200, 1_000, 20_000])
-def test_few_tokens_are_computed_beside_those_of_usual_lengths(count):
+def computed_over_real(lengths_N, layout, shards):
+    batches = list(stream.schedule(lengths_N, layout, shards))
+    return shards * sum(s.rows * s.width for x in batches for s in x.shapes) / lengths_N.sum()
+
+
+@pytest.mark.parametrize(
+    ("count", "shards", "most"),
+    [(200, 1, 1.3), (1_000, 1, 1.15), (20_000, 1, 1.075), (20_000, 4, 1.1)],
+)
+def test_few_tokens_are_computed_beside_those_of_usual_lengths(count, shards, most):
     """With the lengths of MS MARCO's passages, mean 79 of 128 tokens."""
     rng = np.random.default_rng(0)
     usual_N, lengths_N = (
         np.clip(rng.lognormal(np.log(76), 0.36, n), 16, 128).astype(int) for n in (10_000, count)
     )
-    forward = stream.Forward(None, types.SimpleNamespace(shards=1), 8192, 12, None, None)
-    batches = list(stream.schedule(lengths_N, forward.layout(usual_N, 128), 1))
-    computed = sum(s.rows * s.width for batch in batches for s in batch.shapes)
-    assert computed < {200: 1.3, 1_000: 1.15, 20_000: 1.09}[count] * lengths_N.sum()
+    layout = layout_of(usual_N, 128, shards, 8192 * shards)
+    assert sum(s.rows * s.width for s in layout.usual) <= 8192
+    assert computed_over_real(lengths_N, layout, shards) < most
+
+
+def test_rows_for_the_longest_do_not_hold_up_shorter_sequences():
+    rng = np.random.default_rng(0)
+    lengths_N = np.clip(rng.lognormal(np.log(76), 0.36, 20_000), 16, 200).astype(int)
+    layout = layout_of(lengths_N, 512, 1, 16384)
+    assert computed_over_real(lengths_N, layout, 1) < 1.15
 
 
 def test_lengths_unlike_the_usual_ones_take_few_batches_more():
     lengths_N = np.full(400, 100)
-    forward = stream.Forward(None, types.SimpleNamespace(shards=2), 4096, 4, None, None)
-    layout = forward.layout(np.append(np.full(300, 10), np.full(100, 30)), 128)
+    layout = layout_of(np.append(np.full(300, 10), np.full(100, 30)), 128, 2, 4096)
     batches = list(stream.schedule(lengths_N, layout, 2))
     assert {batch.shapes for batch in batches} == {layout.spare}
     # 4 rows of 128 tokens on either device.

@@ -33,7 +33,7 @@ class ListBatches:
 
     Args:
       lists: all lists of the run; those beyond the last whole batch are left out. Within a window of
-        some thousand lists they change places so that all batches need rows of the same widths.
+        `WINDOW` lists they change places so that all batches need rows of the same widths.
       models: which inputs to build: "retriever" (queries and passages), "reranker" (pairs), or both.
       in_batch: also labels over all passages of the batch, other positives of a query masked out.
       shards: device shards. Where they do not divide the batch, some hold lists without passages.
@@ -195,13 +195,15 @@ class ListBatches:
 def balance(lengths: Sequence[np.ndarray], batch: int) -> np.ndarray:
     """An order of lists [L] whose consecutive batches hold as many sequences of any length; L divides.
 
-    Rows of one width are as many as the batch with the most sequences of that length needs. Halves,
-    quarters, ... of a batch are alike too, as far as they hold 16 sequences of a kind: they may be
-    parts. Of two parts a list each changes places with the other, again and again, where that lowers
-    the number of sequences beyond some width by which they exceed the mean.
+    Rows of one width are as many as the batch with the most sequences of that length needs. As parts
+    of a batch may be computed apart, batches are halved as long as that leaves whole lists and 16
+    sequences of a kind, and it is the halves that are made alike. Again and again a list of one and a
+    list of another change places where that lowers how far both exceed the mean number of sequences
+    that are longer than a width, to the fourth power and summed over the widths.
 
     Args:
       lengths: of every kind of input, the lengths of the lists' sequences [L, N].
+      batch: lists of a batch.
     """
     size = batch
     while size % 2 == 0 and size // 2 * max(x.shape[1] for x in lengths) >= 16:

@@ -41,8 +41,9 @@ class Batch(NamedTuple):
 class Forward:
     """Both models' forward passes, compiled once for the mesh.
 
-    `vectors` and `reranker_scores` are those of `Models` over all shards; `batch_tokens` is rows
-    times width of one pass, in at most `max_blocks` widths.
+    `vectors` and `reranker_scores` are those of `Models` over all shards. One pass computes at most
+    `batch_tokens` tokens, those of padding included, if they hold a row of each shard; the rows have
+    at most `max_blocks` widths.
     """
 
     inputs: Inputs
@@ -99,15 +100,18 @@ class Forward:
 
         The same lengths give the same shapes, however many sequences are streamed.
         """
-        tokens = self.batch_tokens / self.sharding.shards
-        width = packing.WIDTH_MULTIPLE
-        rows = max(int(tokens / (-(-usual_N // width) * width).mean()), 1)
-        # The j-th shortest of a batch's sequences may be as long as that share of the usual ones.
-        last_R = -(-np.arange(1, rows + 1) * len(usual_N) // rows) - 1
-        longest_R = np.sort(usual_N)[last_R]
-        longest_R[-1] = longest
+        tokens, sorted_N = self.batch_tokens / self.sharding.shards, np.sort(usual_N)
         spare = packing.plan(np.full(max(int(SPARE_SHARE * tokens / longest), 1), longest), 1)
-        return Layout(packing.plan(longest_R, self.max_blocks), spare)
+        rows = max(int(tokens / usual_N.mean()), 1)
+        while True:
+            # The j-th shortest of a batch's sequences may be as long as that share of the usual ones.
+            longest_R = sorted_N[-(-np.arange(1, rows + 1) * len(usual_N) // rows) - 1]
+            longest_R[-1] = longest
+            usual = packing.plan(longest_R, self.max_blocks)
+            computed = sum(shape.rows * shape.width for shape in usual)
+            if computed <= tokens or rows == 1:
+                return Layout(usual, spare)
+            rows = max(int(rows * tokens / computed), 1)
 
 
 def make_forward(
@@ -132,7 +136,7 @@ def schedule(lengths_N: np.ndarray, layout: Layout, shards: int) -> Iterator[Bat
     kinds_N = len(widths_K) - 1 - np.searchsorted(widths_K[::-1], lengths_N[order_N])
     wanted_K = np.cumsum(np.bincount(kinds_N, minlength=len(widths_K)))
     room_K = shards * np.cumsum(rows_K)
-    counts_C = np.arange(-(-wanted_K // room_K).max() + 1)
+    counts_C = np.arange((-(-wanted_K // room_K)).max() + 1)
     # By Hall's theorem, as rows of a kind hold all sequences of the kinds after it.
     left_C = (wanted_K - counts_C[:, None] * room_K).max(axis=1).clip(0)
     (spare,) = layout.spare
