@@ -17,7 +17,7 @@ def means(folder, run, qrels, names, min_relevance=1):
     lines = [f"{q} Q0 {p} 0 {s} x\n" for q, found in run.items() for p, s in found.items()]
     (folder / "run.trec").write_text("".join(lines))
     files = [folder / name for name in ("run.trec", "run.trec", "qrels")]
-    rows, queries = compare.compare(
+    rows, queries, _ = compare.compare(
         *files, names=names, min_relevance=min_relevance, permutations=9, seed=0
     )
     return {row["metric"]: row["a"] for row in rows}, queries
