@@ -49,8 +49,11 @@ def rows(config) -> dict[str, dict]:
     for size in (joint.list_size // 2, joint.list_size * 2):
         if size >= 2:
             found[f"list size {size}"] = {"joint.list_size": size}
-    kept = {name: change for name, change in found.items() if _changed(config, change) != config}
-    return {"full": {}, **kept}
+
+    def changes(change):
+        return config_lib.differences(_changed(config, change), config)
+
+    return {"full": {}, **{name: change for name, change in found.items() if changes(change)}}
 
 
 def _changed(config, change: dict, steps: int = 1):
