@@ -49,11 +49,12 @@ def rows(config) -> dict[str, dict]:
     for size in (joint.list_size // 2, joint.list_size * 2):
         if size >= 2:
             found[f"list size {size}"] = {"joint.list_size": size}
-
-    def changes(change):
-        return config_lib.differences(_changed(config, change), config)
-
-    return {"full": {}, **{name: change for name, change in found.items() if changes(change)}}
+    kept = {
+        name: change
+        for name, change in found.items()
+        if config_lib.differences(_changed(config, change), config)
+    }
+    return {"full": {}, **kept}
 
 
 def _changed(config, change: dict, steps: int = 1):

@@ -20,7 +20,7 @@ import tqdm
 from rqv2_jax import bert, hlo, pipeline, planning, rivals, train
 from rqv2_jax import config as config_lib
 from rqv2_jax.data import lists as lists_lib
-from rqv2_jax.data import tokens
+from rqv2_jax.data import packing, tokens
 from rqv2_jax.data.batches import KINDS, ListBatches
 from rqv2_jax.data.packing import Ragged
 from rqv2_jax.retrieval import encode, index, rerank, stream
@@ -150,9 +150,7 @@ def joint(run: Run, texts: Texts, steps: int, versus: bool) -> dict:
         formula += sum(_training_flops(run, x) for x in sequences.values())
     # The first step of either warms up.
     seconds = float(np.median(ours[1:]))
-    computed = len(batches.slots_SxB) * sum(
-        shape.rows * shape.width for shapes in batches.shapes.values() for shape in shapes
-    )
+    computed = len(batches.slots_SxB) * sum(map(packing.size, batches.shapes.values()))
     real, padded, formula = (x / (steps + 1) for x in (real, padded, formula))
     pairs = settings.batch * settings.list_size
     best = peak(run.config.model.dtype)
@@ -236,7 +234,7 @@ def encode_and_rerank(run: Run, texts: Texts, rounds: int, versus: bool) -> list
         seconds = float(np.median(own))
         flops = planning.forward_flops(run.models.config, 1, lengths_N)
         computed = sum(
-            len(numbers_SxR) * sum(shape.rows * shape.width for shape in shapes)
+            len(numbers_SxR) * packing.size(shapes)
             for numbers_SxR, shapes in stream.schedule(lengths_N, layout, run.sharding.shards)
         )
         result = {

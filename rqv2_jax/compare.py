@@ -77,7 +77,7 @@ def compare(
         low, high = metrics.interval(a_J - b_J, resamples=permutations, seed=seed)
         row = {"metric": name, "a": float(a_J.mean()), "b": float(b_J.mean())}
         rows.append({**row, "difference": difference, "low": low, "high": high, "p_value": p_value})
-    relevant = {query for (query, _), relevance in judged.items() if relevance > 0}
+    relevant = {query_ids[row] for row in metrics.judged_queries(qrels_3xN)}
     return rows, len(a_J), tuple(len(relevant & run.keys()) for run in runs)
 
 

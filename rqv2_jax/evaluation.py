@@ -186,9 +186,8 @@ def evaluate(
     for a, b in dict.fromkeys(pairs):
         if not {(*a, first), (*b, first)} <= set(per_query):
             continue
-        values = [per_query[(*x, first)][compared] for x in (a, b)]
-        if a[1] != b[1]:
-            values[1] = values[1][reranked_R]
+        common = np.intersect1d(asked[a[1]], asked[b[1]])
+        values = [per_query[(*x, first)][compared][np.isin(asked[x[1]], common)] for x in (a, b)]
         difference, p_value = metrics.paired_test(
             *values, permutations=settings.permutations, seed=run.config.seed
         )

@@ -116,6 +116,11 @@ def plan(longest_N: np.ndarray, max_blocks: int) -> tuple[Shape, ...]:
     return tuple(reversed(shapes))
 
 
+def size(shapes: Sequence[Shape]) -> int:
+    """The tokens that blocks of these shapes hold, those of padding included."""
+    return sum(shape.rows * shape.width for shape in shapes)
+
+
 def plan_shared(lengths_BxN: np.ndarray, width: int) -> Shape:
     """The shape of shared rows that hold every batch."""
     shape = Shape(0, width, max(width // TOKENS_PER_SLOT, 1))
@@ -167,9 +172,8 @@ def pack(ragged: Ragged, shapes: Sequence[Shape]) -> Packed:
         slot_N[order_N] = np.arange(count)
         column_N = np.zeros(count, np.int64)
 
-    size = sum(shape.rows * shape.width for shape in shapes)
-    flat_tokens, flat_types, flat_positions = np.zeros((3, size), np.int32)
-    flat_sequence = np.full(size, count, np.int32)
+    flat_tokens, flat_types, flat_positions = np.zeros((3, size(shapes)), np.int32)
+    flat_sequence = np.full(size(shapes), count, np.int32)
     to = _ranges(start_N, ragged.lengths_N)
     flat_tokens[to] = ragged.tokens
     flat_types[to] = ragged.types

@@ -108,7 +108,7 @@ class Forward:
             longest_R = sorted_N[-(-np.arange(1, rows + 1) * len(usual_N) // rows) - 1]
             longest_R[-1] = longest
             usual = packing.plan(longest_R, self.max_blocks)
-            computed = sum(shape.rows * shape.width for shape in usual)
+            computed = packing.size(usual)
             if computed <= tokens or rows == 1:
                 return Layout(usual, spare)
             rows = max(int(rows * tokens / computed), 1)
@@ -141,7 +141,8 @@ def schedule(lengths_N: np.ndarray, layout: Layout, shards: int) -> Iterator[Bat
     left_C = (wanted_K - counts_C[:, None] * room_K).max(axis=1).clip(0)
     (spare,) = layout.spare
     spares_C = -(-left_C // (shards * spare.rows))
-    count = np.argmin(counts_C * (widths_K @ rows_K) + spares_C * (spare.rows * spare.width))
+    tokens_C = counts_C * packing.size(layout.usual) + spares_C * packing.size(layout.spare)
+    count = np.argmin(tokens_C)
 
     free, placed, left = 0, [], []
     first_K = np.searchsorted(kinds_N, range(1, len(rows_K)))
