@@ -29,10 +29,6 @@ from rqv2_jax.workdir import Run, open_collection, open_run
 # Each a token of its own to BERT.
 WORDS = [str(number) for number in (*range(10, 100), *range(1900, 2015))]
 
-# Of MS MARCO's passages with their titles: log-normal, mean 79 tokens of at most 128.
-MSMARCO = {"median": 76, "deviation": 0.36, "least": 16, "most": 128}
-MSMARCO_QUERIES = {"median": 9, "deviation": 0.35, "least": 4, "most": 32}
-
 # Share of its peak that a chip is taken to reach in training.
 UTILISATION = 0.4
 
@@ -50,8 +46,8 @@ def read(run: Run, lengths: str, passages: int, queries: int) -> Texts:
     """The first texts of the config's collection; or made up ones as long as MS MARCO's."""
     if lengths == "msmarco":
         rng = np.random.default_rng(0)
-        found = [("", text) for text in _made_up(rng, passages, **MSMARCO)]
-        asked = _made_up(rng, queries, **MSMARCO_QUERIES)
+        found = [("", text) for text in _made_up(rng, "passages", passages)]
+        asked = _made_up(rng, "queries", queries)
     else:
         with tempfile.TemporaryDirectory() as folder:
             collection = open_collection(run.config.data, pathlib.Path(folder))
@@ -66,8 +62,8 @@ def read(run: Run, lengths: str, passages: int, queries: int) -> Texts:
     return Texts(found, asked, store, seconds)
 
 
-def _made_up(rng, count, median, deviation, least, most):
-    lengths_N = np.clip(rng.lognormal(np.log(median), deviation, count), least, most).astype(int)
+def _made_up(rng, kind, count):
+    lengths_N = planning.msmarco_lengths(rng, kind, count)
     # Two tokens are special ones.
     return [" ".join(rng.choice(WORDS, length - 2)) for length in lengths_N]
 

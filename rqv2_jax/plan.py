@@ -1,8 +1,9 @@
 """Plans a run before anything is rented: will it fit, how fast can it be, what will it store?
 
 Compiles the run's own training, encoding and re-ranking steps ahead of time for a TPU slice that is not
-there (pip install -r requirements-tpu.txt) or for CPU devices, every input at its full length. Of the
-ways to make training fit it tries the cheapest first. --overlay writes what it chose as a flag file.
+there (pip install -r requirements-tpu.txt) or for CPU devices. Every input has its full length, so that
+any texts fit; --lengths msmarco counts what is computed of texts as long as MS MARCO's. Of the ways to
+make training fit it tries the cheapest first. --overlay writes what it chose as a flag file.
 
 Examples:
   python -m rqv2_jax.plan --config configs/nq.py --topology v5e:4x8 --overlay v5e.flags
@@ -18,6 +19,9 @@ from rqv2_jax import program
 
 _TOPOLOGY = flags.DEFINE_string("topology", None, "v4, v5e, v5p or v6e with a shape, or cpu:N.")
 _OVERLAY = flags.DEFINE_string("overlay", None, "File for the chosen settings, for --flagfile.")
+_LENGTHS = flags.DEFINE_enum(
+    "lengths", "full", ["full", "msmarco"], "All that is admitted, or those of MS MARCO."
+)
 _QUERIES = flags.DEFINE_integer("queries", None, "Training queries; known for published data.")
 _PASSAGES = flags.DEFINE_integer("passages", None, "Passages; known for published data.")
 
@@ -38,8 +42,8 @@ def main():
     config = flags.FLAGS.config
     sizes = planning.sizes(config, _QUERIES.value, _PASSAGES.value)
     machine = planning.machine(topology)
-    plan = planning.make(config, machine, report=print)
-    print(planning.render(plan, machine))
+    plan = planning.make(config, machine, _LENGTHS.value, report=print)
+    print(planning.render(plan, machine, _LENGTHS.value))
     print(planning.render_run(config, plan, machine, *sizes))
     if _OVERLAY.value is not None:
         lines = [f"--config.{key}={value}" for key, value in plan.overlay.items()]

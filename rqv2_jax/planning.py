@@ -1,6 +1,6 @@
 """A run's steps compiled for devices that are not there, and what follows for the whole run.
 
-Every input has its full length, so figures are upper bounds: batches of real texts are shorter.
+Shape suffixes: S parts of a batch, B lists of a part, L lists, P passages of a list, N sequences.
 """
 
 import dataclasses
@@ -23,8 +23,9 @@ from rqv2_jax import models as models_lib
 from rqv2_jax import sharding as sharding_lib
 from rqv2_jax import weights as weights_lib
 from rqv2_jax.data import batches as batches_lib
-from rqv2_jax.data.packing import WIDTH_MULTIPLE, Block, Packed
+from rqv2_jax.data import packing
 from rqv2_jax.errors import InputError
+from rqv2_jax.retrieval import stream
 from rqv2_jax.workdir import read_shape
 
 GIB = 2**30
@@ -57,6 +58,11 @@ PUBLISHED = {"msmarco": (8_841_823, 502_939), "dpr": (21_015_324, 58_880)}
 
 TOKENS_A_CHIP = 2**15  # of one forward pass, to start with
 
+# Tokens, special ones included, log-normal: median, deviation, least, most. Passages have their
+# titles, and a mean of 79.
+MSMARCO = {"queries": (9, 0.35, 4, 32), "passages": (76, 0.36, 16, 128)}
+DRAWN_STEPS = 64  # whose lists' lengths are drawn
+
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
@@ -73,7 +79,8 @@ class Machine:
 class Step(NamedTuple):
     """One compiled step on one device.
 
-    `memory` and `gradients` in bytes, `tokens` and `formula` (FLOPs): each per device.
+    `memory` and `gradients` in bytes, `tokens` that are computed, `formula` (FLOPs of a plain encoder
+    on the real tokens alone): each per device.
     """
 
     name: str
@@ -163,8 +170,32 @@ def forward_flops(config: bert.BertConfig, rows: int, width: int) -> float:
     return config.num_layers * rows * width * (8.0 * d**2 + 4.0 * width * d + 4.0 * d * f)
 
 
-def make(config: ml_collections.ConfigDict, machine: Machine, report: Callable) -> Plan:
+def msmarco_lengths(rng: np.random.Generator, kind: str, shape) -> np.ndarray:
+    """Lengths like those of MS MARCO's "queries" or "passages"."""
+    median, deviation, least, most = MSMARCO[kind]
+    return np.clip(rng.lognormal(np.log(median), deviation, shape), least, most).astype(int)
+
+
+def _lengths(data, lengths: str, lists: int, size: int) -> dict[str, np.ndarray]:
+    """By kind of input, the lengths of the sequences of some lists [L, 1 or P]."""
+    counts = {"queries": 1, "passages": size, "pairs": size}
+    most = dict(zip(counts, (data.query_length, data.passage_length, data.pair_length)))
+    if lengths == "full":
+        return {kind: np.full((lists, counts[kind]), most[kind]) for kind in most}
+    rng = np.random.default_rng(0)
+    found = {kind: msmarco_lengths(rng, kind, (lists, counts[kind])) for kind in MSMARCO}
+    # Both begin with [CLS], a pair does so once.
+    found["pairs"] = found["queries"] + found["passages"] - 1
+    return {kind: found[kind].clip(max=most[kind]) for kind in most}
+
+
+def make(
+    config: ml_collections.ConfigDict, machine: Machine, lengths: str, report: Callable
+) -> Plan:
     """Compiles every step of a run; `report` gets a line for each try.
+
+    `lengths` of the inputs are "full", the most that the config admits, or "msmarco", like those of
+    MS MARCO's texts; then the least times hold for the tokens that are really computed.
 
     Raises:
       InputError: the config cannot be used, or a step fits in no way.
@@ -186,12 +217,12 @@ def make(config: ml_collections.ConfigDict, machine: Machine, report: Callable) 
     for name in ("joint", "reranker", "retriever"):
         if name == "retriever" and config.retriever.epochs == 0:
             continue
-        steps[name] = step = _fitting(config, shape, mesh, name, remats, machine, report)
+        steps[name] = step = _fitting(config, shape, mesh, name, lengths, remats, machine, report)
         remats = [step.remat]
         if name != "retriever":
             overlay |= {"model.remat": step.remat, f"{name}.accumulate": step.accumulate}
     for name in ("encode", "re-rank"):
-        steps[name] = _forward_step(config, shape, mesh, name, machine, report)
+        steps[name] = _forward_step(config, shape, mesh, name, lengths, machine, report)
     tokens = min(steps[name].tokens for name in ("encode", "re-rank"))
     overlay["evaluate.batch_tokens"] = tokens * len(machine.devices)
     return Plan(steps, overlay, shape.hidden_size)
@@ -210,7 +241,7 @@ def _shape(config, machine, report) -> bert.BertConfig:
     return dataclasses.replace(shape, unrolled=machine.devices[0].platform == "cpu")
 
 
-def _fitting(config, shape, mesh, name, remats, machine, report) -> Step:
+def _fitting(config, shape, mesh, name, lengths, remats, machine, report) -> Step:
     """The cheapest way in which a training step fits: keep all, fewer lists at once, compute again."""
     lists = -(-config[name].batch // mesh.shards)
     for remat in remats:
@@ -224,7 +255,7 @@ def _fitting(config, shape, mesh, name, remats, machine, report) -> Step:
             if name == "joint" and config.joint.in_batch_weight and accumulate > 1:
                 continue
             own_shape = dataclasses.replace(shape, remat=remat)
-            step = _train_step(own, own_shape, mesh, name, machine, report)
+            step = _train_step(own, own_shape, mesh, name, lengths, machine, report)
             if step is not None:
                 return step
     raise InputError(
@@ -233,19 +264,24 @@ def _fitting(config, shape, mesh, name, remats, machine, report) -> Step:
     )
 
 
-def _packed(parts: int, rows: int, width: int, sharding) -> Packed:
-    """Abstract inputs of `rows` sequences of `width` tokens in each of `parts`."""
-    tokens = jax.ShapeDtypeStruct((parts, rows, width), jnp.int32, sharding=sharding)
-    first = jax.ShapeDtypeStruct((parts, rows, 1), jnp.int32, sharding=sharding)
-    slot = jax.ShapeDtypeStruct((parts, rows), jnp.int32, sharding=sharding)
-    return Packed((Block(tokens, tokens, tokens, tokens, first),), slot)
+def _packed(parts: int, shapes: tuple[packing.Shape, ...], sharding) -> packing.Packed:
+    """Abstract inputs, a sequence in each row of these shapes, in each of `parts`."""
+
+    def numbers(*shape):
+        return jax.ShapeDtypeStruct((parts, *shape), jnp.int32, sharding=sharding)
+
+    blocks = tuple(
+        packing.Block(*[numbers(shape.rows, shape.width)] * 4, numbers(shape.rows, 1))
+        for shape in shapes
+    )
+    return packing.Packed(blocks, numbers(sum(shape.rows for shape in shapes)))
 
 
 def _params(shape: bert.BertConfig, mesh: sharding_lib.Sharding, names: tuple[str, ...]):
     """Abstract params of some models, sharded."""
 
     def init(key):
-        blocks = (Block(*[jnp.zeros((1, 8), jnp.int32)] * 5),)
+        blocks = (packing.Block(*[jnp.zeros((1, 8), jnp.int32)] * 5),)
         encoder = bert.Encoder(shape).init(key, blocks, deterministic=True)["params"]
         made = {
             "retriever": lambda: {"query": encoder, "passage": encoder},
@@ -262,19 +298,22 @@ def _sharded(tree, mesh):
     )
 
 
-def _train_step(config, shape, mesh, name, machine, report) -> Step | None:
+def _train_step(config, shape, mesh, name, lengths, machine, report) -> Step | None:
     """The step of a training stage compiled; None if it does not fit."""
     models = models_lib.Models(shape, config.model.pooling)
     settings, stage = config[name], train.make_stage(config, models, name)
     slots_SxB = batches_lib.slots(settings.batch, mesh.shards, stage.accumulate)
     parts, lists = slots_SxB.shape
-    sequences = {}
-    if "retriever" in stage.models:
-        sequences["queries"] = (lists, config.data.query_length)
-        sequences["passages"] = (lists * stage.list_size, config.data.passage_length)
-    if "reranker" in stage.models:
-        sequences["pairs"] = (lists * stage.list_size, config.data.pair_length)
-    batch = {kind: _packed(parts, *size, mesh.batch) for kind, size in sequences.items()}
+    drawn = _lengths(config.data, lengths, DRAWN_STEPS * settings.batch, stage.list_size)
+    order_L = batches_lib.balance(list(drawn.values()), settings.batch)
+    rows_TxSxB = np.arange(DRAWN_STEPS)[:, None, None] * settings.batch + slots_SxB.clip(0)
+    shapes, formula = {}, 0.0
+    for kind in batches_lib.kinds(stage.models):
+        lengths_BxN = drawn[kind][order_L][rows_TxSxB].reshape(DRAWN_STEPS * parts, -1)
+        longest_N = np.sort(lengths_BxN, axis=1).max(axis=0)
+        shapes[kind] = packing.plan(longest_N, config.packing.blocks)
+        formula += 3 * forward_flops(shape, 1, drawn[kind]).sum() / DRAWN_STEPS / mesh.shards
+    batch = {kind: _packed(parts, shapes[kind], mesh.batch) for kind in shapes}
     labels = {"positive": stage.list_size, "where": stage.list_size}
     if stage.in_batch:
         every = slots_SxB.size * stage.list_size
@@ -291,10 +330,9 @@ def _train_step(config, shape, mesh, name, machine, report) -> Step | None:
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = _sharded(key, mesh)
     step_fn = train.make_step(stage.loss_fn, optimizer, mesh)
-    kept, tokens = stage.accumulate, sum(rows * width for rows, width in sequences.values())
-    formula = 3 * kept * sum(forward_flops(shape, *x) for x in sequences.values())
+    kept, tokens = stage.accumulate, sum(map(packing.size, shapes.values()))
     what = f"{name}, rematerialised: {shape.remat}, in {kept} part{'s' * (kept > 1)}"
-    least = _least_bytes(shape, sequences.values(), params, mesh)
+    least = _least_bytes(shape, shapes.values(), params, mesh)
     if least > machine.memory:
         report(f"{what}: needs {least / GIB:.1f} GiB or more, not compiled")
         return None
@@ -314,17 +352,19 @@ def _train_step(config, shape, mesh, name, machine, report) -> Step | None:
     )
 
 
-def _least_bytes(shape, sequences, params, mesh) -> float:
+def _least_bytes(shape, inputs, params, mesh) -> float:
     """About the fewest bytes a training step can need: state, gradients, kept activations."""
     d, f = shape.hidden_size, shape.intermediate_size
     size = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
     kept, busiest, width = 0.0, 0.0, jnp.dtype(shape.dtype).itemsize
-    for rows, length in sequences:
+    for blocks in inputs:
+        tokens = packing.size(blocks)
         # Every elementwise function of a layer keeps something, much of it in float32.
-        layer = 24 * d + 7 * f + 12 * shape.num_heads * length
-        values = {"none": layer, "dots": 6 * d + f, "full": d}[shape.remat]
-        kept += width * rows * length * shape.num_layers * values
-        busiest = max(busiest, width * rows * length * layer)
+        layer = tokens * (24 * d + 7 * f)
+        layer += 12 * shape.num_heads * sum(block.rows * block.width**2 for block in blocks)
+        values = {"none": layer, "dots": tokens * (6 * d + f), "full": tokens * d}[shape.remat]
+        kept += width * shape.num_layers * values
+        busiest = max(busiest, width * layer)
     if shape.remat != "none":
         # One layer at a time is computed again, and then keeps all.
         kept += busiest
@@ -332,29 +372,30 @@ def _least_bytes(shape, sequences, params, mesh) -> float:
     return 12.0 * size / mesh.mesh.shape["fsdp"] + 4.0 * size + kept
 
 
-def _forward_step(config, shape, mesh, name, machine, report) -> Step:
+def _forward_step(config, shape, mesh, name, lengths, machine, report) -> Step:
     """Encoding or re-ranking of as many tokens at once as fit."""
     models = models_lib.Models(shape, config.model.pooling)
     if name == "encode":
-        fn, longest = models.vectors, config.data.passage_length
+        fn, kind, longest = models.vectors, "passages", config.data.passage_length
         params = _params(shape, mesh, ("retriever",))["retriever"]["passage"]
     else:
-        fn, longest = models.reranker_scores, config.data.pair_length
+        fn, kind, longest = models.reranker_scores, "pairs", config.data.pair_length
         params = _params(shape, mesh, ("reranker",))["reranker"]
-    width = -(-longest // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
-    rows = max(TOKENS_A_CHIP // width, 1)
-    while rows:
-        what = f"{name}, {rows} rows of {width} tokens a device"
-        inputs = params, _packed(mesh.shards, rows, width, mesh.batch)
+    usual_N = _lengths(config.data, lengths, 1024, 8)[kind].reshape(-1)
+    limit = TOKENS_A_CHIP
+    while limit >= longest:
+        shapes = stream.plan(usual_N, longest, limit, config.packing.blocks).usual
+        rows, tokens = sum(block.rows for block in shapes), packing.size(shapes)
+        what = f"{name}, {rows} rows of {tokens} tokens together a device"
+        inputs = params, _packed(mesh.shards, shapes, mesh.batch)
         compiled = _compile(mesh.per_shard(fn), inputs, what, machine, report)
         if compiled is not None:
             memory, *rest = compiled
-            formula = forward_flops(shape, rows, width)
-            items = rows * mesh.shards
-            return Step(name, "", 1, memory, rows * width, items, formula, 0, *rest)
-        rows //= 2
+            formula = rows * float(forward_flops(shape, 1, usual_N).mean())
+            return Step(name, "", 1, memory, tokens, rows * mesh.shards, formula, 0, *rest)
+        limit //= 2
     raise InputError(
-        f"{name}: no row of {width} tokens fits on {machine.topology}; take larger chips"
+        f"{name}: no row of {longest} tokens fits on {machine.topology}; take larger chips"
     )
 
 
@@ -386,11 +427,12 @@ def _compile(fn, arguments, what, machine, report) -> tuple[int, hlo.Cost, float
     return (memory, hlo.cost(compiled.as_text()), seconds) if fits else None
 
 
-def render(plan: Plan, machine: Machine) -> str:
-    """The steps as a table in Markdown, per device."""
+def render(plan: Plan, machine: Machine, lengths: str) -> str:
+    """The steps as a table in Markdown, per device; `lengths` as in `make`."""
+    long = {"full": "every input at its full length", "msmarco": "inputs as long as MS MARCO's"}
     lines = [
         f"\n{machine.topology}: {len(machine.devices)} devices with {machine.memory / GIB:.1f} GiB and "
-        f"{machine.flops / 1e12:.3g} TFLOP/s each; every input at its full length",
+        f"{machine.flops / 1e12:.3g} TFLOP/s each; {long[lengths]}",
         "",
         "| step | rematerialised | parts | memory, GiB | TFLOP, model | compiled / model "
         "| collectives | reduced / gradients | no faster than, s | compiled in, s |",

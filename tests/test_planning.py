@@ -129,7 +129,7 @@ def machine(memory):
 @pytest.fixture(scope="module")
 def roomy(config):
     lines = []
-    return planning.make(config, machine(1e12), report=lines.append), lines
+    return planning.make(config, machine(1e12), "full", report=lines.append), lines
 
 
 def test_with_room_nothing_is_computed_again(roomy, config):
@@ -144,6 +144,10 @@ def test_with_room_nothing_is_computed_again(roomy, config):
     config_lib.check(changed)
     # All lists of a device's share: 4 queries, 12 passages, 12 pairs.
     assert joint.tokens == 4 * 16 + 12 * 16 + 12 * 32
+    shape = planning._shape(config, machine(1e12), print)
+    assert joint.formula == 3 * sum(
+        planning.forward_flops(shape, *rows) for rows in ((4, 16), (12, 16), (12, 32))
+    )
     # Less than the formula: the last layer goes on with the first tokens alone.
     assert 0.5 < joint.cost.flops / joint.formula < 1
     # Every gradient is summed over the devices once, and next to nothing else is.
@@ -175,7 +179,7 @@ def test_with_less_room_the_cheapest_way_that_fits_is_taken(roomy, config):
     mesh = planning.sharding_lib.over(jax.devices()[:2], 2, 1)
     shape = planning._shape(config, machine(1e12), print)
     remats, tight = list(bert.REMAT), machine(needed - 1)
-    joint = planning._fitting(config, shape, mesh, "joint", remats, tight, lines.append)
+    joint = planning._fitting(config, shape, mesh, "joint", "full", remats, tight, lines.append)
     assert "does not fit" in lines[0] or "not compiled" in lines[0]
     assert joint.memory < needed
     assert (joint.remat, joint.accumulate) != ("none", 1)
@@ -183,9 +187,32 @@ def test_with_less_room_the_cheapest_way_that_fits_is_taken(roomy, config):
     assert joint.tokens == plan.steps["joint"].tokens
 
 
+def test_lengths_like_msmarcos_cost_little_more_than_their_tokens(config):
+    own = config_lib.loads(config_lib.dumps(config))
+    own.data.update({"query_length": 32, "passage_length": 128, "pair_length": 144})
+    own.joint.update({"batch": 16, "list_size": 8, "accumulate": 1})
+    own.packing.blocks = 4
+    drawn = planning._lengths(own.data, "msmarco", planning.DRAWN_STEPS * 16, 8)
+    assert abs(drawn["passages"].mean() - 79) < 2
+    pairs = drawn["queries"] + drawn["passages"] - 1
+    np.testing.assert_array_equal(drawn["pairs"], pairs.clip(max=144))
+    mesh = planning.sharding_lib.over(jax.devices()[:2], 2, 1)
+    shape = planning._shape(own, machine(1e12), print)
+    step = planning._train_step(own, shape, mesh, "joint", "msmarco", machine(1e12), print)
+    # Of both devices, by step.
+    real = sum(x.sum() for x in drawn.values()) / planning.DRAWN_STEPS
+    assert real < 2 * step.tokens < 1.3 * real
+    products = sum(planning.forward_flops(shape, 1, x).sum() for x in drawn.values())
+    assert 2 * step.formula == pytest.approx(3 * products / planning.DRAWN_STEPS)
+    encode = planning._forward_step(own, shape, mesh, "encode", "msmarco", machine(1e12), print)
+    each = planning.forward_flops(shape, 1, drawn["passages"]).mean()
+    assert encode.formula == pytest.approx(encode.items / 2 * each, rel=0.05)
+    assert encode.tokens < 1.15 * 79 * encode.items / 2
+
+
 def test_what_fits_in_no_way_is_one_line(config):
     with pytest.raises(InputError, match=r"config\.joint: its step fits in no way on toy:2; lower"):
-        planning.make(config, machine(1e5), report=lambda line: None)
+        planning.make(config, machine(1e5), "full", report=lambda line: None)
 
 
 def test_the_whole_run_adds_up(roomy, config):

@@ -28,6 +28,12 @@ EXCHANGES = 400
 KINDS = ("queries", "passages", "pairs")
 
 
+def kinds(models: Sequence[str]) -> tuple[str, ...]:
+    """The kinds of input that models read."""
+    retriever, reranker = KINDS[:2] * ("retriever" in models), KINDS[2:] * ("reranker" in models)
+    return retriever + reranker
+
+
 class ListBatches:
     """The batches of a run: lists in order, `batch` a step, each model's inputs packed.
 
@@ -75,19 +81,13 @@ class ListBatches:
             )
         self.store, self.queries, self.inputs = store, queries, inputs
         self.positives_2xN = queries.positives()
-        self.batch, self.models, self.in_batch = batch, models, in_batch
+        self.batch, self.in_batch = batch, in_batch
         self.slots_SxB = slots(batch, shards, accumulate)
         self.own_O = np.array(own)
         self.steps = len(lists.query_rows_L) // batch
         self.lists = self._balanced(lists)
         self.positive_LxP = self.lists.positive()
-        self.shapes = {kind: self._plan(kind, max_blocks, row_width) for kind in self._kinds()}
-
-    def _kinds(self):
-        retriever, reranker = ("queries", "passages"), ("pairs",)
-        return (retriever if "retriever" in self.models else ()) + (
-            reranker if "reranker" in self.models else ()
-        )
+        self.shapes = {kind: self._plan(kind, max_blocks, row_width) for kind in kinds(models)}
 
     def _lengths(self, kind, queries_L, passages_LxP):
         """The lengths of some lists' sequences of a kind [L, 1 or P]."""
@@ -135,7 +135,7 @@ class ListBatches:
         rows_SxB = step * self.batch + self.slots_SxB.clip(0)
         packed = {
             kind: packing.stack([self._packed(kind, rows_B) for rows_B in rows_SxB[self.own_O]])
-            for kind in self._kinds()
+            for kind in self.shapes
         }
         real_SxB = self.slots_SxB >= 0
         real_OxBx1 = real_SxB[self.own_O][..., None]

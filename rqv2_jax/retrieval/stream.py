@@ -96,22 +96,28 @@ class Forward:
         return ordered
 
     def layout(self, usual_N: np.ndarray, longest: int) -> Layout:
-        """Rows that waste least on the usual lengths and hold sequences up to `longest`.
+        """`plan` for this pass's tokens."""
+        return plan(usual_N, longest, self.batch_tokens / self.sharding.shards, self.max_blocks)
 
-        The same lengths give the same shapes, however many sequences are streamed.
-        """
-        tokens, sorted_N = self.batch_tokens / self.sharding.shards, np.sort(usual_N)
-        spare = packing.plan(np.full(max(int(SPARE_SHARE * tokens / longest), 1), longest), 1)
-        rows = max(int(tokens / usual_N.mean()), 1)
-        while True:
-            # The j-th shortest of a batch's sequences may be as long as that share of the usual ones.
-            longest_R = sorted_N[-(-np.arange(1, rows + 1) * len(usual_N) // rows) - 1]
-            longest_R[-1] = longest
-            usual = packing.plan(longest_R, self.max_blocks)
-            computed = packing.size(usual)
-            if computed <= tokens or rows == 1:
-                return Layout(usual, spare)
-            rows = max(int(rows * tokens / computed), 1)
+
+def plan(usual_N: np.ndarray, longest: int, tokens: float, max_blocks: int) -> Layout:
+    """Rows that waste least on the usual lengths and hold sequences up to `longest`.
+
+    A device computes at most `tokens`, if they hold a row. The same lengths give the same shapes,
+    however many sequences are streamed.
+    """
+    sorted_N = np.sort(usual_N)
+    spare = packing.plan(np.full(max(int(SPARE_SHARE * tokens / longest), 1), longest), 1)
+    rows = max(int(tokens / usual_N.mean()), 1)
+    while True:
+        # The j-th shortest of a batch's sequences may be as long as that share of the usual ones.
+        longest_R = sorted_N[-(-np.arange(1, rows + 1) * len(usual_N) // rows) - 1]
+        longest_R[-1] = longest
+        usual = packing.plan(longest_R, max_blocks)
+        computed = packing.size(usual)
+        if computed <= tokens or rows == 1:
+            return Layout(usual, spare)
+        rows = max(int(rows * tokens / computed), 1)
 
 
 def make_forward(
