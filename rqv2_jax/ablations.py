@@ -43,6 +43,7 @@ def rows(config) -> dict[str, dict]:
         "preset official_code": preset("official_code"),
         f"teacher gradient {'on' if through else 'off'}": {"joint.loss.teacher_gradient": through},
         f"temperature {warmer:g}": {"joint.loss.temperature": warmer},
+        "one learning rate": {"joint.reranker_rate": 1.0},
         "in-batch negatives": {"joint.in_batch_weight": 1.0},
         "refreshed candidates": {"joint.refresh_every": REFRESHED},
     }

@@ -29,6 +29,9 @@ from rqv2_jax.workdir import Run, open_collection, open_run
 # Each a token of its own to BERT.
 WORDS = [str(number) for number in (*range(10, 100), *range(1900, 2015))]
 
+# Dimensions in which the vectors of the index benchmark differ.
+INTRINSIC = 24
+
 # Share of its peak that a chip is taken to reach in training.
 UTILISATION = 0.4
 
@@ -113,7 +116,7 @@ def joint(run: Run, texts: Texts, steps: int, versus: bool) -> dict:
     """Steps of joint training on lists of random passages; the rival takes each after ours."""
     settings, stage = run.config.joint, train.make_stage(run.config, run.models, "joint")
     batches = _batches(run, texts, steps + 1)
-    optimizer = train.make_optimizer(run.config.optimizer, settings, steps + 1, stage.frozen)
+    optimizer = train.make_optimizer(run.config.optimizer, settings, steps + 1, stage.rates)
     initial = {model: run.initial(model) for model in stage.models}
     rival = rivals.Joint(run, initial["reranker"]["head"]) if versus else None
     state = train.init_state(initial, optimizer, run.sharding)
@@ -328,18 +331,22 @@ def inputs(run: Run, texts: Texts, steps: int, step_seconds: float | None) -> di
 
 
 def search(vectors: int, size: int, queries: int, depth: int, settings, versus: bool) -> list[dict]:
-    """Exact search, ScaNN and rivals on random vectors in clusters of about 200."""
+    """Exact search, ScaNN and rivals on random vectors, the queries drawn as the passages are.
+
+    A vector comes from one of overlapping clusters of about 200 in `INTRINSIC` dimensions, which is
+    turned into the space of all, where every coordinate gets noise of its own.
+    """
     rng = np.random.default_rng(0)
-    centres = rng.normal(size=(max(vectors // 200, 1), size)).astype(np.float32)
-    passages_NxD = np.empty((vectors, size), np.float32)
-    for first in range(0, vectors, 2**16):
-        part = passages_NxD[first : first + 2**16]
-        part[:] = centres[rng.integers(0, len(centres), len(part))]
-        part += 0.7 * rng.normal(size=part.shape).astype(np.float32)
+    centres = rng.normal(size=(max(vectors // 200, 1), INTRINSIC))
+    turn = rng.normal(size=(INTRINSIC, size)) / INTRINSIC**0.5
+    found_NxD = np.empty((vectors + queries, size), np.float32)
+    for first in range(0, len(found_NxD), 2**16):
+        part = found_NxD[first : first + 2**16]
+        place = centres[rng.integers(0, len(centres), len(part))]
+        part[:] = (place + 0.7 * rng.normal(size=place.shape)) @ turn
+        part += 0.2 * rng.normal(size=part.shape)
         part /= np.linalg.norm(part, axis=1, keepdims=True)
-    queries_QxD = passages_NxD[rng.integers(0, vectors, queries)]
-    queries_QxD = queries_QxD + 0.5 / size**0.5 * rng.normal(size=queries_QxD.shape)
-    queries_QxD = queries_QxD.astype(np.float32)
+    passages_NxD, queries_QxD = np.split(found_NxD, [vectors])
 
     index.exact(queries_QxD[: index.QUERIES_PER_TILE], [passages_NxD], depth)
     started = time.perf_counter()
@@ -351,9 +358,14 @@ def search(vectors: int, size: int, queries: int, depth: int, settings, versus: 
         started = time.perf_counter()
         searcher = index.build_scann([passages_NxD], settings, depth, pathlib.Path(folder), "")
         built = time.perf_counter() - started
-    candidates = [
-        ("ScaNN", built, {"": lambda: index.scann_search(searcher, queries_QxD, depth)[0]})
-    ]
+
+    def approximate(leaves):
+        return index.scann_search(searcher, queries_QxD, depth, leaves)[0]
+
+    searches = {"as configured": lambda: approximate(None)}
+    if vectors >= settings.brute_force_below:
+        searches |= {f"{n} leaves": lambda n=n: approximate(n) for n in (8, 32, 128)}
+    candidates = [("ScaNN", built, searches)]
     if versus:
         candidates += rivals.faiss_indexes(passages_NxD, queries_QxD, depth)
     for name, built, searches in candidates:

@@ -152,6 +152,7 @@ def default() -> ml_collections.ConfigDict:
                 in_batch_weight=0.0,
                 # False is static distillation: the re-ranker teaches and does not learn.
                 train_reranker=True,
+                reranker_rate=1.0,  # the re-ranker's learning rate, a multiple of the retriever's
                 # File of lists in the authors' joint TSV format, in place of drawn ones.
                 lists="",
                 # Steps between new candidates by the models as they are; 0 keeps those of `mine`.

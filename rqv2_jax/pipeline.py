@@ -143,7 +143,7 @@ def _train_stage(
         if checkpoints.last_step() == steps:
             tqdm.tqdm.write("  done")
             return
-        optimizer = train.make_optimizer(run.config.optimizer, settings, steps, stage.frozen)
+        optimizer = train.make_optimizer(run.config.optimizer, settings, steps, stage.rates)
         state = checkpoints.restore_last(train.init_state(params, optimizer, run.sharding))
         events = (
             tf.summary.create_file_writer(str(folder))

@@ -322,7 +322,7 @@ def _train_step(config, shape, mesh, name, lengths, machine, report) -> Step | N
         label: jax.ShapeDtypeStruct((parts, lists, count), bool, sharding=mesh.batch)
         for label, count in labels.items()
     }
-    optimizer = train.make_optimizer(config.optimizer, settings, 1000, stage.frozen)
+    optimizer = train.make_optimizer(config.optimizer, settings, 1000, stage.rates)
     params = _params(shape, mesh, stage.models)
     zero = jax.ShapeDtypeStruct((), jnp.int32)
     opt_state = jax.eval_shape(optimizer.init, params)

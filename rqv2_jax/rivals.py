@@ -44,11 +44,17 @@ class Joint:
             self.head.weight[0] = torch.tensor(np.asarray(head["kernel"]))
             self.head.bias[0] = float(head["bias"])
         self.dropout = torch.nn.Dropout(run.config.model.dropout)
-        modules = (self.query, self.passage, self.reranker, self.head)
-        self.params = [p for module in modules for p in module.parameters()]
+        retriever, reranker = (
+            [p for module in modules for p in module.parameters()]
+            for modules in ((self.query, self.passage), (self.reranker, self.head))
+        )
+        self.params = retriever + reranker
+        rate = self.settings.learning_rate
         self.optimizer = torch.optim.AdamW(
-            self.params,
-            lr=self.settings.learning_rate,
+            [
+                {"params": retriever, "lr": rate},
+                {"params": reranker, "lr": rate * self.settings.reranker_rate},
+            ],
             weight_decay=run.config.optimizer.weight_decay,
         )
         self.clip_norm = run.config.optimizer.clip_norm
@@ -176,9 +182,9 @@ def faiss_indexes(
     refined = faiss.IndexRefineFlat(cells)
     refined.k_factor = 4
     found = []
-    for name, index, values, choose in (
-        ("faiss HNSW", graph, (64, 128, 256, 512), lambda v: setattr(graph.hnsw, "efSearch", v)),
-        ("faiss IVF-PQ", refined, (8, 32, 128), lambda v: setattr(cells, "nprobe", v)),
+    for name, index, owner, what, values in (
+        ("faiss HNSW", graph, graph.hnsw, "efSearch", (64, 128, 256, 512)),
+        ("faiss IVF-PQ", refined, cells, "nprobe", (8, 32, 128)),
     ):
         started = time.perf_counter()
         if not index.is_trained:
@@ -186,10 +192,10 @@ def faiss_indexes(
         index.add(passages_NxD)
         built = time.perf_counter() - started
 
-        def search(value, index=index, choose=choose):
-            choose(value)
+        def search(value, index=index, owner=owner, what=what):
+            setattr(owner, what, value)
             return index.search(queries_QxD, depth)[1]
 
-        searches = {str(value): lambda v=value, s=search: s(v) for value in values}
+        searches = {f"{what} {value}": lambda v=value, s=search: s(v) for value in values}
         found.append((name, built, searches))
     return found

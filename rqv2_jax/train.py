@@ -5,8 +5,9 @@ passages of the global batch, D vector size.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -100,7 +101,7 @@ class Stage(NamedTuple):
 
     loss_fn: Callable
     models: tuple[str, ...]  # keys of the params
-    frozen: tuple[str, ...]  # of them, those that stay as they are
+    rates: dict[str, float]  # by model, as `make_optimizer` takes them
     list_size: int
     in_batch: bool  # whether batches have labels over all their passages
     accumulate: int
@@ -110,17 +111,17 @@ def make_stage(config, models: Models, name: str) -> Stage:
     """The stage "retriever", "reranker" or "joint" of a config."""
     settings = config[name]
     if name == "retriever":
-        return Stage(partial(retriever_loss, models), ("retriever",), (), 1, True, 1)
+        return Stage(partial(retriever_loss, models), ("retriever",), {}, 1, True, 1)
     accumulate = _parts(config, name)
     if name == "reranker":
-        loss_fn, trained, frozen = partial(reranker_loss, models), ("reranker",), ()
+        loss_fn, trained, rates = partial(reranker_loss, models), ("reranker",), {}
         in_batch = False
     else:
         own = settings.to_dict() | {"accumulate": accumulate}
         loss_fn, trained = partial(joint_loss, models, own), ("retriever", "reranker")
-        frozen = () if settings.train_reranker else ("reranker",)
+        rates = {"reranker": settings.reranker_rate if settings.train_reranker else 0.0}
         in_batch = settings.in_batch_weight > 0
-    return Stage(loss_fn, trained, frozen, settings.list_size, in_batch, accumulate)
+    return Stage(loss_fn, trained, rates, settings.list_size, in_batch, accumulate)
 
 
 def _parts(config, name: str) -> int:
@@ -141,11 +142,12 @@ def _parts(config, name: str) -> int:
 
 
 def make_optimizer(
-    settings, stage, total_steps: int, frozen: tuple[str, ...] = ()
+    settings, stage, total_steps: int, rates: Mapping[str, float] = MappingProxyType({})
 ) -> optax.GradientTransformation:
     """Adam with decoupled weight decay (none on biases and norms) after clipping the global norm.
 
-    Models named in `frozen` stay as they are and have no optimizer state.
+    `rates` says with which multiple of the stage's learning rate a model learns, 1 if it says nothing.
+    Models with 0 stay as they are and have no optimizer state.
     """
     if stage.schedule == "linear":
         decay_steps = max(total_steps - stage.warmup_steps, 1)
@@ -170,7 +172,14 @@ def make_optimizer(
             weight_decay=settings.weight_decay,
             mask=decayed,
         ),
+        optax.stateless(
+            lambda updates, _: {
+                model: optax.tree.scale(rates.get(model, 1.0), tree)
+                for model, tree in updates.items()
+            }
+        ),
     )
+    frozen = [model for model, rate in rates.items() if rate == 0]
     if not frozen:
         return optimizer
     return optax.partition(

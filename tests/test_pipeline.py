@@ -202,8 +202,8 @@ def test_joint_training_changes_both_models_and_starts_from_the_warm_ones(finish
 def last_joint_params(run):
     """The params of both models after the last joint step, whether they are the best or not."""
     params = {model: run.initial(model) for model in ("retriever", "reranker")}
-    frozen = () if run.config.joint.train_reranker else ("reranker",)
-    optimizer = train.make_optimizer(run.config.optimizer, run.config.joint, 6, frozen)
+    rates = {} if run.config.joint.train_reranker else {"reranker": 0.0}
+    optimizer = train.make_optimizer(run.config.optimizer, run.config.joint, 6, rates)
     checkpoints = Checkpoints(run.workdir / "joint")
     state = checkpoints.restore_last(train.init_state(params, optimizer, run.sharding))
     checkpoints.close()

@@ -259,10 +259,10 @@ def test_a_model_without_a_teacher_stays_at_its_start(
     """Without KL nothing reaches the retriever, and in static distillation nothing the re-ranker."""
     sharding = sharding_lib.make(1, 1)
     # A frozen model does not even decay; the one that is merely without a gradient does.
-    frozen = (still,) if name == "static" else ()
+    frozen = name == "static"
     decay = 0.3 if frozen else 0.0
     settings = ConfigDict({**optimizer_settings, "weight_decay": decay})
-    optimizer = train.make_optimizer(settings, stage_settings(), 10, frozen)
+    optimizer = train.make_optimizer(settings, stage_settings(), 10, {still: 0.0} if frozen else {})
     step = train.make_step(world.loss(name)[0], optimizer, sharding)
     state = train.init_state(world.params, optimizer, sharding)
     batch = sharding.put_batch(first_batch(name, 1))
@@ -275,7 +275,7 @@ def test_a_model_without_a_teacher_stays_at_its_start(
     moved = [np.abs(end[path] - start[path]).max() > 1e-3 for path in end if "kernel" in path]
     assert all(moved)
     moments = {path for path in leaves(state.opt_state) if f"'{still}'" in path}
-    assert bool(moments) != bool(frozen)
+    assert bool(moments) != frozen
 
 
 def test_static_distillation_gives_the_reranker_no_gradient(first_step):
@@ -300,6 +300,7 @@ def small_params():
     }
 
 
+@pytest.mark.parametrize("multiple", [1.0, 2.5])
 @pytest.mark.parametrize("clip_norm", [1.0, 1e6])
 @pytest.mark.parametrize(
     ("schedule", "warmup_steps", "rates"),
@@ -310,11 +311,15 @@ def small_params():
         ("linear", 2, [0, 1 / 2, 1, 3 / 4, 2 / 4, 1 / 4]),
     ],
 )
-def test_optimizer_is_adamw_of_pytorch(stage_settings, clip_norm, schedule, warmup_steps, rates):
+def test_optimizer_is_adamw_of_pytorch(
+    stage_settings, clip_norm, multiple, schedule, warmup_steps, rates
+):
+    """Whose groups have a learning rate each, where one part of the params has a multiple of it."""
     peak = 0.05
     settings = ConfigDict({"weight_decay": 0.3, "clip_norm": clip_norm, "b1": 0.8, "b2": 0.95})
     stage = stage_settings(learning_rate=peak, schedule=schedule, warmup_steps=warmup_steps)
-    optimizer = train.make_optimizer(settings, stage, len(rates))
+    multiples = {"layers": 1.0, "word": multiple}
+    optimizer = train.make_optimizer(settings, stage, len(rates), {"word": multiple})
     params = jax.tree.map(jnp.asarray, small_params())
     state = optimizer.init(params)
 
@@ -323,10 +328,11 @@ def test_optimizer_is_adamw_of_pytorch(stage_settings, clip_norm, schedule, warm
     decayed = [path[-1].key in ("kernel", "embedding") for path in paths]
     groups = [
         {
-            "params": [t for t, d in zip(tensors, decayed) if d is kind],
-            "weight_decay": 0.3 if kind else 0.0,
+            "params": [tensor],
+            "weight_decay": 0.3 if decays else 0.0,
+            "multiple": multiples[path[0].key],
         }
-        for kind in (True, False)
+        for path, tensor, decays in zip(paths, tensors, decayed)
     ]
     reference = torch.optim.AdamW(groups, lr=peak, betas=(0.8, 0.95), eps=1e-8)
 
@@ -343,7 +349,7 @@ def test_optimizer_is_adamw_of_pytorch(stage_settings, clip_norm, schedule, warm
             tensor.grad = torch.tensor(gradient)
         torch.nn.utils.clip_grad_norm_(tensors, clip_norm)
         for group in reference.param_groups:
-            group["lr"] = peak * rate
+            group["lr"] = peak * rate * group["multiple"]
         reference.step()
         for path, leaf, tensor in zip(paths, jax.tree.leaves(params), tensors):
             np.testing.assert_allclose(

@@ -112,9 +112,14 @@ def build_scann(shards: list[np.ndarray], settings, depth: int, folder: pathlib.
     return searcher
 
 
-def scann_search(searcher, queries_QxD: np.ndarray, depth: int):
-    """As `exact`, approximately; row -1 and score -inf stand where ScaNN found fewer passages."""
-    rows_QxK, scores_QxK = searcher.search_batched_parallel(queries_QxD, final_num_neighbors=depth)
+def scann_search(searcher, queries_QxD: np.ndarray, depth: int, leaves: int | None = None):
+    """As `exact`, approximately; row -1 and score -inf stand where ScaNN found fewer passages.
+
+    `leaves` to search in place of as many as the searcher was built for.
+    """
+    rows_QxK, scores_QxK = searcher.search_batched_parallel(
+        queries_QxD, final_num_neighbors=depth, leaves_to_search=leaves
+    )
     rows_QxK = np.asarray(rows_QxK).astype(np.int64)
     missing_QxK = ~np.isfinite(scores_QxK)
     return np.where(missing_QxK, -1, rows_QxK), np.where(missing_QxK, -np.inf, scores_QxK)
