@@ -21,7 +21,7 @@ from rqv2_jax.models import Models, retriever_scores
 from rqv2_jax.sharding import Sharding
 
 # Of the lists that a CPU computes at once: what their layers hold stays in its caches.
-CPU_TOKENS = 5000
+CPU_TOKENS = 10_000
 
 
 class TrainState(NamedTuple):
