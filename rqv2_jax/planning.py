@@ -176,8 +176,17 @@ def msmarco_lengths(rng: np.random.Generator, kind: str, shape) -> np.ndarray:
     return np.clip(rng.lognormal(np.log(median), deviation, shape), least, most).astype(int)
 
 
+def _drawn(config, lengths: str, batch: int, size: int) -> dict[str, np.ndarray]:
+    """By kind of input, the lengths of the sequences of some batches' lists [L, 1 or P]."""
+    if lengths == "full":
+        return _lengths(config.data, lengths, batch, size)
+    found = _lengths(config.data, lengths, DRAWN_STEPS * batch, size)
+    order_L = batches_lib.balance(list(found.values()), batch)
+    return {kind: found[kind][order_L] for kind in found}
+
+
 def _lengths(data, lengths: str, lists: int, size: int) -> dict[str, np.ndarray]:
-    """By kind of input, the lengths of the sequences of some lists [L, 1 or P]."""
+    """As `_drawn`, of lists in any order."""
     counts = {"queries": 1, "passages": size, "pairs": size}
     most = dict(zip(counts, (data.query_length, data.passage_length, data.pair_length)))
     if lengths == "full":
@@ -214,15 +223,25 @@ def make(
     shape = _shape(config, machine, report)
     overlay: dict[str, object] = {"mesh.data": config.mesh.data, "mesh.fsdp": fsdp}
     remats, steps = list(bert.REMAT), {}
+    drawn = {
+        name: _drawn(config, lengths, config[name].batch, size)
+        for name, size in (
+            ("joint", config.joint.list_size),
+            ("reranker", config.reranker.list_size),
+            ("retriever", 1),
+        )
+    }
     for name in ("joint", "reranker", "retriever"):
         if name == "retriever" and config.retriever.epochs == 0:
             continue
-        steps[name] = step = _fitting(config, shape, mesh, name, lengths, remats, machine, report)
+        steps[name] = step = _fitting(
+            config, shape, mesh, name, drawn[name], remats, machine, report
+        )
         remats = [step.remat]
         if name != "retriever":
             overlay |= {"model.remat": step.remat, f"{name}.accumulate": step.accumulate}
     for name in ("encode", "re-rank"):
-        steps[name] = _forward_step(config, shape, mesh, name, lengths, machine, report)
+        steps[name] = _forward_step(config, shape, mesh, name, drawn["joint"], machine, report)
     tokens = min(steps[name].tokens for name in ("encode", "re-rank"))
     overlay["evaluate.batch_tokens"] = tokens * len(machine.devices)
     return Plan(steps, overlay, shape.hidden_size)
@@ -241,7 +260,7 @@ def _shape(config, machine, report) -> bert.BertConfig:
     return dataclasses.replace(shape, unrolled=machine.devices[0].platform == "cpu")
 
 
-def _fitting(config, shape, mesh, name, lengths, remats, machine, report) -> Step:
+def _fitting(config, shape, mesh, name, drawn, remats, machine, report) -> Step:
     """The cheapest way in which a training step fits: keep all, fewer lists at once, compute again."""
     lists = -(-config[name].batch // mesh.shards)
     for remat in remats:
@@ -255,7 +274,7 @@ def _fitting(config, shape, mesh, name, lengths, remats, machine, report) -> Ste
             if name == "joint" and config.joint.in_batch_weight and accumulate > 1:
                 continue
             own_shape = dataclasses.replace(shape, remat=remat)
-            step = _train_step(own, own_shape, mesh, name, lengths, machine, report)
+            step = _train_step(own, own_shape, mesh, name, drawn, machine, report)
             if step is not None:
                 return step
     raise InputError(
@@ -298,21 +317,20 @@ def _sharded(tree, mesh):
     )
 
 
-def _train_step(config, shape, mesh, name, lengths, machine, report) -> Step | None:
+def _train_step(config, shape, mesh, name, drawn, machine, report) -> Step | None:
     """The step of a training stage compiled; None if it does not fit."""
     models = models_lib.Models(shape, config.model.pooling)
     settings, stage = config[name], train.make_stage(config, models, name)
     slots_SxB = batches_lib.slots(settings.batch, mesh.shards, stage.accumulate)
     parts, lists = slots_SxB.shape
-    drawn = _lengths(config.data, lengths, DRAWN_STEPS * settings.batch, stage.list_size)
-    order_L = batches_lib.balance(list(drawn.values()), settings.batch)
-    rows_TxSxB = np.arange(DRAWN_STEPS)[:, None, None] * settings.batch + slots_SxB.clip(0)
     shapes, formula = {}, 0.0
-    for kind in batches_lib.kinds(stage.models):
-        lengths_BxN = drawn[kind][order_L][rows_TxSxB].reshape(DRAWN_STEPS * parts, -1)
+    for kind in (kind for model in stage.models for kind in batches_lib.READS[model]):
+        lengths_LxN = drawn[kind]
+        lengths_BxN = batches_lib.by_part(lengths_LxN, settings.batch, slots_SxB)
         longest_N = np.sort(lengths_BxN, axis=1).max(axis=0)
         shapes[kind] = packing.plan(longest_N, config.packing.blocks)
-        formula += 3 * forward_flops(shape, 1, drawn[kind]).sum() / DRAWN_STEPS / mesh.shards
+        steps = len(lengths_LxN) / settings.batch
+        formula += 3 * forward_flops(shape, 1, lengths_LxN).sum() / steps / mesh.shards
     batch = {kind: _packed(parts, shapes[kind], mesh.batch) for kind in shapes}
     labels = {"positive": stage.list_size, "where": stage.list_size}
     if stage.in_batch:
@@ -372,7 +390,7 @@ def _least_bytes(shape, inputs, params, mesh) -> float:
     return 12.0 * size / mesh.mesh.shape["fsdp"] + 4.0 * size + kept
 
 
-def _forward_step(config, shape, mesh, name, lengths, machine, report) -> Step:
+def _forward_step(config, shape, mesh, name, drawn, machine, report) -> Step:
     """Encoding or re-ranking of as many tokens at once as fit."""
     models = models_lib.Models(shape, config.model.pooling)
     if name == "encode":
@@ -381,7 +399,7 @@ def _forward_step(config, shape, mesh, name, lengths, machine, report) -> Step:
     else:
         fn, kind, longest = models.reranker_scores, "pairs", config.data.pair_length
         params = _params(shape, mesh, ("reranker",))["reranker"]
-    usual_N = _lengths(config.data, lengths, 1024, 8)[kind].reshape(-1)
+    usual_N = drawn[kind].reshape(-1)
     limit = TOKENS_A_CHIP
     while limit >= longest:
         shapes = stream.plan(usual_N, longest, limit, config.packing.blocks).usual

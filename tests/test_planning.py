@@ -179,7 +179,8 @@ def test_with_less_room_the_cheapest_way_that_fits_is_taken(roomy, config):
     mesh = planning.sharding_lib.over(jax.devices()[:2], 2, 1)
     shape = planning._shape(config, machine(1e12), print)
     remats, tight = list(bert.REMAT), machine(needed - 1)
-    joint = planning._fitting(config, shape, mesh, "joint", "full", remats, tight, lines.append)
+    drawn = planning._drawn(config, "full", 8, 3)
+    joint = planning._fitting(config, shape, mesh, "joint", drawn, remats, tight, lines.append)
     assert "does not fit" in lines[0] or "not compiled" in lines[0]
     assert joint.memory < needed
     assert (joint.remat, joint.accumulate) != ("none", 1)
@@ -192,19 +193,19 @@ def test_lengths_like_msmarcos_cost_little_more_than_their_tokens(config):
     own.data.update({"query_length": 32, "passage_length": 128, "pair_length": 144})
     own.joint.update({"batch": 16, "list_size": 8, "accumulate": 1})
     own.packing.blocks = 4
-    drawn = planning._lengths(own.data, "msmarco", planning.DRAWN_STEPS * 16, 8)
+    drawn = planning._drawn(own, "msmarco", 16, 8)
     assert abs(drawn["passages"].mean() - 79) < 2
     pairs = drawn["queries"] + drawn["passages"] - 1
     np.testing.assert_array_equal(drawn["pairs"], pairs.clip(max=144))
     mesh = planning.sharding_lib.over(jax.devices()[:2], 2, 1)
     shape = planning._shape(own, machine(1e12), print)
-    step = planning._train_step(own, shape, mesh, "joint", "msmarco", machine(1e12), print)
+    step = planning._train_step(own, shape, mesh, "joint", drawn, machine(1e12), print)
     # Of both devices, by step.
     real = sum(x.sum() for x in drawn.values()) / planning.DRAWN_STEPS
     assert real < 2 * step.tokens < 1.3 * real
     products = sum(planning.forward_flops(shape, 1, x).sum() for x in drawn.values())
     assert 2 * step.formula == pytest.approx(3 * products / planning.DRAWN_STEPS)
-    encode = planning._forward_step(own, shape, mesh, "encode", "msmarco", machine(1e12), print)
+    encode = planning._forward_step(own, shape, mesh, "encode", drawn, machine(1e12), print)
     each = planning.forward_flops(shape, 1, drawn["passages"]).mean()
     assert encode.formula == pytest.approx(encode.items / 2 * each, rel=0.05)
     assert encode.tokens < 1.15 * 79 * encode.items / 2

@@ -25,13 +25,9 @@ WINDOW = 2**14
 # Rounds in which they do.
 EXCHANGES = 400
 
-KINDS = ("queries", "passages", "pairs")
-
-
-def kinds(models: Sequence[str]) -> tuple[str, ...]:
-    """The kinds of input that models read."""
-    retriever, reranker = KINDS[:2] * ("retriever" in models), KINDS[2:] * ("reranker" in models)
-    return retriever + reranker
+# What each model reads.
+READS = {"retriever": ("queries", "passages"), "reranker": ("pairs",)}
+KINDS = (*READS["retriever"], *READS["reranker"])
 
 
 class ListBatches:
@@ -87,7 +83,11 @@ class ListBatches:
         self.steps = len(lists.query_rows_L) // batch
         self.lists = self._balanced(lists)
         self.positive_LxP = self.lists.positive()
-        self.shapes = {kind: self._plan(kind, max_blocks, row_width) for kind in kinds(models)}
+        self.shapes = {
+            kind: self._plan(kind, max_blocks, row_width)
+            for model in models
+            for kind in READS[model]
+        }
 
     def _lengths(self, kind, queries_L, passages_LxP):
         """The lengths of some lists' sequences of a kind [L, 1 or P]."""
@@ -117,12 +117,11 @@ class ListBatches:
         """The shapes that hold this kind of input of all parts."""
         longest_N, rows = 0, 0
         for first, steps in self._windows():
-            slots = self.slots_SxB.reshape(-1).clip(0)
-            rows_L = ((first + np.arange(steps))[:, None] * self.batch + slots).reshape(-1)
-            lengths = self._lengths(
-                kind, self.lists.query_rows_L[rows_L], self.lists.passages_LxP[rows_L]
+            window = slice(first * self.batch, (first + steps) * self.batch)
+            lengths_LxN = self._lengths(
+                kind, self.lists.query_rows_L[window], self.lists.passages_LxP[window]
             )
-            lengths_BxN = lengths.reshape(steps * len(self.slots_SxB), -1)
+            lengths_BxN = by_part(lengths_LxN, self.batch, self.slots_SxB)
             if row_width:
                 shape = packing.plan_shared(lengths_BxN, row_width)
                 rows = max(rows, shape.rows)
@@ -251,6 +250,16 @@ def slots(batch: int, shards: int, accumulate: int) -> np.ndarray:
     found = np.full((accumulate, shards * size), -1)
     found[:, :per_step] = np.arange(batch).reshape(accumulate, per_step)
     return found.reshape(accumulate, shards, size).swapaxes(0, 1).reshape(-1, size)
+
+
+def by_part(lengths_LxN: np.ndarray, batch: int, slots_SxB: np.ndarray) -> np.ndarray:
+    """Of lists' sequences, the lengths in each part of each batch [steps * S, B * N].
+
+    A slot that holds no list has the lengths of its batch's first.
+    """
+    lengths_TxBxN = lengths_LxN.reshape(-1, batch, lengths_LxN.shape[1])
+    found = lengths_TxBxN[:, slots_SxB.clip(0)]
+    return found.reshape(len(lengths_TxBxN) * len(slots_SxB), -1)
 
 
 def in_batch_labels(
