@@ -89,19 +89,27 @@ class Checkpoints:
         self._best.close()
 
 
+def best_step(folder: pathlib.Path) -> int:
+    """The step of a stage's best params.
+
+    Raises:
+      InputError: the stage has none.
+    """
+    steps = hosts.from_first(
+        lambda: sorted(int(p.name) for p in (folder / "best").glob("*") if p.name.isdigit())
+    )
+    if not steps:
+        raise InputError(f"{folder}: holds no checkpoint; run rqv2_jax.main on this workdir first")
+    return steps[-1]
+
+
 def restore_best(folder: pathlib.Path, model: str, params):
     """The best params of one model of a stage, in the shapes and shardings of `params`.
 
     Raises:
       InputError: the stage has none, or they have other shapes.
     """
-    folder = folder.resolve()
-    steps = hosts.from_first(
-        lambda: sorted(int(p.name) for p in (folder / "best").glob("*") if p.name.isdigit())
-    )
-    if not steps:
-        raise InputError(f"{folder}: holds no checkpoint; run rqv2_jax.main on this workdir first")
-    path = folder / "best" / str(steps[-1]) / model
+    path = folder.resolve() / "best" / str(best_step(folder)) / model
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             return checkpointer.restore(path, _abstract(params))

@@ -169,7 +169,8 @@ def evaluate(
                 }
 
             path = run.workdir / "eval" / f"{split}.{state}.reranked.{indexes[0]}.npz"
-            source = f"{store.fingerprint} {settings.queries} {settings.rerank_queries} "
+            source = f"{run.origin(state, 'retriever')} {run.origin(state, 'reranker')} "
+            source += f"{store.fingerprint} {settings.queries} {settings.rerank_queries} "
             source += f"{settings.rerank_depth} {queries.fingerprint}"
             top = artifacts.cached(path, source, compute)["scores"]
             add(state, "reranker", indexes[0], passages_RxK, rerank.merge(top, scores_RxK))
@@ -236,41 +237,51 @@ def _measure(run: Run, store: tokens.Store, split: str):
     return measure
 
 
+def retrieve(
+    run: Run, store: tokens.Store, texts: tokens.Texts, rows_Q: np.ndarray, state: str, name: str
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """What the retriever of a state finds for some of the queries by the index "exact" or "scann".
+
+    Returns:
+      (passage rows [Q, K], scores [Q, K]), best first, K = `config.evaluate.retrieve_depth`; with
+      ScaNN, which searches on the first of several hosts, None on the others.
+    """
+    settings, stage = run.config.evaluate, run.trained_by(state, "retriever")
+    depth, shards = settings.retrieve_depth, mining.corpus_vectors(run, store, state)
+    tower = run.params(state, "retriever")["query"]
+    vectors_QxD = encode.queries(run.forward, tower, texts, rows_Q)
+    if name == "exact":
+        found = index.exact(vectors_QxD, shards, depth)
+    elif hosts.first():
+        folder = run.workdir / "index" / stage
+        source = f"{run.origin(state, 'retriever')} {store.fingerprint}"
+        searcher = index.build_scann(shards, settings.scann, depth, folder, source)
+        found = index.scann_search(searcher, vectors_QxD, depth)
+    else:
+        return None
+    # By the tie rule, so that the re-ranker's cut does not depend on the order of the corpus.
+    return metrics.sort_run(*found, store.passage_ids)
+
+
 def _search(run: Run, store: tokens.Store, split: str, rows_Q: np.ndarray, state: str, name: str):
     """What the retriever of a state finds for queries of a split, and what to say of the index."""
     settings, queries = run.config.evaluate, store.splits[split]
     stage = run.trained_by(state, "retriever")
-    source = f"{store.fingerprint} {settings.queries} {settings.retrieve_depth}"
+    source = f"{run.origin(state, 'retriever')} {store.fingerprint} {queries.fingerprint} "
+    source += f"{settings.queries} {settings.retrieve_depth}"
 
-    def vectors():
-        tower = run.params(state, "retriever")["query"]
-        return encode.queries(run.forward, tower, queries.texts, rows_Q)
+    def cached(index_name):
+        def compute():
+            found = retrieve(run, store, queries.texts, rows_Q, state, index_name)
+            return {} if found is None else dict(zip(("passages", "scores"), found))
 
-    def ranked(passages_QxK, scores_QxK):
-        # By the tie rule, so that the re-ranker's cut does not depend on the order of the corpus.
-        passages_QxK, scores_QxK = metrics.sort_run(passages_QxK, scores_QxK, store.passage_ids)
-        return {"passages": passages_QxK, "scores": scores_QxK}
+        path = run.workdir / "eval" / f"{split}.{stage}.{index_name}.npz"
+        return artifacts.cached(path, source, compute)
 
-    def exact():
-        shards = mining.corpus_vectors(run, store, state)
-        return ranked(*index.exact(vectors(), shards, settings.retrieve_depth))
-
-    folder = run.workdir / "eval"
-    made_from = source + queries.fingerprint
-    found = artifacts.cached(folder / f"{split}.{stage}.exact.npz", made_from, exact)
+    found = cached("exact")
     if name == "exact":
         return found, {}
-
-    def scann():
-        shards, vectors_QxD = mining.corpus_vectors(run, store, state), vectors()
-        if not hosts.first():
-            return {}
-        searcher = index.build_scann(
-            shards, settings.scann, settings.retrieve_depth, run.workdir / "index" / stage, source
-        )
-        return ranked(*index.scann_search(searcher, vectors_QxD, settings.retrieve_depth))
-
-    approximate = artifacts.cached(folder / f"{split}.{stage}.scann.npz", made_from, scann)
+    approximate = cached("scann")
     recalls = {
         f"recall@{depth} against exact": index.recall(
             approximate["passages"][:, :depth], found["passages"][:, :depth]

@@ -28,7 +28,7 @@ def corpus_vectors(run: Run, store: tokens.Store, state: str) -> list[np.ndarray
         run.params(state, "retriever")["passage"],
         store,
         run.workdir / "vectors" / stage,
-        f"{stage} {store.fingerprint}",
+        f"{run.origin(state, 'retriever')} {store.fingerprint}",
     )
 
 

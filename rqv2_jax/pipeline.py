@@ -37,7 +37,8 @@ def main(config: ml_collections.ConfigDict, workdir: pathlib.Path):
     tqdm.tqdm.write(evaluation.render(report))
     tqdm.tqdm.write(
         f"results: {workdir / 'results.json'}   run files: {workdir / 'runs'}\n"
-        f"next:    python -m rqv2_jax.evaluate --workdir {workdir} --split dev --index exact\n"
+        f'next:    python -m rqv2_jax.search --workdir {workdir} "a question"\n'
+        f"         python -m rqv2_jax.evaluate --workdir {workdir} --split dev --index exact\n"
         f"         tensorboard --logdir {workdir}"
     )
 

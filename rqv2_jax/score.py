@@ -1,4 +1,4 @@
-"""A trained run as a Python object: scores of passages for a query, by both models.
+"""A trained run in Python: scores of given passages for a query, and search, by both models.
 
 Example:
   scorer = score.open_scorer("workdir/quickstart", "joint")
@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from rqv2_jax import evaluation
 from rqv2_jax.data import tokens
 from rqv2_jax.retrieval import encode, rerank
 from rqv2_jax.workdir import Run, open_workdir
@@ -53,3 +54,25 @@ def open_scorer(workdir: str, state: str) -> Scorer:
     """
     run = open_workdir(pathlib.Path(workdir))
     return Scorer(run, run.params(state, "retriever"), run.params(state, "reranker"))
+
+
+def search(run: Run, store: tokens.Store, questions: Sequence[str], state: str, index: str):
+    """What both models of a state of a run find for questions.
+
+    Args:
+      state: "reranker" (both warmed up) or "joint".
+      index: "exact" or "scann".
+
+    Returns:
+      (passage rows [Q, K], retriever scores [Q, K], re-ranker scores [Q, R]), the best by the
+      retriever first; K is `config.evaluate.retrieve_depth`, R `rerank_depth`.
+
+    Raises:
+      InputError: the state has not been reached.
+    """
+    texts, rows_Q = run.tokenizer.texts(questions), np.arange(len(questions))
+    params = run.params(state, "reranker")
+    passages_QxK, retriever_QxK = evaluation.retrieve(run, store, texts, rows_Q, state, index)
+    top_QxR = passages_QxK[:, : run.config.evaluate.rerank_depth]
+    reranker_QxR = rerank.scores(run.forward, params, store, texts, rows_Q, top_QxR)
+    return passages_QxK, retriever_QxK, reranker_QxR

@@ -15,7 +15,7 @@ from rqv2_jax import artifacts, bert, hosts, weights
 from rqv2_jax import config as config_lib
 from rqv2_jax import models as models_lib
 from rqv2_jax import sharding as sharding_lib
-from rqv2_jax.checkpoint import restore_best
+from rqv2_jax.checkpoint import best_step, restore_best
 from rqv2_jax.data import builders, collection, docstrings, dpr, tables, tevatron, tokens
 from rqv2_jax.data.inputs import Inputs
 from rqv2_jax.errors import InputError
@@ -73,6 +73,15 @@ class Run:
             return "reranker" if self.config.reranker.epochs > 0 else "zero_shot"
         warmed_up = state != "zero_shot" and self.config.retriever.epochs > 0
         return "retriever" if warmed_up else "zero_shot"
+
+    def origin(self, state: str, model: str) -> str:
+        """Names the params of one model in a state, as long as its stage goes on: stage and step.
+
+        Raises:
+          InputError: the stage that trains it has not been run.
+        """
+        stage = self.trained_by(state, model)
+        return stage if stage == "zero_shot" else f"{stage} {best_step(self.workdir / stage)}"
 
     def params(self, state: str, model: str):
         """The params of one model in a state of the run.

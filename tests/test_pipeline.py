@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import pathlib
@@ -19,7 +20,7 @@ from absl import flags
 from absl.testing import flagsaver
 
 from rqv2_jax import config as config_lib
-from rqv2_jax import evaluate, evaluation, mining, pipeline, score, train, weights
+from rqv2_jax import evaluate, evaluation, metrics, mining, pipeline, score, train, weights
 from rqv2_jax.checkpoint import Checkpoints
 from rqv2_jax.data import tokens
 from rqv2_jax.errors import InputError
@@ -421,6 +422,81 @@ def test_what_is_compiled_is_kept_beside_the_workdir(finished, tmp_path):
             assert jax.config.jax_compilation_cache_dir == str(expected)
     finally:
         jax.config.update(setting, before)
+
+
+def test_search_finds_what_the_evaluation_found(finished, tmp_path):
+    """On the test queries as unlabelled topics; a question of its own is answered the same."""
+    config, workdir = finished
+    data = pathlib.Path(config.data.path)
+    queries = {q["_id"]: q["text"] for q in map(json.loads, (data / "queries.jsonl").open())}
+    asked = {name: text for name, text in queries.items() if int(name[1:]) >= 40}
+    topics = tmp_path / "topics.tsv"
+    topics.write_text("".join(f"{name}\t{text}\n" for name, text in asked.items()))
+    arguments = [f"--workdir={workdir}", f"--topics={topics}", f"--to={tmp_path / 'run.trec'}"]
+    ended = run_program("rqv2_jax.search", *arguments)
+    assert ended.returncode == 0, ended.stderr
+    found = metrics.read_trec_run(tmp_path / "run.trec")
+    expected = metrics.read_trec_run(workdir / "runs" / "test.joint.reranker.exact.trec")
+    assert found.keys() == expected.keys() == asked.keys()
+    for name in asked:
+        (ids, scores), (same, close) = (zip(*run[name]) for run in (found, expected))
+        assert ids == same
+        np.testing.assert_allclose(scores, close, rtol=1e-4, atol=1e-5)
+    ended = run_program("rqv2_jax.search", f"--workdir={workdir}", "--shown=8", asked["q41"])
+    assert ended.returncode == 0, ended.stderr
+    rows = [line.split() for line in ended.stdout.splitlines() if re.match(r" *\d+  ", line)]
+    assert [row[-1] for row in rows] == [name for name, _ in expected["q41"][:8]]
+    # Beyond what is re-ranked a passage has one score.
+    assert [len(row) for row in rows] == [4] * config.evaluate.rerank_depth + [3] * 2
+    corpus = {p["_id"]: p for p in map(json.loads, (data / "corpus.jsonl").open())}
+    assert f"{corpus[rows[0][-1]]['title']}: " in ended.stdout
+
+
+def test_search_takes_a_question_or_topics(tmp_path):
+    for arguments, message in (
+        ([], "give a question or --topics"),
+        (["a question", "--topics=t", "--to=r"], "give a question or --topics"),
+        (["--topics=t"], "--topics and --to go together"),
+        ([" "], "the question is empty"),
+        (["--topics=t", "--to=/nowhere/r"], "/nowhere/r: there is no such folder"),
+        (["a question"], "is no workdir"),
+    ):
+        ended = run_program("rqv2_jax.search", f"--workdir={tmp_path}", *arguments)
+        assert (ended.returncode, ended.stdout) == (1, "")
+        assert message in ended.stderr
+
+
+def test_what_better_params_replace_is_found_again(finished, tmp_path):
+    """A stage may be evaluated before its end; what was found by then is not taken for the end's."""
+    workdir = tmp_path / "w"
+    shutil.copytree(finished[1], workdir)
+    run, store = open_workdir(workdir), tokens.open_store(workdir / "data" / "tokens")
+    # Where joint training began, and what its models found at last.
+    before = {
+        "joint.retriever.exact": "retriever.retriever.exact",
+        "joint.retriever.scann": "retriever.retriever.scann",
+        "joint.reranker.exact": "reranker.reranker.exact",
+    }
+
+    def evaluated():
+        evaluation.evaluate(run, store, "test", ("exact", "scann"))
+        return {
+            name: metrics.read_trec_run(workdir / "runs" / f"test.{name}.trec")
+            for name in (*before.keys(), *before.values())
+        }
+
+    whole = evaluated()
+    (best,) = (workdir / "joint" / "best").glob("[0-9]*")
+    best.rename(tmp_path / "kept")
+    warm = {model: run.params("reranker", model) for model in ("retriever", "reranker")}
+    with contextlib.closing(Checkpoints(workdir / "joint")) as checkpoints:
+        checkpoints.save_best(int(best.name) + 1, warm, "dev RR@10", 1.0)
+    earlier = evaluated()
+    for joint, warmed_up in before.items():
+        assert earlier[joint] == whole[warmed_up] != whole[joint]
+    shutil.rmtree(workdir / "joint" / "best" / str(int(best.name) + 1))
+    (tmp_path / "kept").rename(best)
+    assert evaluated() == whole
 
 
 def test_scorer_agrees_with_the_run_files(finished):

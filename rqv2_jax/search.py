@@ -1,0 +1,107 @@
+"""Searches the passages of a workdir: its retriever finds, its re-ranker orders the first of them.
+
+With a question, prints the best passages with both models' scores. With --topics, writes what is found
+for each query of the file (`qid <tab> text` or TREC topics), which needs no labels, as a TREC run file.
+
+Examples:
+  python -m rqv2_jax.search --workdir workdir/quickstart "sort an array"
+  python -m rqv2_jax.search --workdir workdir/msmarco --topics msmarco-test2020-queries.tsv \\
+      --to run.trec --index scann
+"""
+
+import pathlib
+import textwrap
+
+from absl import flags
+
+from rqv2_jax import program
+from rqv2_jax.errors import InputError
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "A workdir that rqv2_jax.main has finished.")
+_TOPICS = flags.DEFINE_string("topics", None, "With --to: file of queries, in place of a question.")
+_TO = flags.DEFINE_string("to", None, "With --topics: the run file to write.")
+_STATE = flags.DEFINE_enum(
+    "state", "joint", ["reranker", "joint"], "Models: both warmed up, or joint."
+)
+_INDEX = flags.DEFINE_enum("index", "exact", ["exact", "scann"], "How passages are searched.")
+_SHOWN = flags.DEFINE_integer("shown", 10, "Passages printed for a question, at most.", 1)
+
+# Of a passage that is printed, at most, and of its lines.
+CHARACTERS, WIDTH, INDENT = 280, 100, " " * 6
+
+
+def main(*question: str):
+    """Prints what is found for the question, or writes the run of the topics."""
+    if (_TOPICS.value is None) != (_TO.value is None):
+        raise InputError("--topics and --to go together; --help shows an example")
+    if (_TOPICS.value is None) != bool(question):
+        raise InputError("give a question or --topics FILE, not both; --help shows an example")
+    if question and not question[0].strip():
+        raise InputError("the question is empty; --help shows an example")
+    if _TO.value and not pathlib.Path(_TO.value).parent.is_dir():
+        raise InputError(f"--to {_TO.value}: there is no such folder; make it first")
+
+    from rqv2_jax import score
+    from rqv2_jax.data import tokens
+    from rqv2_jax.workdir import open_workdir
+
+    run = open_workdir(pathlib.Path(_WORKDIR.value))
+    store = tokens.open_store(run.workdir / "data" / "tokens")
+    if question:
+        found = score.search(run, store, question, _STATE.value, _INDEX.value)
+        print(render(run, store, *found, shown=_SHOWN.value))
+    else:
+        _write_run(run, store, pathlib.Path(_TOPICS.value), pathlib.Path(_TO.value))
+
+
+def render(run, store, passages_1xK, retriever_1xK, reranker_1xR, *, shown: int) -> str:
+    """The best passages of one question as text for people.
+
+    Raises:
+      InputError: the texts have changed since the workdir was made.
+    """
+    import numpy as np
+
+    from rqv2_jax.workdir import texts_of
+
+    reranked = reranker_1xR.shape[1]
+    order = np.argsort(-reranker_1xR[0], kind="stable").tolist()
+    order += range(reranked, passages_1xK.shape[1])
+    order = [number for number in order if passages_1xK[0, number] >= 0][:shown]
+    wanted = {int(passages_1xK[0, number]) for number in order}
+    passages = {row: p for row, p in enumerate(texts_of(run, store).passages()) if row in wanted}
+    blocks = ["rank  re-ranker  retriever  passage"]
+    for rank, number in enumerate(order, start=1):
+        passage = passages[int(passages_1xK[0, number])]
+        reranker = f"{reranker_1xR[0, number]:.3f}" if number < reranked else ""
+        head = f"{rank:4}  {reranker:>9}  {retriever_1xK[0, number]:9.3f}  {passage.id}"
+        text = f"{passage.title}: {passage.text}" if passage.title else passage.text
+        text = textwrap.shorten(text, CHARACTERS, placeholder=" ...")
+        blocks += [
+            head,
+            textwrap.fill(text, WIDTH, initial_indent=INDENT, subsequent_indent=INDENT),
+        ]
+    return "\n".join(blocks)
+
+
+def _write_run(run, store, topics_file: pathlib.Path, path: pathlib.Path):
+    from rqv2_jax import metrics, score
+    from rqv2_jax.data import topics
+    from rqv2_jax.retrieval import rerank
+
+    queries = list(topics.topics(topics_file))
+    if not queries:
+        raise InputError(f"{topics_file}: holds no query")
+    state = _STATE.value
+    texts = [query.text for query in queries]
+    found = score.search(run, store, texts, state, _INDEX.value)
+    passages_QxK, retriever_QxK, reranker_QxR = found
+    scores_QxK = rerank.merge(reranker_QxR, retriever_QxK)
+    ids = [query.id for query in queries]
+    tag = f"rqv2_jax.{state}.reranker"
+    metrics.write_trec_run(path, ids, store.passage_ids, passages_QxK, scores_QxK, tag)
+    print(f"run: {path}   {len(ids)} queries, {passages_QxK.shape[1]} passages each")
+
+
+if __name__ == "__main__":
+    program.run(main, __doc__, required=("workdir",), arguments=1)
