@@ -1,7 +1,9 @@
 """Losses against PyTorch and hand-computed cases, for every reading of the joint loss."""
 
+import doctest
 import itertools
 import math
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -172,6 +174,13 @@ def test_hand_computed(reading):
     first = 1 / 4 * math.log(4) + 3 / 4 * math.log(4 / 3)
     assert float(terms["retriever_entropy"]) == pytest.approx((first + second) / 2, rel=1e-5)
     assert float(terms["reranker_entropy"]) == pytest.approx((math.log(2) + second) / 2, rel=1e-5)
+
+
+def test_worked_examples_of_the_documentation():
+    path = pathlib.Path(__file__).parent.parent / "docs" / "method.md"
+    found = doctest.testfile(str(path), module_relative=False)
+    assert found.attempted > 10
+    assert found.failed == 0
 
 
 def test_presets_are_the_paper_and_the_release():
