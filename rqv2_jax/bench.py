@@ -33,7 +33,9 @@ _LENGTHS = flags.DEFINE_enum(
 _VERSUS = flags.DEFINE_enum("vs", None, ["torch"], "What to compare with, in turn.")
 _JSON = flags.DEFINE_string("json", None, "File that the lines are added to.")
 _PLOT = flags.DEFINE_string("plot", None, "PNG file for the figure of scaling.")
-_STEPS = flags.DEFINE_integer("steps", 10, "Steps of joint and input.", lower_bound=1)
+_STEPS = flags.DEFINE_integer(
+    "steps", 10, "Steps of joint and input that are timed, at least.", lower_bound=1
+)
 _ROUNDS = flags.DEFINE_integer(
     "rounds", 3, "Times that encode and mine do their work.", lower_bound=1
 )

@@ -29,6 +29,9 @@ from rqv2_jax.workdir import Run, open_collection, open_run
 # Each a token of its own to BERT.
 WORDS = [str(number) for number in (*range(10, 100), *range(1900, 2015))]
 
+# Steps in a row that are timed before it is the rival's turn.
+TURN = 3
+
 # Dimensions in which the vectors of the index benchmark differ.
 INTRINSIC = 24
 
@@ -113,10 +116,19 @@ def _memory() -> float:
 
 
 def joint(run: Run, texts: Texts, steps: int, versus: bool) -> dict:
-    """Steps of joint training on lists of random passages; the rival takes each after ours."""
-    settings, stage = run.config.joint, train.make_stage(run.config, run.models, "joint")
-    batches = _batches(run, texts, steps + 1)
-    optimizer = train.make_optimizer(run.config.optimizer, settings, steps + 1, stage.rates)
+    """Steps of joint training on lists of random passages, at a constant learning rate.
+
+    The rival takes the same steps, some in a row by turns. The first of a turn is not counted: memory
+    that went to the other in between has to be got back, which can cost as much as the step itself.
+    """
+    config = config_lib.loads(config_lib.dumps(run.config))
+    config.joint.update({"schedule": "constant", "warmup_steps": 0})
+    settings, stage = config.joint, train.make_stage(config, run.models, "joint")
+    turn = 1 + min(TURN, steps)
+    total = turn * -(-steps // (turn - 1))
+    batches = _batches(run, texts, total)
+    sequences = [{kind: batches.ragged(kind, step) for kind in KINDS} for step in range(total)]
+    optimizer = train.make_optimizer(config.optimizer, settings, total, stage.rates)
     initial = {model: run.initial(model) for model in stage.models}
     rival = rivals.Joint(run, initial["reranker"]["head"]) if versus else None
     state = train.init_state(initial, optimizer, run.sharding)
@@ -129,33 +141,33 @@ def joint(run: Run, texts: Texts, steps: int, versus: bool) -> dict:
     compile_seconds = time.perf_counter() - started
     del example
 
-    def take(step):
+    def ours(step):
         nonlocal state
         state, terms = compiled(state, run.sharding.put_batch(batches.make(step)), key)
         return float(terms["loss"])
 
-    ours, theirs, real, formula, padded, losses = [], [], 0, 0.0, 0, []
-    for step in tqdm.trange(steps + 1, desc="joint", unit="step"):
-        sequences = {kind: batches.ragged(kind, step) for kind in KINDS}
-        started = time.perf_counter()
-        loss = take(step)
-        ours.append(time.perf_counter() - started)
-        if rival is not None:
-            started = time.perf_counter()
-            losses.append((loss, rival.step(sequences)))
-            theirs.append(time.perf_counter() - started)
-        real += sum(len(x.tokens) for x in sequences.values())
-        padded += sum(len(x.lengths_N) * x.lengths_N.max() for x in sequences.values())
-        formula += sum(_training_flops(run, x) for x in sequences.values())
-    # The first step of either warms up.
-    seconds = float(np.median(ours[1:]))
+    takers = [ours] if rival is None else [ours, lambda step: rival.step(sequences[step])]
+    taken, losses = [[] for _ in takers], [[] for _ in takers]
+    with tqdm.tqdm(desc="joint", total=total * len(takers), unit="step") as bar:
+        for first in range(0, total, turn):
+            for take, times, loss_of_each in zip(takers, taken, losses):
+                for step in range(first, first + turn):
+                    started = time.perf_counter()
+                    loss_of_each.append(take(step))
+                    if step > first:
+                        times.append(time.perf_counter() - started)
+                    bar.update()
+    ragged = [x for each in sequences for x in each.values()]
+    real = sum(len(x.tokens) for x in ragged) / total
+    padded = sum(len(x.lengths_N) * x.lengths_N.max() for x in ragged) / total
+    formula = sum(_training_flops(run, x) for x in ragged) / total
+    seconds = float(np.median(taken[0]))
     computed = len(batches.slots_SxB) * sum(map(packing.size, batches.shapes.values()))
-    real, padded, formula = (x / (steps + 1) for x in (real, padded, formula))
     pairs = settings.batch * settings.list_size
     best = peak(run.config.model.dtype)
     found = {
         "step_seconds": seconds,
-        "step_seconds_slowest": max(ours[1:]),
+        "step_seconds_slowest": max(taken[0]),
         "pairs_per_second": pairs / seconds,
         "real_tokens_per_second": real / seconds,
         "computed_over_real_tokens": computed / real,
@@ -170,9 +182,9 @@ def joint(run: Run, texts: Texts, steps: int, versus: bool) -> dict:
         "peak_memory_gib": _memory(),
     }
     if rival is not None:
-        found |= _against("torch_step_seconds", theirs[1:], ours[1:])
+        found |= _against("torch_step_seconds", taken[1], taken[0])
         found |= {"torch_padded_over_real_tokens": padded / real}
-        found |= dict(zip(("losses", "torch_losses"), zip(*losses)))
+        found |= dict(zip(("losses", "torch_losses"), losses))
     return found
 
 

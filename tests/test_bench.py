@@ -40,7 +40,6 @@ def test_the_joint_step_and_its_rival_do_the_same_work(run, texts, pooling):
     own.model.pooling = pooling
     # Large enough that the third loss tells whether both were updated alike.
     own.joint.learning_rate = 3e-3
-    own.joint.schedule = "constant"
     found = benchmarks.joint(workdir.open_run(own, run.workdir), texts, 2, versus=True)
     assert found["losses"] == pytest.approx(found["torch_losses"], rel=1e-3)
     assert found["ratio"] == pytest.approx(found["torch_step_seconds"] / found["step_seconds"])
