@@ -248,13 +248,14 @@ def retrieve(
     """
     settings, stage = run.config.evaluate, run.trained_by(state, "retriever")
     depth, shards = settings.retrieve_depth, mining.corpus_vectors(run, store, state)
+    # All hosts have to ask for this, though the first alone may use it.
+    source = f"{run.origin(state, 'retriever')} {store.fingerprint}"
     tower = run.params(state, "retriever")["query"]
     vectors_QxD = encode.queries(run.forward, tower, texts, rows_Q)
     if name == "exact":
         found = index.exact(vectors_QxD, shards, depth)
     elif hosts.first():
         folder = run.workdir / "index" / stage
-        source = f"{run.origin(state, 'retriever')} {store.fingerprint}"
         searcher = index.build_scann(shards, settings.scann, depth, folder, source)
         found = index.scann_search(searcher, vectors_QxD, depth)
     else:
