@@ -124,7 +124,8 @@ def joint(run: Run, texts: Texts, steps: int, versus: bool) -> dict:
     config = config_lib.loads(config_lib.dumps(run.config))
     config.joint.update({"schedule": "constant", "warmup_steps": 0})
     settings, stage = config.joint, train.make_stage(config, run.models, "joint")
-    turn = 1 + min(TURN, steps)
+    # Alone, ours is never interrupted.
+    turn = 1 + (min(TURN, steps) if versus else steps)
     total = turn * -(-steps // (turn - 1))
     batches = _batches(run, texts, total)
     sequences = [{kind: batches.ragged(kind, step) for kind in KINDS} for step in range(total)]

@@ -336,11 +336,7 @@ def denoise_report(run: Run, labels: str, samples: int) -> tuple[dict, list[dict
     shown = denoise.rejected(*known, negative_below=below, count=samples, seed=run.config.seed)
     labelled = {query: passage for query, passage in positives_2xN.T[::-1].tolist()}
     wanted = {row for query, passage, _ in shown for row in (passage, labelled[query])}
-    passages = {
-        row: f"{p.title}: {p.text}" if p.title else p.text
-        for row, p in enumerate(texts.passages())
-        if row in wanted
-    }
+    passages = texts.shown(wanted)
     asked = {query for query, _, _ in shown}
     asked = {row: q.text for row, q in enumerate(texts.queries("train")) if row in asked}
     return report, [

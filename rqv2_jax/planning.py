@@ -223,17 +223,12 @@ def make(
     shape = _shape(config, machine, report)
     overlay: dict[str, object] = {"mesh.data": config.mesh.data, "mesh.fsdp": fsdp}
     remats, steps = list(bert.REMAT), {}
-    drawn = {
-        name: _drawn(config, lengths, config[name].batch, size)
-        for name, size in (
-            ("joint", config.joint.list_size),
-            ("reranker", config.reranker.list_size),
-            ("retriever", 1),
-        )
-    }
-    for name in ("joint", "reranker", "retriever"):
+    sizes = {"joint": config.joint.list_size, "reranker": config.reranker.list_size, "retriever": 1}
+    drawn = {}
+    for name, size in sizes.items():
         if name == "retriever" and config.retriever.epochs == 0:
             continue
+        drawn[name] = _drawn(config, lengths, config[name].batch, size)
         steps[name] = step = _fitting(
             config, shape, mesh, name, drawn[name], remats, machine, report
         )

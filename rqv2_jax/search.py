@@ -62,21 +62,19 @@ def render(run, store, passages_1xK, retriever_1xK, reranker_1xR, *, shown: int)
     """
     import numpy as np
 
+    from rqv2_jax.retrieval import rerank
     from rqv2_jax.workdir import texts_of
 
-    reranked = reranker_1xR.shape[1]
-    order = np.argsort(-reranker_1xR[0], kind="stable").tolist()
-    order += range(reranked, passages_1xK.shape[1])
+    scores_1xK = rerank.merge(reranker_1xR, retriever_1xK)
+    order = np.argsort(-scores_1xK[0], kind="stable").tolist()
     order = [number for number in order if passages_1xK[0, number] >= 0][:shown]
-    wanted = {int(passages_1xK[0, number]) for number in order}
-    passages = {row: p for row, p in enumerate(texts_of(run, store).passages()) if row in wanted}
+    texts = texts_of(run, store).shown({int(passages_1xK[0, number]) for number in order})
     blocks = ["rank  re-ranker  retriever  passage"]
     for rank, number in enumerate(order, start=1):
-        passage = passages[int(passages_1xK[0, number])]
-        reranker = f"{reranker_1xR[0, number]:.3f}" if number < reranked else ""
-        head = f"{rank:4}  {reranker:>9}  {retriever_1xK[0, number]:9.3f}  {passage.id}"
-        text = f"{passage.title}: {passage.text}" if passage.title else passage.text
-        text = textwrap.shorten(text, CHARACTERS, placeholder=" ...")
+        row = int(passages_1xK[0, number])
+        reranker = f"{reranker_1xR[0, number]:.3f}" if number < reranker_1xR.shape[1] else ""
+        head = f"{rank:4}  {reranker:>9}  {retriever_1xK[0, number]:9.3f}  {store.passage_ids[row]}"
+        text = textwrap.shorten(texts[row], CHARACTERS, placeholder=" ...")
         blocks += [
             head,
             textwrap.fill(text, WIDTH, initial_indent=INDENT, subsequent_indent=INDENT),

@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -70,6 +70,14 @@ class Collection:
     qrels: Callable[[str], Iterator[Qrel]]
     answer_splits: tuple[str, ...] = ()
     query_file: Callable[[str], Iterator[Query]] = lambda _split: iter(())
+
+    def shown(self, rows: Container[int]) -> dict[int, str]:
+        """The passages of some row numbers as text for people, the title first."""
+        return {
+            row: f"{p.title}: {p.text}" if p.title else p.text
+            for row, p in enumerate(self.passages())
+            if row in rows
+        }
 
 
 def beir(path, *, train_qrels: str, eval_qrels: str) -> Collection:
