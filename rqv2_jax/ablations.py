@@ -2,7 +2,8 @@
 
 Rows: the paper's Table 4 (static distillation, a pointwise re-ranker, no denoised lists), both presets
 of the loss, the teacher's gradient, list sizes (Figure 4), and what goes beyond the paper. Each row
-changes `full`, the config as given, in one place. Finished rows are kept, so the same command resumes.
+changes `full`, the config as given, in one place. The table compares both models, and the re-ranker
+also on the candidates of the warm start. Finished rows are kept, so the same command resumes.
 Writes ablations.json and ablations.md into the workdir (with --rows, ablations.some.json and .md);
 rqv2_jax.report draws the figures.
 
@@ -17,8 +18,15 @@ from absl import flags
 
 from rqv2_jax import program
 
-METRICS = ("RR@10", "Success@50")
-
+# What the table compares, as (model, candidates, metric): a re-ranker ranks what its own retriever
+# finds, and what that of the warm start does, where its gain is its own.
+WARM = "warm_start"
+MEASURES = (
+    ("retriever", "exact", "RR@10"),
+    ("retriever", "exact", "Success@50"),
+    ("reranker", "exact", "RR@10"),
+    ("reranker", WARM, "RR@10"),
+)
 
 # Half-way through joint training: the number of steps is known once the lists are.
 REFRESHED = "half of the steps"
@@ -86,7 +94,7 @@ def run_all(config, workdir: pathlib.Path, seeds: int, only: list[str] | None) -
     unknown = set(only or ()) - set(changes)
     if unknown:
         raise InputError(f"--rows: no row {sorted(unknown)[0]!r}; choose of {', '.join(changes)}")
-    missing = set(METRICS) - set(config.evaluate.metrics)
+    missing = {metric for *_, metric in MEASURES} - set(config.evaluate.metrics)
     if missing:
         raise InputError(f"config.evaluate.metrics: the table needs {sorted(missing)[0]}; add it")
     if config.joint.lists:
@@ -97,6 +105,8 @@ def run_all(config, workdir: pathlib.Path, seeds: int, only: list[str] | None) -
     evaluation.evaluate(
         warm, store, "test", ("exact",), states=("zero_shot", "retriever", "reranker")
     )
+    start = "zero_shot" if config.retriever.epochs == 0 else "retriever"
+    given = warm.workdir / "runs" / f"test.{start}.retriever.exact.trec"
 
     def count(run, candidates):
         return len(mining.draw_lists(run, store, candidates, "joint").query_rows_L)
@@ -120,17 +130,21 @@ def run_all(config, workdir: pathlib.Path, seeds: int, only: list[str] | None) -
             claim(run)
             branch(run, warm)
             pipeline.finish(run, store, found, ("exact",))
-            with np.load(folder / "eval" / "test.per_query.npz") as file:
-                measured.append({"row": name, "seed": seed, "values": dict(file)})
+            evaluation.evaluate_candidates(run, store, "test", given, WARM, states=("joint",))
+            values = {}
+            for part in ("test", f"test.{WARM}"):
+                with np.load(folder / "eval" / f"{part}.per_query.npz") as file:
+                    values |= dict(file)
+            measured.append({"row": name, "seed": seed, "values": values})
     return measured
 
 
 def summarise(measured: list[dict], *, permutations: int) -> list[dict]:
-    """A row for each ablation, model and metric, in the order of `measured`.
+    """A row for each ablation, model, candidates and metric, in the order of `measured`.
 
     Values of a query are averaged over seeds before runs are compared. `p_value` is of the paired
     randomisation test against `full` over the queries, corrected by Holm's rule for the number of
-    rows compared by the same model and metric; `low` and `high` bound the 95% bootstrap interval.
+    rows compared by the same measure; `low` and `high` bound the 95% bootstrap interval.
     """
     import numpy as np
 
@@ -141,44 +155,44 @@ def summarise(measured: list[dict], *, permutations: int) -> list[dict]:
     warmed_up = any(key.startswith("retriever.") for key in first)
     warm = {"retriever": "retriever" if warmed_up else "zero_shot", "reranker": "reranker"}
     found = []
-    for model in ("retriever", "reranker"):
-        for metric in METRICS if model == "retriever" else METRICS[:1]:
-            key = f"joint.{model}.exact.{metric}"
-            values = {
-                n: np.stack([m["values"][key] for m in measured if m["row"] == n]) for n in names
-            }
-            values["warm start"] = first[f"{warm[model]}.{model}.exact.{metric}"][None]
-            summary, p_values = [], []
-            for name in ["warm start", *names]:
-                mean_Q = values[name].mean(axis=0)
-                difference_Q = mean_Q - values["full"].mean(axis=0)
-                row = {"row": name, "model": model, "metric": metric, "queries": len(mean_Q)}
-                per_seed = values[name].mean(axis=1)
-                row |= {"mean": float(per_seed.mean()), "seeds": len(per_seed)}
-                row["spread"] = float(per_seed.std(ddof=1)) if len(per_seed) > 1 else None
-                if name != "full":
-                    low, high = metrics.interval(difference_Q, resamples=permutations, seed=0)
-                    difference, p = metrics.paired_test(
-                        mean_Q, values["full"].mean(axis=0), permutations=permutations, seed=0
-                    )
-                    row |= {"difference": difference, "low": low, "high": high}
-                    p_values.append(p)
-                summary.append(row)
-            corrected = iter(metrics.holm(p_values))
-            for row in summary:
-                if row["row"] != "full":
-                    row["p_value"] = next(corrected)
-            found += summary
+    for model, candidates, metric in MEASURES:
+        key = f"joint.{model}.{candidates}.{metric}"
+        values = {n: np.stack([m["values"][key] for m in measured if m["row"] == n]) for n in names}
+        values["warm start"] = first[f"{warm[model]}.{model}.exact.{metric}"][None]
+        summary, p_values = [], []
+        for name in ["warm start", *names]:
+            mean_Q = values[name].mean(axis=0)
+            difference_Q = mean_Q - values["full"].mean(axis=0)
+            row = {"row": name, "model": model, "candidates": candidates, "metric": metric}
+            per_seed = values[name].mean(axis=1)
+            row |= {"queries": len(mean_Q), "mean": float(per_seed.mean()), "seeds": len(per_seed)}
+            row["spread"] = float(per_seed.std(ddof=1)) if len(per_seed) > 1 else None
+            if name != "full":
+                low, high = metrics.interval(difference_Q, resamples=permutations, seed=0)
+                difference, p = metrics.paired_test(
+                    mean_Q, values["full"].mean(axis=0), permutations=permutations, seed=0
+                )
+                row |= {"difference": difference, "low": low, "high": high}
+                p_values.append(p)
+            summary.append(row)
+        corrected = iter(metrics.holm(p_values))
+        for row in summary:
+            if row["row"] != "full":
+                row["p_value"] = next(corrected)
+        found += summary
     return found
 
 
 def render(summary: list[dict]) -> str:
     """The rows as a table in Markdown."""
     lines = []
-    for model, metric in dict.fromkeys((row["model"], row["metric"]) for row in summary):
-        part = [row for row in summary if (row["model"], row["metric"]) == (model, metric)]
+    for measure in MEASURES:
+        model, candidates, metric = measure
+        keys = ("model", "candidates", "metric")
+        part = [row for row in summary if tuple(row[key] for key in keys) == measure]
+        given = " on the warm start's candidates" if candidates == WARM else ""
         lines += [
-            f"{model}, {metric}, {part[0]['queries']} test queries",
+            f"{model}{given}, {metric}, {part[0]['queries']} test queries",
             "",
             "| row | seeds | mean | spread | difference to full | 95% interval | p (Holm) |",
             "|---|---|---|---|---|---|---|",

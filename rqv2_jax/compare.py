@@ -22,17 +22,6 @@ def read_qrels(path: pathlib.Path) -> dict[tuple[str, str], int]:
     }
 
 
-def _arrays(run, query_ids, passage_rows):
-    """A run as `metrics` takes it, a row for each of `query_ids`."""
-    found = [run.get(query, []) for query in query_ids]
-    shape = len(query_ids), max(map(len, found), default=0)
-    passages_QxK, scores_QxK = np.full(shape, -1, np.int64), np.zeros(shape, np.float32)
-    for row, listed in enumerate(found):
-        passages_QxK[row, : len(listed)] = [passage_rows[passage] for passage, _ in listed]
-        scores_QxK[row, : len(listed)] = [score for _, score in listed]
-    return passages_QxK, scores_QxK
-
-
 def compare(
     a: pathlib.Path,
     b: pathlib.Path,
@@ -67,7 +56,9 @@ def compare(
     qrels_3xN = tuple(np.array(pairs, np.int64).T)
     names = metrics.at_relevance(names, min_relevance)
     values = [
-        metrics.evaluate(*_arrays(run, query_ids, passage_rows), passage_ids, qrels_3xN, names)
+        metrics.evaluate(
+            *metrics.run_arrays(run, query_ids, passage_rows), passage_ids, qrels_3xN, names
+        )
         for run in runs
     ]
     rows = []

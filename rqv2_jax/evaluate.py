@@ -2,14 +2,16 @@
 
 The first form retrieves, re-ranks, writes run files and metrics. With --topics and --qrels its queries
 and labels are those of the files (`qid <tab> text` or TREC topics; TREC, MS MARCO or BEIR qrels), the
-passages the workdir's; what it writes is named after the topics file. With --distributed both run on
-several hosts, as rqv2_jax.main does. The last form takes any two TREC
+passages the workdir's; what it writes is named after the topics file. With --candidates, a TREC run
+file of any system, nothing is retrieved: the re-rankers re-rank what the file lists. With
+--distributed all these run on several hosts, as rqv2_jax.main does. The last form takes any two TREC
 run files and qrels and prints differences, 95% intervals and paired p-values.
 
 Examples:
   python -m rqv2_jax.evaluate --workdir workdir/docstrings --split dev --index exact
   python -m rqv2_jax.evaluate --workdir workdir/msmarco --topics msmarco-test2019-queries.tsv \\
       --qrels 2019qrels-pass.txt --min_relevance 2
+  python -m rqv2_jax.evaluate --workdir workdir/msmarco --candidates bm25.trec
   python -m rqv2_jax.evaluate --compare A.trec B.trec --qrels qrels/test.tsv
 """
 
@@ -18,12 +20,16 @@ import pathlib
 from absl import flags
 
 from rqv2_jax import program
+from rqv2_jax.errors import InputError
+
+INDEXES = ("exact", "scann")
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "A workdir that rqv2_jax.main has finished.")
 _SPLIT = flags.DEFINE_enum("split", "test", ["train", "dev", "test"], "Which queries.")
-_INDEX = flags.DEFINE_enum("index", "exact", ["exact", "scann"], "How passages are searched.")
+_INDEX = flags.DEFINE_enum("index", "exact", INDEXES, "How passages are searched.")
 _COMPARE = flags.DEFINE_bool("compare", False, "Compare the two run files given as arguments.")
 _TOPICS = flags.DEFINE_string("topics", None, "With --qrels: file of queries, in place of a split.")
+_CANDIDATES = flags.DEFINE_string("candidates", None, "TREC run file to re-rank.")
 _QRELS = flags.DEFINE_string("qrels", None, "With --topics or --compare: file of relevance labels.")
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the processes of the other hosts.")
 _MIN_RELEVANCE = flags.DEFINE_integer(
@@ -33,8 +39,6 @@ _MIN_RELEVANCE = flags.DEFINE_integer(
 
 def main(*files: str):
     """Prints the table of the split, or of the comparison."""
-    from rqv2_jax.errors import InputError
-
     if not _COMPARE.value:
         if files:
             raise InputError(f"unexpected argument {files[0]!r}; --help shows an example")
@@ -44,6 +48,8 @@ def main(*files: str):
             raise InputError("--topics and --qrels go together; --help shows an example")
         if _TOPICS.value and flags.FLAGS["split"].present:
             raise InputError("--topics takes the place of --split; give one of the two")
+        if _CANDIDATES.value and flags.FLAGS["index"].present:
+            raise InputError("--candidates takes the place of --index; give one of the two")
         return _evaluate(pathlib.Path(_WORKDIR.value))
     if len(files) != 2 or _QRELS.value is None:
         raise InputError("--compare takes two run files and --qrels FILE; --help shows an example")
@@ -66,7 +72,14 @@ def _evaluate(workdir: pathlib.Path):
         store, split = evaluation.with_topics(run, store, *files)
     if _MIN_RELEVANCE.value:
         run.config.evaluate.min_relevance = _MIN_RELEVANCE.value
-    print(evaluation.render(evaluation.evaluate(run, store, split, (_INDEX.value,))))
+    if _CANDIDATES.value:
+        path = pathlib.Path(_CANDIDATES.value)
+        if path.stem in INDEXES:
+            raise InputError(f"{path}: results are named after the file; rename it")
+        report = evaluation.evaluate_candidates(run, store, split, path, path.stem)
+    else:
+        report = evaluation.evaluate(run, store, split, (_INDEX.value,))
+    print(evaluation.render(report))
 
 
 def _compare(a: str, b: str):

@@ -16,6 +16,8 @@ from rqv2_jax.retrieval import encode, index, rerank
 from rqv2_jax.workdir import Run, texts_of
 
 STATES = ("zero_shot", "retriever", "reranker", "joint")
+# The re-ranker is trained from reranker on.
+RERANKED = ("reranker", "joint")
 DEV_METRIC = "RR@10"
 
 
@@ -107,6 +109,88 @@ def with_topics(
     return dataclasses.replace(store, splits={**store.splits, name: further}), name
 
 
+class _Report:
+    """What models find for queries of a split: run files, and metrics in the mean and by query."""
+
+    def __init__(self, run: Run, store: tokens.Store, split: str):
+        if split not in store.splits:
+            raise InputError(f"--split {split}: the data has only {', '.join(store.splits)}")
+        self.run, self.store, self.split = run, store, split
+        self.queries = store.splits[split]
+        settings = run.config.evaluate
+        # The same queries for every seed, so that runs can be compared by query.
+        self.rows_Q = np.sort(mining.subset(len(self.queries.ids), settings.queries, 0))
+        # Those that are re-ranked, as positions among the queries.
+        self.reranked_R = np.sort(mining.subset(len(self.rows_Q), settings.rerank_queries, 0))
+        self._measured = _measure(run, store, split)
+        self.rows, self.values, self.asked = [], {}, {}
+        hosts.from_first(lambda: (run.workdir / "runs").mkdir(exist_ok=True))
+
+    def add(self, state, model, name, rows_Q, passages_QxK, scores_QxK, **extra):
+        """Measures what a model found, or re-ranked, for the queries in these rows of the split."""
+        path = self.run.workdir / "runs" / f"{self.split}.{state}.{model}.{name}.trec"
+        tag = f"rqv2_jax.{state}.{model}"
+        found, query_ids = (passages_QxK, scores_QxK), [self.queries.ids[row] for row in rows_Q]
+        hosts.from_first(
+            lambda: metrics.write_trec_run(path, query_ids, self.store.passage_ids, *found, tag)
+        )
+        values = self._measured(rows_Q, *found)
+        self.values[state, model, name], self.asked[state, model, name] = values, rows_Q
+        row = {"state": state, "model": model, "split": self.split, "index": name}
+        means = {metric: float(value.mean()) for metric, value in values.items()}
+        self.rows.append({**row, "queries": len(query_ids), "metrics": means, **extra})
+
+    def add_reranked(self, state, name, found_by: str, passages_RxK, scores_RxK):
+        """Adds what the re-ranker of a state makes of the first candidates of the re-ranked queries.
+
+        `found_by` names what gave the candidates, so that scores are kept for as long as it does.
+        """
+        run, settings = self.run, self.run.config.evaluate
+        rows_R = self.rows_Q[self.reranked_R]
+        top_RxK = passages_RxK[:, : settings.rerank_depth]
+
+        def compute():
+            params, texts = run.params(state, "reranker"), self.queries.texts
+            found = rerank.scores(run.forward, params, self.store, texts, rows_R, top_RxK)
+            return {"scores": found}
+
+        path = run.workdir / "eval" / f"{self.split}.{state}.reranked.{name}.npz"
+        source = f"{found_by} {run.origin(state, 'reranker')} {self.store.fingerprint} "
+        source += f"{settings.queries} {settings.rerank_queries} {settings.rerank_depth} "
+        source += self.queries.fingerprint
+        top = artifacts.cached(path, source, compute)["scores"]
+        merged_RxK = rerank.merge(top, scores_RxK)
+        self.add(state, "reranker", name, rows_R, passages_RxK, merged_RxK)
+
+    def write(self, name: str, pairs) -> dict:
+        """Compares pairs of (state, model, index) that were added; writes `eval/<name>.*`."""
+        run, settings = self.run, self.run.config.evaluate
+        compared = metrics.at_relevance(settings.metrics, settings.min_relevance)[0]
+        significance = []
+        for pair in dict.fromkeys(pairs):
+            if not set(pair) <= set(self.values):
+                continue
+            common = np.intersect1d(*(self.asked[key] for key in pair))
+            values = [self.values[key][compared][np.isin(self.asked[key], common)] for key in pair]
+            difference, p_value = metrics.paired_test(
+                *values, permutations=settings.permutations, seed=run.config.seed
+            )
+            names = {side: " ".join(key[:2]) for side, key in zip("ab", pair)}
+            test = {"metric": compared, "difference": difference, "p_value": p_value}
+            significance.append(names | test)
+        titles = run.config.data.titles and len(self.store.titles.tokens) > 0
+        report = {"rows": self.rows, "significance": significance, "titles": titles}
+        arrays = {
+            f"{'.'.join(key)}.{m}": v
+            for key, found in self.values.items()
+            for m, v in found.items()
+        }
+        folder = run.workdir / "eval"
+        artifacts.write_arrays(folder / f"{name}.per_query.npz", arrays)
+        artifacts.write_text(folder / f"{name}.json", json.dumps(report, indent=1) + "\n")
+        return report
+
+
 def evaluate(
     run: Run, store: tokens.Store, split: str, indexes: tuple[str, ...], states=STATES
 ) -> dict:
@@ -120,89 +204,67 @@ def evaluate(
     Raises:
       InputError: the split is not there, or a stage has not been run.
     """
-    if split not in store.splits:
-        raise InputError(f"--split {split}: the data has only {', '.join(store.splits)}")
-    settings, queries = run.config.evaluate, store.splits[split]
-    compared = metrics.at_relevance(settings.metrics, settings.min_relevance)[0]
-    # The same queries for every seed, so that runs can be compared by query.
-    rows_Q = np.sort(mining.subset(len(queries.ids), settings.queries, 0))
-    # Those that are re-ranked, as positions among the queries.
-    reranked_R = np.sort(mining.subset(len(rows_Q), settings.rerank_queries, 0))
-    asked = {"retriever": rows_Q, "reranker": rows_Q[reranked_R]}
-    measured = _measure(run, store, split)
-    rows, per_query = [], {}
-    hosts.from_first(lambda: (run.workdir / "runs").mkdir(exist_ok=True))
-
-    def add(state, model, name, passages_QxK, scores_QxK, **extra):
-        path = run.workdir / "runs" / f"{split}.{state}.{model}.{name}.trec"
-        tag = f"rqv2_jax.{state}.{model}"
-        found, query_ids = (passages_QxK, scores_QxK), [queries.ids[row] for row in asked[model]]
-        hosts.from_first(
-            lambda: metrics.write_trec_run(path, query_ids, store.passage_ids, *found, tag)
-        )
-        values = measured(asked[model], *found)
-        per_query[state, model, name] = values
-        row = {"state": state, "model": model, "split": split, "index": name}
-        means = {metric: float(value.mean()) for metric, value in values.items()}
-        rows.append({**row, "queries": len(query_ids), "metrics": means, **extra})
-
+    report, first = _Report(run, store, split), indexes[0]
     for state in states:
         if state == "retriever" and run.config.retriever.epochs == 0:
             continue
         retrieved = {}
         for name in indexes:
-            found, extra = _search(run, store, split, rows_Q, state, name)
+            found, extra = _search(run, store, split, report.rows_Q, state, name)
             retrieved[name] = found["passages"], found["scores"]
             # The re-ranker's warm-up leaves the retriever as it was.
             if state != "reranker":
-                add(state, "retriever", name, *retrieved[name], **extra)
-        if state in ("reranker", "joint"):
-            passages_RxK, scores_RxK = (array[reranked_R] for array in retrieved[indexes[0]])
-            top_RxK = passages_RxK[:, : settings.rerank_depth]
-
-            def compute(state=state, top_RxK=top_RxK):
-                params = run.params(state, "reranker")
-                return {
-                    "scores": rerank.scores(
-                        run.forward, params, store, queries.texts, asked["reranker"], top_RxK
-                    )
-                }
-
-            path = run.workdir / "eval" / f"{split}.{state}.reranked.{indexes[0]}.npz"
-            source = f"{run.origin(state, 'retriever')} {run.origin(state, 'reranker')} "
-            source += f"{store.fingerprint} {settings.queries} {settings.rerank_queries} "
-            source += f"{settings.rerank_depth} {queries.fingerprint}"
-            top = artifacts.cached(path, source, compute)["scores"]
-            add(state, "reranker", indexes[0], passages_RxK, rerank.merge(top, scores_RxK))
-
-    first = indexes[0]
+                report.add(state, "retriever", name, report.rows_Q, *retrieved[name], **extra)
+        if state in RERANKED:
+            found = (array[report.reranked_R] for array in retrieved[first])
+            report.add_reranked(state, first, run.origin(state, "retriever"), *found)
     start = "zero_shot" if run.config.retriever.epochs == 0 else "retriever"
     pairs = [
-        (("joint", "retriever"), ("zero_shot", "retriever")),
-        (("joint", "retriever"), (start, "retriever")),
-        (("joint", "reranker"), ("reranker", "reranker")),
-        (("joint", "reranker"), ("joint", "retriever")),
+        (("joint", "retriever", first), ("zero_shot", "retriever", first)),
+        (("joint", "retriever", first), (start, "retriever", first)),
+        (("joint", "reranker", first), ("reranker", "reranker", first)),
+        (("joint", "reranker", first), ("joint", "retriever", first)),
     ]
-    significance = []
-    for a, b in dict.fromkeys(pairs):
-        if not {(*a, first), (*b, first)} <= set(per_query):
-            continue
-        common = np.intersect1d(asked[a[1]], asked[b[1]])
-        values = [per_query[(*x, first)][compared][np.isin(asked[x[1]], common)] for x in (a, b)]
-        difference, p_value = metrics.paired_test(
-            *values, permutations=settings.permutations, seed=run.config.seed
-        )
-        names = {"a": " ".join(a), "b": " ".join(b), "metric": compared}
-        significance.append({**names, "difference": difference, "p_value": p_value})
-    titles = run.config.data.titles and len(store.titles.tokens) > 0
-    report = {"rows": rows, "significance": significance, "titles": titles}
-    folder = run.workdir / "eval"
-    arrays = {
-        f"{'.'.join(key)}.{m}": v for key, found in per_query.items() for m, v in found.items()
-    }
-    artifacts.write_arrays(folder / f"{split}.per_query.npz", arrays)
-    artifacts.write_text(folder / f"{split}.json", json.dumps(report, indent=1) + "\n")
-    return report
+    return report.write(split, pairs)
+
+
+def evaluate_candidates(
+    run: Run, store: tokens.Store, split: str, path: pathlib.Path, name: str, states=RERANKED
+) -> dict:
+    """Re-ranking of candidates that another system found, the same for every state.
+
+    What differs between states is then the re-ranker's own doing, whoever finds its candidates in
+    `evaluate`. Writes as that does, with `name` for the index and `<split>.<name>` for the split.
+
+    Args:
+      path: TREC run file; queries of the split that it does not name have no candidates and count 0.
+
+    Raises:
+      InputError: the file cannot be used, or a stage has not been run.
+    """
+    report, found = _Report(run, store, split), metrics.read_trec_run(path)
+    passage_rows = {passage: row for row, passage in enumerate(store.passage_ids)}
+    rows_R = report.rows_Q[report.reranked_R]
+    query_ids = [report.queries.ids[row] for row in rows_R]
+    if not found.keys() & set(query_ids):
+        raise InputError(f"{path}: holds no {split} query of {run.workdir}; give a run of these")
+    for query in query_ids:
+        for passage, _ in found.get(query, ()):
+            if passage not in passage_rows:
+                raise InputError(
+                    f"{path}: passage {passage!r} of query {query!r} is not in the collection; give "
+                    "a run over its passages"
+                )
+    arrays = metrics.run_arrays(found, query_ids, passage_rows)
+    passages_RxK, scores_RxK = metrics.sort_run(*arrays, store.passage_ids)
+    scores_RxK = np.where(passages_RxK < 0, 0, scores_RxK)
+    report.add("candidates", "given", name, rows_R, passages_RxK, scores_RxK)
+    found_by = collection.content_hash([path])
+    for state in states:
+        report.add_reranked(state, name, found_by, passages_RxK, scores_RxK)
+    joint = ("joint", "reranker", name)
+    pairs = [(joint, ("reranker", "reranker", name)), (joint, ("candidates", "given", name))]
+    return report.write(f"{split}.{name}", pairs)
 
 
 def _measure(run: Run, store: tokens.Store, split: str):
@@ -296,13 +358,16 @@ def render(report: dict) -> str:
     """The report as a table for people."""
     names = list(report["rows"][0]["metrics"])
     width = max(11, *map(len, names))
-    head = f"{'state':10} {'model':10} {'index':6} " + " ".join(f"{n:>{width}}" for n in names)
+    longest = max(6, *(len(row["index"]) for row in report["rows"]))
+    head = f"{'state':10} {'model':10} {'index':{longest}} "
+    head += " ".join(f"{n:>{width}}" for n in names)
     lines = [head, "-" * len(head)]
     for row in report["rows"]:
         cells = " ".join(f"{row['metrics'][n]:{width}.4f}" for n in names)
         recalls = [f"{k} {v:.3f}" for k, v in row.items() if k.startswith("recall@")]
         note = f"  {', '.join(recalls)}" if recalls else ""
-        lines.append(f"{row['state']:10} {row['model']:10} {row['index']:6} {cells}{note}")
+        which = f"{row['state']:10} {row['model']:10} {row['index']:{longest}}"
+        lines.append(f"{which} {cells}{note}")
     fewest, most = (f(row["queries"] for row in report["rows"]) for f in (min, max))
     counted = f"{most} {report['rows'][0]['split']} queries"
     if fewest < most:

@@ -20,7 +20,7 @@ that ir-measures gives them (MacAvaney et al. 2022).
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -381,6 +381,25 @@ def read_trec_run(path: str | os.PathLike[str]) -> dict[str, list[tuple[str, flo
             f"{path}: cannot be read ({error.strerror}): give a TREC run file"
         ) from error
     return {query: list(scores.items()) for query, scores in scores_by_query.items()}
+
+
+def run_arrays(
+    listed: Mapping[str, Sequence[tuple[str, float]]],
+    query_ids: Sequence[str],
+    passage_rows: Mapping[str, int],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the run `(passages_QxK, scores_QxK)` of what `read_trec_run` has read.
+
+    A row for each of `query_ids`, all padding where the file does not name the query; K is that of
+    the longest. `passage_rows` has every listed passage's row number.
+    """
+    found = [listed.get(query, ()) for query in query_ids]
+    shape = len(query_ids), max(map(len, found), default=0)
+    passages_QxK, scores_QxK = np.full(shape, -1, np.int64), np.zeros(shape, np.float32)
+    for row, pairs in enumerate(found):
+        passages_QxK[row, : len(pairs)] = [passage_rows[passage] for passage, _ in pairs]
+        scores_QxK[row, : len(pairs)] = [score for _, score in pairs]
+    return passages_QxK, scores_QxK
 
 
 def _parse_trec_line(line: bytes, where: str) -> tuple[str, str, float]:

@@ -89,7 +89,7 @@ def draw_list_sizes(folder: pathlib.Path, path: pathlib.Path):
         points = []
         for row in json.loads(source.read_text()):
             size = re.fullmatch(r"list size (\d+)", row["row"])
-            if (row["model"], row["metric"]) != (model, "RR@10"):
+            if (row["model"], row["candidates"], row["metric"]) != (model, "exact", "RR@10"):
                 continue
             if row["row"] == "warm start":
                 axis.axhline(row["mean"], color="grey", linestyle=":", label="warm start")

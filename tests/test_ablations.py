@@ -44,7 +44,7 @@ def measured(values):
     warm = {
         f"{state}.exact.{metric}": np.full(queries, value)
         for state, value in states.items()
-        for metric in ablations.METRICS
+        for metric in ("RR@10", "Success@50")
     }
     return [
         {
@@ -52,9 +52,8 @@ def measured(values):
             "seed": seed,
             "values": warm
             | {
-                f"joint.{model}.exact.{metric}": values[row][seed]
-                for model in ("retriever", "reranker")
-                for metric in ablations.METRICS
+                f"joint.{model}.{candidates}.{metric}": values[row][seed]
+                for model, candidates, metric in ablations.MEASURES
             },
         }
         for row in values
@@ -66,8 +65,9 @@ def test_summary_by_hand():
     full = np.array([[1.0] * 8 + [0.0] * 8, [1.0] * 10 + [0.0] * 6])
     values = {"full": full, "better": np.ones_like(full), "same": full[::-1].copy()}
     found = ablations.summarise(measured(values), permutations=999)
-    rows = {(r["row"], r["model"], r["metric"]): r for r in found}
-    assert len(rows) == len(found) == 4 * 3
+    assert len(found) == 4 * 4
+    rows = {(r["row"], r["model"], r["metric"]): r for r in found if r["candidates"] == "exact"}
+    assert len(rows) == 4 * 3
     assert ("full", "reranker", "Success@50") not in rows
     row = rows["full", "retriever", "RR@10"]
     assert (row["mean"], row["seeds"], row["queries"]) == (9 / 16, 2, 16)
@@ -85,7 +85,9 @@ def test_summary_by_hand():
     assert rows["warm start", "retriever", "Success@50"]["mean"] == 0.375
     table = ablations.render(found)
     assert "| better | 2 | 1.0000 | 0.0000 | +0.4375 |" in table
-    assert table.count("16 test queries") == 3
+    assert table.count("16 test queries") == 4
+    (alone,) = (r for r in found if r["candidates"] != "exact" and r["row"] == "warm start")
+    assert (alone["model"], alone["mean"]) == ("reranker", 0.5)
 
 
 @pytest.fixture(scope="module")

@@ -361,10 +361,106 @@ def test_topics_and_qrels_go_together():
         (["--topics=t"], "--topics and --qrels go together"),
         (["--qrels=q"], "--topics and --qrels go together"),
         (["--topics=t", "--qrels=q", "--split=test"], "--topics takes the place of --split"),
+        (["--candidates=c", "--index=scann"], "--candidates takes the place of --index"),
     ):
         ended = run_program("rqv2_jax.evaluate", "--workdir=w", *arguments)
         assert (ended.returncode, ended.stdout) == (1, "")
         assert message in ended.stderr
+
+
+def rerank_program(folder, name):
+    flags.FLAGS.mark_as_parsed()
+    arguments = {"workdir": str(folder / "w"), "candidates": str(folder / f"{name}.trec")}
+    with flagsaver.flagsaver(**arguments):
+        evaluate.main()
+    report = json.loads((folder / "w" / "eval" / f"test.{name}.json").read_text())
+    with np.load(folder / "w" / "eval" / f"test.{name}.per_query.npz") as file:
+        return report, dict(file)
+
+
+def test_candidates_of_a_run_file_are_the_same_for_every_state(finished, tmp_path):
+    _, workdir = finished
+    shutil.copytree(workdir, tmp_path / "w")
+    source = workdir / "runs" / "test.retriever.retriever.exact.trec"
+    lines = source.read_text().splitlines(keepends=True)
+    # It is the scores that rank.
+    rng = np.random.default_rng(0)
+    (tmp_path / "first.trec").write_text("".join(rng.permutation(lines)))
+    report, values = rerank_program(tmp_path, "first")
+    assert [(row["state"], row["model"], row["index"]) for row in report["rows"]] == [
+        ("candidates", "given", "first"),
+        ("reranker", "reranker", "first"),
+        ("joint", "reranker", "first"),
+    ]
+    with np.load(workdir / "eval" / "test.per_query.npz") as file:
+        own = dict(file)
+    for metric in ("RR@10", "nDCG@10"):
+        for key, same in (
+            (f"candidates.given.first.{metric}", f"retriever.retriever.exact.{metric}"),
+            (f"reranker.reranker.first.{metric}", f"reranker.reranker.exact.{metric}"),
+        ):
+            np.testing.assert_allclose(values[key], own[same], atol=1e-6)
+    difference = values["joint.reranker.first.RR@10"] - values["reranker.reranker.first.RR@10"]
+    assert report["significance"][0]["b"] == "reranker reranker"
+    assert report["significance"][0]["difference"] == pytest.approx(difference.mean())
+    # By the re-ranker of the joint state itself, over the file's first passages of a query.
+    query, top = "q40", [line.split()[2] for line in lines if line.startswith("q40 ")][:6]
+    texts = {
+        passage["_id"]: (passage["title"], passage["text"])
+        for passage in map(json.loads, (workdir.parent / "data" / "corpus.jsonl").open())
+    }
+    asked = {
+        each["_id"]: each["text"]
+        for each in map(json.loads, (workdir.parent / "data" / "queries.jsonl").open())
+    }
+    _, scores_K = score.open_scorer(workdir, "joint")(asked[query], [texts[p] for p in top])
+    ranked = (tmp_path / "w" / "runs" / "test.joint.reranker.first.trec").read_text().splitlines()
+    ranked = [line.split()[2] for line in ranked if line.startswith(f"{query} ")]
+    assert ranked[:6] == [top[i] for i in np.argsort(-np.asarray(scores_K))]
+    assert ranked[6:] == [line.split()[2] for line in lines if line.startswith("q40 ")][6:]
+
+
+def test_queries_without_candidates_count_0_and_short_lists_stay_short(finished, tmp_path):
+    shutil.copytree(finished[1], tmp_path / "w")
+    rows = ["q41 Q0 p3 1 2.5 bm25\n", "q41 Q0 p41 2 1.5 bm25\n", "q0 Q0 p0 1 1 bm25\n"]
+    rows += [f"q42 Q0 p{i} 1 {-i} bm25\n" for i in range(40)]
+    (tmp_path / "bm25.trec").write_text("".join(rows))
+    report, values = rerank_program(tmp_path, "bm25")
+    assert all(row["queries"] == 8 for row in report["rows"])
+    given = values["candidates.given.bm25.RR@10"]
+    np.testing.assert_allclose(given, [0, 0.5, 0, 0, 0, 0, 0, 0])
+    found = values["joint.reranker.bm25.RR@10"]
+    assert found[1] in (0.5, 1)
+    assert not np.delete(found, 1).any()
+    written = (tmp_path / "w" / "runs" / "test.joint.reranker.bm25.trec").read_text()
+    assert sorted(line.split()[2] for line in written.splitlines() if "q41" in line) == [
+        "p3",
+        "p41",
+    ]
+    # Another file under the name is scored anew.
+    (tmp_path / "bm25.trec").write_text("q43 Q0 p43 1 1 bm25\n")
+    _, values = rerank_program(tmp_path, "bm25")
+    np.testing.assert_allclose(values["joint.reranker.bm25.RR@10"], np.eye(8)[3])
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        (
+            "b",
+            "q41 Q0 nowhere 1 2.5 x\n",
+            "passage 'nowhere' of query 'q41' is not in the collection",
+        ),
+        ("b", "q0 Q0 p0 1 2.5 x\n", "holds no test query"),
+        ("b", "q41 Q0 p0 1\n", "b.trec:1: 4 columns"),
+        ("exact", "q41 Q0 p0 1 2.5 x\n", "exact.trec: results are named after the file; rename it"),
+    ],
+)
+def test_candidates_that_cannot_be_used(finished, tmp_path, name, text, message):
+    (tmp_path / "w").symlink_to(finished[1])
+    (tmp_path / f"{name}.trec").write_text(text)
+    with pytest.raises(InputError, match=message):
+        rerank_program(tmp_path, name)
 
 
 def test_metrics_without_rr_are_compared_by_their_first(deep):

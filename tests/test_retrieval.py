@@ -129,10 +129,13 @@ def test_corpus_resumes_at_the_first_missing_shard_and_forgets_other_sources(
 def test_reranker_scores_stand_where_their_candidates_stand(world, forward):
     params, texts = world.params["reranker"], world.store.splits["train"].texts
     queries = np.array([3, 0])
-    passages = np.array([[1, 5, 7], [2, 0, 9]])
+    passages = np.array([[1, 5, 7, -1], [2, -1, 0, 9]])
     scores = rerank.scores(forward, params, world.store, texts, queries, passages)
     for i in range(2):
-        for j in range(3):
+        for j in range(4):
+            if passages[i, j] < 0:
+                assert scores[i, j] == 0
+                continue
             one = rerank.scores(
                 forward,
                 params,

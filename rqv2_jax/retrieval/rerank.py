@@ -18,9 +18,13 @@ def scores(
     query_rows_Q: np.ndarray,
     passages_QxK: np.ndarray,
 ) -> np.ndarray:
-    """The re-ranker's logit of every candidate [Q, K], float32. `passages_QxK` are row numbers."""
-    queries_N = np.repeat(query_rows_Q, passages_QxK.shape[1])
-    passages_N = passages_QxK.reshape(-1)
+    """The re-ranker's logit of every candidate [Q, K], float32.
+
+    `passages_QxK` are row numbers; a negative one is padding, whose score is 0.
+    """
+    real_QxK = passages_QxK >= 0
+    queries_N = np.repeat(query_rows_Q, real_QxK.sum(axis=1))
+    passages_N = passages_QxK[real_QxK]
     inputs = forward.inputs
     with tqdm.tqdm(desc="re-rank", total=len(queries_N), unit=" pairs") as bar:
         scores_N = forward.run(
@@ -31,7 +35,9 @@ def scores(
             build=lambda part: inputs.pairs(store, texts, queries_N[part], passages_N[part]),
             bar=bar,
         )
-    return scores_N.reshape(passages_QxK.shape)
+    scores_QxK = np.zeros(passages_QxK.shape, np.float32)
+    scores_QxK[real_QxK] = scores_N
+    return scores_QxK
 
 
 def layout(forward: Forward, store: Store, texts: Texts) -> Layout:
