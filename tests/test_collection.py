@@ -128,7 +128,10 @@ def test_a_line_separator_inside_a_text_ends_no_line(tmp_path):
 words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip)
 
 
-@given(st.lists(st.tuples(words, words, words), min_size=1, unique_by=lambda row: row[0]))
+ids = words.filter(lambda word: word.split() == [word])
+
+
+@given(st.lists(st.tuples(ids, words, words), min_size=1, unique_by=lambda row: row[0]))
 def test_any_unicode_comes_back(tmp_path_factory, rows):
     folder = tmp_path_factory.mktemp("unicode")
     lines = [json.dumps({"_id": i, "title": t, "text": x}, ensure_ascii=False) for i, t, x in rows]
@@ -260,6 +263,12 @@ def test_duplicate_id(tmp_path, name, key):
     good = CORPUS if name == "corpus.jsonl" else QUERIES
     text = message(write(tmp_path, {name: [*good, f'{{"_id": "{key}", "text": "t"}}']}))
     assert text.startswith(f"{tmp_path / name}:4: duplicate id '{key}', first on line 2")
+
+
+@pytest.mark.parametrize("name", ["corpus.jsonl", "queries.jsonl"])
+def test_id_with_white_space_is_refused_before_a_run_file_cannot_hold_it(tmp_path, name):
+    text = message(write(tmp_path, {name: ['{"_id": "Barack Obama", "text": "t"}']}))
+    assert text.startswith(f"{tmp_path / name}:1: id 'Barack Obama' has white space")
 
 
 def test_title_and_answers_must_be_text(tmp_path):

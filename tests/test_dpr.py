@@ -83,6 +83,7 @@ def trained(**more):
         ),
         ({"psgs_w100.tsv": "1\ttext\n"}, "psgs_w100.tsv:1: 2 tab-separated columns instead of 3"),
         ({"psgs_w100.tsv": "1\ta\tb\n\n1\ta\tb\n"}, "psgs_w100.tsv:3: duplicate id '1'"),
+        ({"psgs_w100.tsv": "1 2\ta\tb\n"}, "psgs_w100.tsv:1: id '1 2' has white space"),
         ({"psgs_w100.tsv": "1\t \tb\n"}, "psgs_w100.tsv:1: empty passage"),
         ({"psgs_w100.tsv": "\ta\tb\n"}, "psgs_w100.tsv:1: no id"),
         ({"biencoder-nq-train.json": trained()[:-3]}, "not JSON after question 0"),

@@ -109,6 +109,7 @@ def test_the_fingerprint_follows_every_file(tmp_path):
         ({"passages": ["0\ta", "2"]}, "collection.tsv:2: 1 tab-separated columns instead of 2"),
         ({"passages": ["1\ta\tb"]}, "collection.tsv:1: 3 tab-separated columns instead of 2"),
         ({"passages": ["1\ta", "1\tb"], "titles": None}, "collection.tsv:2: duplicate id '1'"),
+        ({"passages": ["a b\tt"], "titles": None}, "collection.tsv:1: id 'a b' has white space"),
         ({"passages": ["1\t "]}, "collection.tsv:1: empty passage"),
         ({"passages": ["\ttext"]}, "collection.tsv:1: no id"),
         ({"titles": ["0\ta", "2\tb"]}, "para.title.txt:2: title of '2', but "),

@@ -73,6 +73,8 @@ TOPIC = "<top>\n<num> Number: 1\n<title> a\n</top>\n"
         ("1 what\n", ":1: 1 tab-separated columns instead of 2"),
         ("1\ta\n1\tb\n", ":2: duplicate id '1'"),
         (TOPIC + TOPIC, ":5: duplicate id '1'"),
+        ("1 a\tb\n", ":1: id '1 a' has white space"),
+        (TOPIC.replace("1", "1 2"), ":1: id '1 2' has white space"),
         (TOPIC.replace("<title> a\n", "<desc> a\n"), ":1: topic without <title>"),
         (TOPIC.replace("a\n", "Topic: \n"), ":1: topic without <title>"),
         (TOPIC.replace("<num> Number: 1\n", ""), ":1: topic without <num>"),

@@ -294,12 +294,22 @@ def objects(file: Path, id_field: str) -> Iterator[tuple[str, str, dict]]:
         if not isinstance(key, str) or not key:
             found = f"is {key!r}" if id_field in value else "is missing"
             raise InputError(f"{source}: `{id_field}` {found}; give every line a non-empty string")
+        check_id(source, key)
         if key in first_lines:
             raise InputError(
                 f"{source}: duplicate id {key!r}, first on line {first_lines[key]}; make ids unique"
             )
         first_lines[key] = number
         yield source, key, value
+
+
+def check_id(source: str, key: str):
+    """Raises `InputError` for an id that no TREC run file could hold."""
+    if key.split() != [key]:
+        raise InputError(
+            f"{source}: id {key!r} has white space, which separates the columns of a TREC run file; "
+            "rename it"
+        )
 
 
 def text_of(source: str, value: dict, what: str, field: str = "text") -> str:

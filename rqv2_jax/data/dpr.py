@@ -24,6 +24,7 @@ from rqv2_jax.data.collection import (
     Passage,
     Qrel,
     Query,
+    check_id,
     content_hash,
     lines,
     of_split,
@@ -89,6 +90,7 @@ def _passages(file: Path) -> Iterator[Passage]:
         if not key or key in seen:
             what = f"duplicate id {key!r}" if key else "no id"
             raise InputError(f"{source}: {what}; give every passage an id of its own")
+        check_id(source, key)
         if not text.strip():
             raise InputError(f"{source}: empty passage; give it text or remove the line")
         seen.add(key)

@@ -20,6 +20,7 @@ from rqv2_jax.data.collection import (
     Passage,
     Qrel,
     Query,
+    check_id,
     content_hash,
     find_file,
     labels,
@@ -135,9 +136,10 @@ def pairs(file: Path, what: str, *, empty: bool = False) -> Iterator[tuple[str, 
 
 
 def unique(rows: Iterator[tuple[str, str, str]]) -> Iterator[tuple[str, str, str]]:
-    """The same (`path:line`, id, text); `InputError` at an id that comes twice."""
+    """The same (`path:line`, id, text); `InputError` at an id that comes twice or has white space."""
     seen = set()
     for source, key, text in rows:
+        check_id(source, key)
         if key in seen:
             raise InputError(f"{source}: duplicate id {key!r}; make ids unique")
         seen.add(key)
