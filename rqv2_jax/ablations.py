@@ -8,7 +8,7 @@ Writes ablations.json and ablations.md into the workdir (with --rows, ablations.
 rqv2_jax.report draws the figures.
 
 Example:
-  python -m rqv2_jax.ablations --config configs/docstrings.py --workdir workdir/ablations --seeds 3
+  python -m rqv2_jax.ablations --config configs/ablations.py --workdir workdir/ablations --seeds 3
 """
 
 import json
@@ -86,6 +86,7 @@ def run_all(config, workdir: pathlib.Path, seeds: int, only: list[str] | None) -
     """
     import numpy as np
 
+    from rqv2_jax import config as config_lib
     from rqv2_jax import evaluation, mining, pipeline
     from rqv2_jax.errors import InputError
     from rqv2_jax.workdir import branch, claim, open_run
@@ -99,6 +100,16 @@ def run_all(config, workdir: pathlib.Path, seeds: int, only: list[str] | None) -
         raise InputError(f"config.evaluate.metrics: the table needs {sorted(missing)[0]}; add it")
     if config.joint.lists:
         raise InputError("config.joint.lists: rows draw their own lists; leave it empty")
+    if config.evaluate.min_relevance > 1:
+        raise InputError(
+            "config.evaluate.min_relevance: the table counts relevance 1; leave it at 1"
+        )
+    changes = {n: change for n, change in changes.items() if only is None or n in ("full", *only)}
+    for name, change in changes.items():
+        try:
+            config_lib.check(_changed(config, change))
+        except InputError as e:
+            raise InputError(f"row {name!r}: {e}; or leave it out by --rows") from e
     warm = open_run(config, workdir / "warm")
     claim(warm)
     store, candidates = pipeline.warm_up(warm)
@@ -112,13 +123,12 @@ def run_all(config, workdir: pathlib.Path, seeds: int, only: list[str] | None) -
         return len(mining.draw_lists(run, store, candidates, "joint").query_rows_L)
 
     lists = count(warm, candidates)
+    steps = lists // config.joint.batch
     measured = []
     for seed in range(seeds):
         for name, change in changes.items():
-            if only is not None and name not in ("full", *only):
-                continue
             print(f"\n== {name}, seed {seed}", flush=True)
-            own = _changed(config, change, max(lists // config.joint.batch // 2, 1))
+            own = _changed(config, change, max(-(-steps // 2), 1))
             own.seed = seed
             folder = workdir / "rows" / f"{name.replace(' ', '_')}.{seed}"
             run = open_run(own, folder)

@@ -3,9 +3,10 @@
 The first form retrieves, re-ranks, writes run files and metrics. With --topics and --qrels its queries
 and labels are those of the files (`qid <tab> text` or TREC topics; TREC, MS MARCO or BEIR qrels), the
 passages the workdir's; what it writes is named after the topics file. With --candidates, a TREC run
-file of any system, nothing is retrieved: the re-rankers re-rank what the file lists. With
---distributed all these run on several hosts, as rqv2_jax.main does. The last form takes any two TREC
-run files and qrels and prints differences, 95% intervals and paired p-values.
+file of any system, nothing is retrieved: the re-rankers re-rank the first passages that the file lists.
+With --distributed all these run on several hosts, as rqv2_jax.main does.
+The last form takes any two TREC run files and qrels and prints differences, 95% intervals and paired
+p-values.
 
 Examples:
   python -m rqv2_jax.evaluate --workdir workdir/docstrings --split dev --index exact
@@ -32,6 +33,9 @@ _TOPICS = flags.DEFINE_string("topics", None, "With --qrels: file of queries, in
 _CANDIDATES = flags.DEFINE_string("candidates", None, "TREC run file to re-rank.")
 _QRELS = flags.DEFINE_string("qrels", None, "With --topics or --compare: file of relevance labels.")
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the processes of the other hosts.")
+_RERANK_DEPTH = flags.DEFINE_integer(
+    "rerank_depth", None, "Passages re-ranked; else config.evaluate.rerank_depth.", 1
+)
 _MIN_RELEVANCE = flags.DEFINE_integer(
     "min_relevance", None, "Of a relevant passage; else config.evaluate.min_relevance.", 1
 )
@@ -72,11 +76,13 @@ def _evaluate(workdir: pathlib.Path):
         store, split = evaluation.with_topics(run, store, *files)
     if _MIN_RELEVANCE.value:
         run.config.evaluate.min_relevance = _MIN_RELEVANCE.value
+    if _RERANK_DEPTH.value:
+        run.config.evaluate.rerank_depth = _RERANK_DEPTH.value
     if _CANDIDATES.value:
         path = pathlib.Path(_CANDIDATES.value)
-        if path.stem in INDEXES:
+        if evaluation.stem(path) in INDEXES:
             raise InputError(f"{path}: results are named after the file; rename it")
-        report = evaluation.evaluate_candidates(run, store, split, path, path.stem)
+        report = evaluation.evaluate_candidates(run, store, split, path, evaluation.stem(path))
     else:
         report = evaluation.evaluate(run, store, split, (_INDEX.value,))
     print(evaluation.render(report))

@@ -39,7 +39,9 @@ class Dev:
         self.run, self.store, self.candidates = run, store, candidates
         self.queries = store.splits["dev"]
         if candidates is None:
-            rows_Q = mining.subset(len(self.queries.ids), run.config.dev.queries, run.config.seed)
+            rows_Q = lists_lib.subset(
+                len(self.queries.ids), run.config.dev.queries, run.config.seed
+            )
         else:
             rows_Q = candidates.query_rows_Q
         self.rows_Q = np.sort(rows_Q)
@@ -87,7 +89,7 @@ def with_topics(
     Raises:
       InputError: a file cannot be used, or the labels name what the corpus or the topics lack.
     """
-    name = re.sub(r"(\.tsv|\.txt)?(\.gz)?$", "", topics_file.name)
+    name = stem(topics_file)
     if name in store.splits:
         raise InputError(
             f"{topics_file}: the run has a split {name!r} of its own, and results are named after the "
@@ -109,6 +111,11 @@ def with_topics(
     return dataclasses.replace(store, splits={**store.splits, name: further}), name
 
 
+def stem(file: pathlib.Path) -> str:
+    """The name of a file of topics or candidates without its ending; results are named after it."""
+    return re.sub(r"(\.tsv|\.txt|\.trec|\.run)?(\.gz)?$", "", file.name)
+
+
 class _Report:
     """What models find for queries of a split: run files, and metrics in the mean and by query."""
 
@@ -119,9 +126,9 @@ class _Report:
         self.queries = store.splits[split]
         settings = run.config.evaluate
         # The same queries for every seed, so that runs can be compared by query.
-        self.rows_Q = np.sort(mining.subset(len(self.queries.ids), settings.queries, 0))
+        self.rows_Q = np.sort(lists_lib.subset(len(self.queries.ids), settings.queries, 0))
         # Those that are re-ranked, as positions among the queries.
-        self.reranked_R = np.sort(mining.subset(len(self.rows_Q), settings.rerank_queries, 0))
+        self.reranked_R = np.sort(lists_lib.subset(len(self.rows_Q), settings.rerank_queries, 0))
         self._measured = _measure(run, store, split)
         self.rows, self.values, self.asked = [], {}, {}
         hosts.from_first(lambda: (run.workdir / "runs").mkdir(exist_ok=True))
@@ -246,8 +253,12 @@ def evaluate_candidates(
     passage_rows = {passage: row for row, passage in enumerate(store.passage_ids)}
     rows_R = report.rows_Q[report.reranked_R]
     query_ids = [report.queries.ids[row] for row in rows_R]
-    if not found.keys() & set(query_ids):
-        raise InputError(f"{path}: holds no {split} query of {run.workdir}; give a run of these")
+    named = len(found.keys() & set(query_ids))
+    if not named:
+        raise InputError(
+            f"{path}: holds none of the {len(query_ids)} {split} queries of {run.workdir} that are "
+            "re-ranked; give a run of these"
+        )
     for query in query_ids:
         for passage, _ in found.get(query, ()):
             if passage not in passage_rows:
@@ -258,10 +269,11 @@ def evaluate_candidates(
     arrays = metrics.run_arrays(found, query_ids, passage_rows)
     passages_RxK, scores_RxK = metrics.sort_run(*arrays, store.passage_ids)
     scores_RxK = np.where(passages_RxK < 0, 0, scores_RxK)
-    report.add("candidates", "given", name, rows_R, passages_RxK, scores_RxK)
+    given = passages_RxK, scores_RxK
+    report.add("candidates", "given", name, rows_R, *given, queries_named=named)
     found_by = collection.content_hash([path])
     for state in states:
-        report.add_reranked(state, name, found_by, passages_RxK, scores_RxK)
+        report.add_reranked(state, name, found_by, *given)
     joint = ("joint", "reranker", name)
     pairs = [(joint, ("reranker", "reranker", name)), (joint, ("candidates", "given", name))]
     return report.write(f"{split}.{name}", pairs)
@@ -372,6 +384,9 @@ def render(report: dict) -> str:
     counted = f"{most} {report['rows'][0]['split']} queries"
     if fewest < most:
         counted += f", {fewest} of them re-ranked"
+    for row in report["rows"]:
+        if row.get("queries_named", most) < most:
+            counted += f", {row['queries_named']} of them with candidates (the others count 0)"
     titles = "with" if report["titles"] else "without"
     lines.append(f"{counted}; passages {titles} titles")
     lines += [

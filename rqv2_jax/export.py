@@ -5,7 +5,8 @@ and with SentenceTransformer; their score is the dot product. The re-ranker open
 BertForTokenClassification; the score of a pair is the logit of its first token.
 
 joint-tsv: the hybrid lists of joint training, as the authors' release reads them (query, title, para,
-label); the same file can be trained on with --config.joint.lists=FILE --config.joint.epochs=1.
+label); the same file can be trained on with --config.joint.lists=FILE --config.joint.epochs=1 and
+--config.joint.list_size as this run has it.
 
 Examples:
   python -m rqv2_jax.export --workdir workdir/docstrings --format huggingface --to models
@@ -33,20 +34,19 @@ def main():
     """Writes the folder or file."""
     from rqv2_jax.workdir import open_workdir
 
-    path, workdir = pathlib.Path(_TO.value), pathlib.Path(_WORKDIR.value)
-    if not path.parent.is_dir():
-        raise InputError(f"--to {path}: there is no folder {path.parent}; make it first")
+    if _FORMAT.value == "huggingface" and pathlib.Path(_TO.value).exists():
+        raise InputError(f"--to {_TO.value}: exists; name a folder that does not")
+    path = program.file_to_write("to")
+    run = open_workdir(pathlib.Path(_WORKDIR.value))
     if _FORMAT.value == "huggingface":
-        _models(open_workdir(workdir), path)
+        _models(run, path)
     else:
-        _lists(open_workdir(workdir), path)
+        _lists(run, path)
 
 
 def _lists(run, path: pathlib.Path):
     from rqv2_jax import pipeline
 
-    if path.is_dir():
-        raise InputError(f"--to {path}: is a folder; name a file")
     pipeline.export_lists(run, path)
     print(f"lists: {path}")
 
@@ -54,8 +54,6 @@ def _lists(run, path: pathlib.Path):
 def _models(run, path: pathlib.Path):
     from rqv2_jax import weights
 
-    if path.exists():
-        raise InputError(f"--to {path}: exists; name a folder that does not")
     config, data = run.models.config, run.config.data
     retriever, reranker = (run.params(_STATE.value, model) for model in ("retriever", "reranker"))
     partial = path.with_name(f"{path.name}.partial")

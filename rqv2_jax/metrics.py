@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 import scipy.stats
 
+from rqv2_jax.data import collection
 from rqv2_jax.errors import InputError
 
 Qrels = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -352,7 +353,7 @@ def write_trec_run(
 
 
 def read_trec_run(path: str | os.PathLike[str]) -> dict[str, list[tuple[str, float]]]:
-    """Returns each query's `(passage id, score)` pairs in the order of a TREC run file.
+    """Returns each query's `(passage id, score)` pairs in the order of a TREC run file, gzipped or not.
 
     As float32 the scores are bit for bit those that `write_trec_run` was given.
 
@@ -364,22 +365,15 @@ def read_trec_run(path: str | os.PathLike[str]) -> dict[str, list[tuple[str, flo
         a query, text that is not UTF-8, or a file that cannot be read.
     """
     scores_by_query: dict[str, dict[str, float]] = {}
-    try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    query, passage, score = _parse_trec_line(line, f"{path}:{number}")
-                    scores = scores_by_query.setdefault(query, {})
-                    if passage in scores:
-                        raise InputError(
-                            f"{path}:{number}: passage {passage} is listed twice for query {query}:"
-                            " keep one of them"
-                        )
-                    scores[passage] = score
-    except OSError as error:
-        raise InputError(
-            f"{path}: cannot be read ({error.strerror}): give a TREC run file"
-        ) from error
+    for number, line in collection.lines(collection.open_file(Path(path))):
+        query, passage, score = _parse_trec_line(line, f"{path}:{number}")
+        scores = scores_by_query.setdefault(query, {})
+        if passage in scores:
+            raise InputError(
+                f"{path}:{number}: passage {passage} is listed twice for query {query}:"
+                " keep one of them"
+            )
+        scores[passage] = score
     return {query: list(scores.items()) for query, scores in scores_by_query.items()}
 
 
@@ -402,11 +396,8 @@ def run_arrays(
     return passages_QxK, scores_QxK
 
 
-def _parse_trec_line(line: bytes, where: str) -> tuple[str, str, float]:
-    try:
-        columns = line.decode().split()
-    except UnicodeDecodeError as error:
-        raise InputError(f"{where}: not UTF-8: save the file in UTF-8") from error
+def _parse_trec_line(line: str, where: str) -> tuple[str, str, float]:
+    columns = line.split()
     if len(columns) != 6:
         raise InputError(
             f"{where}: {len(columns)} columns, but a line of a TREC run has six:"

@@ -1,6 +1,7 @@
 """Candidates by both models, and the lists of training drawn from them."""
 
 import dataclasses
+import functools
 import pathlib
 
 import numpy as np
@@ -15,11 +16,6 @@ from rqv2_jax.workdir import Run
 MINED_AT_ONCE = 1024
 
 
-def subset(count: int, most: int, seed: int) -> np.ndarray:
-    """At most `most` of the numbers below `count`, drawn at random, in random order."""
-    return np.random.default_rng(seed).permutation(count)[:most]
-
-
 def corpus_vectors(run: Run, store: tokens.Store, state: str) -> list[np.ndarray]:
     """The corpus by the retriever of a state, in `vectors/<stage that trained it>`."""
     stage = run.trained_by(state, "retriever")
@@ -32,8 +28,10 @@ def corpus_vectors(run: Run, store: tokens.Store, state: str) -> list[np.ndarray
     )
 
 
-def _retrieve(run: Run, store: tokens.Store, folder: pathlib.Path, rows, tower, shards):
-    """The top passages of some queries, by split.
+def _retrieve(
+    run: Run, store: tokens.Store, folder: pathlib.Path, source: str, rows, tower, shards
+):
+    """The top passages of some queries, by split, as `source` names them.
 
     `rows` are their row numbers by split; `tower()` and `shards()` give the params of the query tower
     and the passages' vectors.
@@ -47,7 +45,7 @@ def _retrieve(run: Run, store: tokens.Store, folder: pathlib.Path, rows, tower, 
             passages_QxN, scores_QxN = index.exact(vectors_QxD, shards(), depth)
             return {"query_rows": rows_Q, "passages": passages_QxN, "scores": scores_QxN}
 
-        found = artifacts.cached(folder / f"{split}.retrieved.npz", store.fingerprint, compute)
+        found = artifacts.cached(folder / f"{split}.retrieved.npz", source, compute)
         return lists_lib.Candidates(
             found["query_rows"],
             found["passages"],
@@ -59,8 +57,10 @@ def _retrieve(run: Run, store: tokens.Store, folder: pathlib.Path, rows, tower, 
     return {split: candidates(split, depths[split]) for split in rows}
 
 
-def _score(run: Run, store: tokens.Store, candidates: dict, folder: pathlib.Path, reranker):
-    """The candidates with scores of the re-ranker, whose params `reranker()` gives.
+def _score(
+    run: Run, store: tokens.Store, candidates: dict, folder: pathlib.Path, source: str, reranker
+):
+    """The candidates with scores, as `source` names them, of the re-ranker `reranker()` gives.
 
     Those of `config.mine` and all of the dev queries get one, the others keep NaN; none does unless
     joint lists are to be denoised.
@@ -82,7 +82,7 @@ def _score(run: Run, store: tokens.Store, candidates: dict, folder: pathlib.Path
                 return {"scores": scores}
 
             path = folder / f"{split}.scores" / f"{first // MINED_AT_ONCE:05}.npz"
-            parts.append(artifacts.cached(path, store.fingerprint, compute)["scores"])
+            parts.append(artifacts.cached(path, source, compute)["scores"])
         reranker_QxN = candidates.reranker_QxN.copy()
         reranker_QxN[:queries, :depth] = np.concatenate(parts)
         return dataclasses.replace(candidates, reranker_QxN=reranker_QxN)
@@ -108,7 +108,11 @@ def retrieve(run: Run, store: tokens.Store) -> dict[str, lists_lib.Candidates]:
         run,
         store,
         run.workdir / "lists",
-        {s: subset(len(store.splits[s].ids), n, run.config.seed) for s, n in most.items()},
+        f"{run.origin('retriever', 'retriever')} {store.fingerprint}",
+        {
+            s: lists_lib.subset(len(store.splits[s].ids), n, run.config.seed)
+            for s, n in most.items()
+        },
         lambda: run.params("retriever", "retriever")["query"],
         lambda: corpus_vectors(run, store, "retriever"),
     )
@@ -116,24 +120,27 @@ def retrieve(run: Run, store: tokens.Store) -> dict[str, lists_lib.Candidates]:
 
 def mine(run: Run, store: tokens.Store, candidates: dict) -> dict[str, lists_lib.Candidates]:
     """The candidates with the warmed-up re-ranker's scores, in `lists/`."""
+    origins = (run.origin("reranker", model) for model in ("retriever", "reranker"))
+    source = f"{' '.join(origins)} {store.fingerprint}"
     folder = run.workdir / "lists"
-    return _score(run, store, candidates, folder, lambda: run.params("reranker", "reranker"))
+    scorer = functools.partial(run.params, "reranker", "reranker")
+    return _score(run, store, candidates, folder, source, scorer)
 
 
 def refresh(
     run: Run, store: tokens.Store, candidates: dict, step: int, params
 ) -> dict[str, lists_lib.Candidates]:
     """New candidates of the same queries by both models as they are at a step, in `lists/`."""
-    folder = run.workdir / "lists" / f"joint.{step:07}"
+    folder, source = run.workdir / "lists" / f"joint.{step:07}", f"joint {step} {store.fingerprint}"
 
     def shards():
-        source = f"joint {step} {store.fingerprint}"
         tower = params["retriever"]["passage"]
         return encode.corpus(run.forward, tower, store, run.workdir / "vectors/refreshed", source)
 
     rows = {split: found.query_rows_Q for split, found in candidates.items()}
-    found = _retrieve(run, store, folder, rows, lambda: params["retriever"]["query"], shards)
-    found = _score(run, store, found, folder, lambda: params["reranker"])
+    tower = params["retriever"]["query"]
+    found = _retrieve(run, store, folder, source, rows, lambda: tower, shards)
+    found = _score(run, store, found, folder, source, lambda: params["reranker"])
     # From here on a run that resumes reads these, whatever its params have become.
     hosts.from_first((folder / "complete").touch)
     return found
@@ -151,7 +158,7 @@ def fit_probability(store: tokens.Store, dev: lists_lib.Candidates) -> tuple[flo
 def draw_lists(
     run: Run, store: tokens.Store, candidates: dict, stage: str, *, number: int = 0, step: int = 0
 ) -> lists_lib.Lists:
-    """Lists of the re-ranker's warm-up or of joint training, in the order of training.
+    """Lists of the re-ranker's warm-up or of joint training, as `lists.draw` orders them.
 
     All of the stage's, or `number` of them for the steps from `step` on.
     """

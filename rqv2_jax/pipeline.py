@@ -5,6 +5,7 @@ unfinished one resumes, so running the same command again is always right.
 """
 
 import contextlib
+import hashlib
 import json
 import pathlib
 import shutil
@@ -22,7 +23,7 @@ from rqv2_jax.data import lists as lists_lib
 from rqv2_jax.data.batches import ListBatches
 from rqv2_jax.errors import InputError
 from rqv2_jax.evaluation import DEV_METRIC
-from rqv2_jax.workdir import Run, claim, open_collection, open_run, texts_of
+from rqv2_jax.workdir import Run, begin, claim, open_collection, open_run, texts_of
 
 
 def main(config: ml_collections.ConfigDict, workdir: pathlib.Path):
@@ -119,6 +120,7 @@ def _train_stage(
     store: tokens.Store,
     name: str,
     params,
+    origin: str,
     lists: lists_lib.Lists,
     dev: evaluation.Dev,
     *,
@@ -127,6 +129,7 @@ def _train_stage(
 ):
     """Runs one training stage to its end, from its last checkpoint if there is one.
 
+    `origin` names `params`, which with the lists say whether a checkpoint is this training's.
     Every `refresh_every` steps (0: never), `redraw(step, state, number)` gives that many lists, of
     which the steps from `step` on are made; `state` may be a later one, of a run that resumes.
     """
@@ -139,6 +142,10 @@ def _train_stage(
     batches = make_batches(lists)
     steps = batches.steps
     folder = run.workdir / name
+    trained_on = hashlib.sha256(f"{origin} {store.fingerprint}".encode())
+    for array in (lists.query_rows_L, lists.passages_LxP):
+        trained_on.update(np.ascontiguousarray(array))
+    begin(folder, trained_on.hexdigest())
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(folder)))
         if checkpoints.last_step() == steps:
@@ -204,6 +211,7 @@ def train_retriever(run: Run, store: tokens.Store):
         store,
         "retriever",
         {"retriever": run.initial("retriever")},
+        run.weights_hash,
         mining.epochs_of_lists(draw, epochs=run.config.retriever.epochs),
         evaluation.Dev(run, store, None),
     )
@@ -216,6 +224,7 @@ def train_reranker(run: Run, store: tokens.Store, candidates: dict):
         store,
         "reranker",
         {"reranker": run.initial("reranker")},
+        run.weights_hash,
         mining.draw_lists(run, store, candidates, "reranker"),
         evaluation.Dev(run, store, candidates["dev"]),
     )
@@ -256,6 +265,7 @@ def train_joint(run: Run, store: tokens.Store, candidates: dict):
             "retriever": run.params("retriever", "retriever"),
             "reranker": run.params("reranker", "reranker"),
         },
+        " ".join(run.origin("reranker", model) for model in ("retriever", "reranker")),
         lists,
         evaluation.Dev(run, store, candidates["dev"]),
         refresh_every=settings.refresh_every,
@@ -280,7 +290,9 @@ def _mined(run: Run) -> tuple[tokens.Store, dict, collection.Collection]:
 
 
 def export_lists(run: Run, path: pathlib.Path):
-    """Writes the lists of joint training, in the order of training, as a joint TSV file.
+    """Writes the lists of joint training, as they were drawn, as a joint TSV file.
+
+    Training deals them to batches by length.
 
     Raises:
       InputError: there are no candidates yet, or they are not the lists' only source.
@@ -310,6 +322,11 @@ def denoise_report(run: Run, labels: str, samples: int) -> tuple[dict, list[dict
         raise InputError(
             f"{run.workdir}: config.joint.denoised_share is 0, so no candidate has a score; run with "
             "a share above 0"
+        )
+    if run.config.joint.lists:
+        raise InputError(
+            f"{run.workdir}: config.joint.lists is {run.config.joint.lists!r}, so no candidates were "
+            "scored for it; run without it"
         )
     if labels and data.dataset != "beir":
         raise InputError(f"--labels: {data.dataset} has no other labels; leave the flag out")

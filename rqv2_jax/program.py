@@ -1,6 +1,7 @@
 """How every command line starts and fails: one line on standard error, a non-zero exit."""
 
 import os
+import pathlib
 import sys
 from collections.abc import Callable
 
@@ -71,6 +72,16 @@ def run(
     except KeyboardInterrupt:
         print("\ninterrupted; the same command resumes", file=sys.stderr)
         sys.exit(130)
+
+
+def file_to_write(flag: str) -> pathlib.Path:
+    """The file that a flag names; `InputError` if its folder is not there or it is a folder itself."""
+    path = pathlib.Path(flags.FLAGS[flag].value)
+    if not path.parent.is_dir():
+        raise InputError(f"--{flag} {path}: there is no folder {path.parent}; make it first")
+    if path.is_dir():
+        raise InputError(f"--{flag} {path}: is a folder; name a file")
+    return path
 
 
 def _fail(error: Exception | str, code: int):

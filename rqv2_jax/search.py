@@ -38,8 +38,7 @@ def main(*question: str):
         raise InputError("give a question or --topics FILE, not both; --help shows an example")
     if question and not question[0].strip():
         raise InputError("the question is empty; --help shows an example")
-    if _TO.value and not pathlib.Path(_TO.value).parent.is_dir():
-        raise InputError(f"--to {_TO.value}: there is no such folder; make it first")
+    to = program.file_to_write("to") if _TO.value else None
 
     from rqv2_jax import score
     from rqv2_jax.data import tokens
@@ -51,7 +50,7 @@ def main(*question: str):
         found = score.search(run, store, question, _STATE.value, _INDEX.value)
         print(render(run, store, *found, shown=_SHOWN.value))
     else:
-        _write_run(run, store, pathlib.Path(_TOPICS.value), pathlib.Path(_TO.value))
+        _write_run(run, store, pathlib.Path(_TOPICS.value), to)
 
 
 def render(run, store, passages_1xK, retriever_1xK, reranker_1xR, *, shown: int) -> str:

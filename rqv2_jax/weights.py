@@ -19,6 +19,8 @@ from rqv2_jax import bert
 from rqv2_jax.data.tokens import TOKENIZER_FILES
 from rqv2_jax.errors import InputError
 
+FILE = "model.safetensors"
+
 # A dense retriever reads the raw hidden state, so pooler and pre-training heads are not wanted.
 UNWANTED = re.compile(r"(pooler|cls|classifier|lm_head|ernie_cls)\..*|embeddings\.position_ids")
 
@@ -89,7 +91,7 @@ def find_folder(weights: str) -> pathlib.Path:
                 "give a Hugging Face BERT folder with config.json, model.safetensors and tokenizer"
             )
         folder = pathlib.Path(spec.origin).parent / "model"
-    for name in ("config.json", "model.safetensors"):
+    for name in ("config.json", FILE):
         if not (folder / name).is_file():
             raise InputError(
                 f"{folder / name}: missing; save the model with transformers' "
@@ -193,7 +195,7 @@ def load_encoder(folder: pathlib.Path, config: bert.BertConfig) -> dict:
     Raises:
       InputError: a tensor is missing, misshapen, not finite, or one nobody asked for.
     """
-    path = folder / "model.safetensors"
+    path = folder / FILE
     tensors = _read_tensors(path)
     d, f = config.hidden_size, config.intermediate_size
     widths = {"intermediate": (d, f), "output": (f, d)}
@@ -257,7 +259,7 @@ def load_head(folder: pathlib.Path, config: bert.BertConfig) -> dict:
     Raises:
       InputError: the folder has no such head.
     """
-    path = folder / "model.safetensors"
+    path = folder / FILE
     tensors = _read_tensors(path)
     shapes = {"kernel": (1, config.hidden_size), "bias": (1,)}
     names = {"kernel": "classifier.weight", "bias": "classifier.bias"}
@@ -319,7 +321,7 @@ def save_encoder(
         tensors["classifier.weight"] = np.asarray(head["kernel"])[None]
         tensors["classifier.bias"] = np.asarray(head["bias"])[None]
     tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, folder / FILE, metadata={"format": "pt"})
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copy(source / name, folder / name)

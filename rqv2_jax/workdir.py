@@ -1,12 +1,14 @@
 """A run: a config made concrete, and the workdir that belongs to it."""
 
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import os
 import pathlib
 import platform
 import subprocess
+import uuid
 
 import jax
 import ml_collections
@@ -26,6 +28,9 @@ PLACEMENT = (
     *("mesh.", "model.remat:", "model.attention:", "reranker.accumulate:", "joint.accumulate:"),
     "evaluate.batch_tokens:",
 )
+
+# In a stage's folder: what it is trained on, and a name of its own.
+BEGUN = "begun.txt"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,14 +79,25 @@ class Run:
         warmed_up = state != "zero_shot" and self.config.retriever.epochs > 0
         return "retriever" if warmed_up else "zero_shot"
 
+    @functools.cached_property
+    def weights_hash(self) -> str:
+        """Of the files that all models start from."""
+        folders = (self.weights.query, self.weights.passage, self.weights.reranker)
+        return collection.content_hash([folder / weights.FILE for folder in folders])
+
     def origin(self, state: str, model: str) -> str:
-        """Names the params of one model in a state, as long as its stage goes on: stage and step.
+        """Names the params of one model in a state: stage, step and the name of its training.
+
+        Another training of the stage, or another step that is best by now, has another name.
 
         Raises:
           InputError: the stage that trains it has not been run.
         """
         stage = self.trained_by(state, model)
-        return stage if stage == "zero_shot" else f"{stage} {best_step(self.workdir / stage)}"
+        if stage == "zero_shot":
+            return f"zero_shot {self.weights_hash}"
+        folder = self.workdir / stage
+        return f"{stage} {best_step(folder)} {' '.join(begun(folder))}"
 
     def params(self, state: str, model: str):
         """The params of one model in a state of the run.
@@ -237,22 +253,48 @@ def claim(run: Run):
         "transformers",
     )
     installed = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=pathlib.Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
     environment = {
         "python": platform.python_version(),
         "packages": {name: installed.get(name, "not installed") for name in packages},
         "devices": [str(d) for d in jax.devices()],
         "machine": platform.platform(),
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": _commit() or "unknown",
     }
     text = json.dumps(environment, indent=1) + "\n"
     artifacts.write_text(run.workdir / "environment.json", text)
+
+
+def _commit() -> str:
+    command = ["git", "describe", "--always", "--dirty"]
+    folder = pathlib.Path(__file__).parent
+    try:
+        found = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    except OSError:
+        # A machine without git.
+        return ""
+    return found.stdout.strip()
+
+
+def begun(folder: pathlib.Path) -> list[str]:
+    """What a stage's folder says it is trained on, and its name; nothing if it has not begun."""
+    path = folder / BEGUN
+    return hosts.from_first(lambda: path.read_text().split() if path.is_file() else [])
+
+
+def begin(folder: pathlib.Path, trained_on: str):
+    """Lets a stage begin, or go on with what it began with.
+
+    Raises:
+      InputError: it has begun with something else.
+    """
+    found = begun(folder)
+    if not found:
+        artifacts.write_text(folder / BEGUN, f"{trained_on} {uuid.uuid4().hex}\n")
+    elif found[0] != trained_on:
+        raise InputError(
+            f"{folder}: was trained on other lists, or from other models, than there are now; delete "
+            "it to train this stage again"
+        )
 
 
 def branch(run: Run, warm: Run):

@@ -163,6 +163,15 @@ def test_unknown_rows_are_refused_before_anything_runs(tmp_path, ablated):
     given.joint.lists = "lists.tsv"
     with pytest.raises(InputError, match=r"joint\.lists"):
         ablations.run_all(given, tmp_path / "w", 1, None)
+    graded = config.loads(config.dumps(ablated[0]))
+    graded.evaluate.min_relevance = 2
+    with pytest.raises(InputError, match=r"evaluate\.min_relevance: the table counts relevance 1"):
+        ablations.run_all(graded, tmp_path / "w", 1, None)
+    # What one row alone cannot take is said before the others have run.
+    parts = config.loads(config.dumps(ablated[0]))
+    parts.joint.accumulate = 2
+    with pytest.raises(InputError, match=r"row 'in-batch negatives': .*leave it out by --rows"):
+        ablations.run_all(parts, tmp_path / "w", 1, None)
     assert not (tmp_path / "w").exists()
 
 

@@ -194,6 +194,17 @@ ERRORS = {
         "3 lists in 1 epochs, fewer than one batch of 4; lower config.retriever.batch",
     ),
 }
+
+
+def test_only_mined_queries_head_the_rerankers_lists(tmp_path):
+    write(tmp_path)
+    few = "3 lists in 1 epochs, fewer than one batch of 4; lower config.reranker.batch"
+    (found,) = examine(tmp_path, **{"mine.queries": 3}).findings
+    assert found[:2] == ("error", "reranker stage")
+    assert found.what.startswith(few)
+    assert not examine(tmp_path, **{"mine.queries": 4}).findings
+
+
 WARNINGS = {
     "passage twice": (
         {"corpus.jsonl": added(passage("p12", "TITLE 3", " Passage\tnumber 3"))},

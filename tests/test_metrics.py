@@ -1,5 +1,6 @@
 """Metrics against closed forms and ir-measures; the tie rule; the paired test; TREC files."""
 
+import gzip
 import itertools
 import math
 import re
@@ -507,7 +508,13 @@ def test_ids_that_no_trec_file_can_hold(tmp_path, query_id, passage_id, tag, mes
 def test_read_takes_tabs_crlf_blank_lines_and_scattered_queries(tmp_path):
     path = tmp_path / "run.trec"
     path.write_bytes(b"q1\tQ0\ta\t9\t1e-3\tx\r\n\nq2 Q0 a 1 -2 x\n q1 Q0 b 1 5 x")
-    assert metrics.read_trec_run(path) == {"q1": [("a", 0.001), ("b", 5.0)], "q2": [("a", -2.0)]}
+    expected = {"q1": [("a", 0.001), ("b", 5.0)], "q2": [("a", -2.0)]}
+    assert metrics.read_trec_run(path) == expected
+    # As some editors save it, and gzipped.
+    (tmp_path / "marked.trec").write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert metrics.read_trec_run(tmp_path / "marked.trec") == expected
+    (tmp_path / "run.trec.gz").write_bytes(gzip.compress(path.read_bytes()))
+    assert metrics.read_trec_run(tmp_path / "run.trec.gz") == expected
 
 
 @pytest.mark.parametrize(
@@ -530,7 +537,7 @@ def test_bad_lines_are_named(tmp_path, line, message):
 
 
 def test_run_file_that_is_not_there(tmp_path):
-    with pytest.raises(InputError, match=r"no\.trec: cannot be read \(No such file"):
+    with pytest.raises(InputError, match=r"no\.trec: no such file"):
         metrics.read_trec_run(tmp_path / "no.trec")
 
 

@@ -24,7 +24,7 @@ from rqv2_jax import evaluate, evaluation, metrics, mining, pipeline, score, tra
 from rqv2_jax.checkpoint import Checkpoints
 from rqv2_jax.data import tokens
 from rqv2_jax.errors import InputError
-from rqv2_jax.workdir import open_run, open_workdir
+from rqv2_jax.workdir import claim, open_run, open_workdir
 
 ROOT = pathlib.Path(__file__).parent.parent
 WORDS = [
@@ -368,9 +368,9 @@ def test_topics_and_qrels_go_together():
         assert message in ended.stderr
 
 
-def rerank_program(folder, name):
+def rerank_program(folder, name, **more):
     flags.FLAGS.mark_as_parsed()
-    arguments = {"workdir": str(folder / "w"), "candidates": str(folder / f"{name}.trec")}
+    arguments = {"workdir": str(folder / "w"), "candidates": str(folder / f"{name}.trec")} | more
     with flagsaver.flagsaver(**arguments):
         evaluate.main()
     report = json.loads((folder / "w" / "eval" / f"test.{name}.json").read_text())
@@ -404,7 +404,7 @@ def test_candidates_of_a_run_file_are_the_same_for_every_state(finished, tmp_pat
     assert report["significance"][0]["b"] == "reranker reranker"
     assert report["significance"][0]["difference"] == pytest.approx(difference.mean())
     # By the re-ranker of the joint state itself, over the file's first passages of a query.
-    query, top = "q40", [line.split()[2] for line in lines if line.startswith("q40 ")][:6]
+    query, given = "q40", [line.split()[2] for line in lines if line.startswith("q40 ")]
     texts = {
         passage["_id"]: (passage["title"], passage["text"])
         for passage in map(json.loads, (workdir.parent / "data" / "corpus.jsonl").open())
@@ -413,11 +413,15 @@ def test_candidates_of_a_run_file_are_the_same_for_every_state(finished, tmp_pat
         each["_id"]: each["text"]
         for each in map(json.loads, (workdir.parent / "data" / "queries.jsonl").open())
     }
-    _, scores_K = score.open_scorer(workdir, "joint")(asked[query], [texts[p] for p in top])
-    ranked = (tmp_path / "w" / "runs" / "test.joint.reranker.first.trec").read_text().splitlines()
-    ranked = [line.split()[2] for line in ranked if line.startswith(f"{query} ")]
-    assert ranked[:6] == [top[i] for i in np.argsort(-np.asarray(scores_K))]
-    assert ranked[6:] == [line.split()[2] for line in lines if line.startswith("q40 ")][6:]
+    _, scores_K = score.open_scorer(workdir, "joint")(asked[query], [texts[p] for p in given])
+    written = tmp_path / "w" / "runs" / "test.joint.reranker.first.trec"
+    # As the config has it, and as the command line does.
+    for depth in (6, 3):
+        rows = [line.split() for line in written.read_text().splitlines()]
+        order = np.argsort(-np.asarray(scores_K[:depth]))
+        expected = [given[i] for i in order] + given[depth:]
+        assert [row[2] for row in rows if row[0] == query] == expected
+        rerank_program(tmp_path, "first", rerank_depth=3)
 
 
 def test_queries_without_candidates_count_0_and_short_lists_stay_short(finished, tmp_path):
@@ -429,6 +433,7 @@ def test_queries_without_candidates_count_0_and_short_lists_stay_short(finished,
     assert all(row["queries"] == 8 for row in report["rows"])
     given = values["candidates.given.bm25.RR@10"]
     np.testing.assert_allclose(given, [0, 0.5, 0, 0, 0, 0, 0, 0])
+    assert "8 test queries, 2 of them with candidates" in evaluation.render(report)
     found = values["joint.reranker.bm25.RR@10"]
     assert found[1] in (0.5, 1)
     assert not np.delete(found, 1).any()
@@ -451,7 +456,7 @@ def test_queries_without_candidates_count_0_and_short_lists_stay_short(finished,
             "q41 Q0 nowhere 1 2.5 x\n",
             "passage 'nowhere' of query 'q41' is not in the collection",
         ),
-        ("b", "q0 Q0 p0 1 2.5 x\n", "holds no test query"),
+        ("b", "q0 Q0 p0 1 2.5 x\n", "holds none of the 8 test queries of .* that are re-ranked"),
         ("b", "q41 Q0 p0 1\n", "b.trec:1: 4 columns"),
         ("exact", "q41 Q0 p0 1 2.5 x\n", "exact.trec: results are named after the file; rename it"),
     ],
@@ -479,6 +484,58 @@ def test_second_run_of_the_same_command_does_nothing_and_keeps_the_results(finis
     pipeline.main(config, workdir)
     assert (workdir / "results.json").read_text() == before
     assert stamps == {p: p.stat().st_mtime_ns for p in checkpoint.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("corpus.jsonl", lambda text: text.replace("river", "stone", 1)),
+        ("qrels/train.tsv", lambda text: text.replace("q0\tp0\t1\n", "")),
+    ],
+)
+def test_checkpoints_of_other_data_are_not_taken_for_these(finished, tmp_path, name, change):
+    given, workdir = finished
+    shutil.copytree(workdir.parent, tmp_path / "all", symlinks=True)
+    path = tmp_path / "all" / "data" / name
+    path.write_text(change(path.read_text()))
+    config = config_lib.loads(config_lib.dumps(given))
+    config.data.path = str(tmp_path / "all" / "data")
+    (tmp_path / "all" / "workdir" / "config.json").write_text(config_lib.dumps(config))
+    results = (workdir / "results.json").read_text()
+    with pytest.raises(InputError, match=r"retriever: was trained on other lists, .* delete it"):
+        pipeline.main(config, tmp_path / "all" / "workdir")
+    assert (tmp_path / "all" / "workdir" / "results.json").read_text() == results
+
+
+def test_what_a_stage_trained_again_replaces_is_found_again(finished, tmp_path):
+    config, workdir = finished
+    shutil.copytree(workdir, tmp_path / "w")
+    shutil.rmtree(tmp_path / "w" / "reranker")
+    # Joint training began from the re-ranker that was.
+    with pytest.raises(
+        InputError, match=r"joint: was trained on other lists, or from other models"
+    ):
+        pipeline.main(config, tmp_path / "w")
+    shutil.rmtree(tmp_path / "w" / "joint")
+    stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "w").rglob("*.np[yz]")}
+    pipeline.main(config, tmp_path / "w")
+    anew = {
+        str(p.relative_to(tmp_path / "w"))
+        for p, stamp in stamps.items()
+        if p.stat().st_mtime_ns != stamp
+    }
+    assert any(name.startswith("vectors/joint/") for name in anew)
+    assert {"eval/test.joint.exact.npz", "eval/test.joint.reranked.exact.npz"} <= anew
+    assert "eval/test.reranker.reranked.exact.npz" in anew
+    assert "eval/test.zero_shot.exact.npz" not in anew
+    assert not any(name.startswith(("vectors/retriever/", "vectors/zero_shot/")) for name in anew)
+
+
+def test_a_machine_without_git_trains(finished, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    claim(open_run(finished[0], tmp_path / "w"))
+    environment = json.loads((tmp_path / "w" / "environment.json").read_text())
+    assert environment["commit"] == "unknown"
 
 
 def test_every_stage_leaves_tensorboard_events_and_a_best_checkpoint(finished):
@@ -554,7 +611,8 @@ def test_search_takes_a_question_or_topics(tmp_path):
         (["a question", "--topics=t", "--to=r"], "give a question or --topics"),
         (["--topics=t"], "--topics and --to go together"),
         ([" "], "the question is empty"),
-        (["--topics=t", "--to=/nowhere/r"], "/nowhere/r: there is no such folder"),
+        (["--topics=t", "--to=/nowhere/r"], "--to /nowhere/r: there is no folder /nowhere"),
+        (["--topics=t", f"--to={tmp_path}"], "is a folder; name a file"),
         (["a question"], "is no workdir"),
     ):
         ended = run_program("rqv2_jax.search", f"--workdir={tmp_path}", *arguments)

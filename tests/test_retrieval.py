@@ -56,6 +56,19 @@ def test_merge_keeps_the_rerankers_order_on_top_and_the_retrievers_below():
     np.testing.assert_array_equal(rerank.merge(top, retriever[:, :2]), top)
 
 
+def test_merge_keeps_the_order_of_scores_that_are_tiny_or_infinite():
+    # As a language model's probabilities and a fusion of ranks are, far below the re-ranker's.
+    places = np.arange(1000.0)
+    given = np.stack([np.exp(-0.05 * places), 1 / (60 + places)]).astype(np.float32)
+    merged = rerank.merge(np.full((2, 10), -12.5, np.float32), given)
+    assert (np.diff(merged[:, 9:]) < 0).all()
+    given[:, 500:] = -np.inf
+    merged = rerank.merge(np.zeros((2, 10), np.float32), given)
+    assert (np.diff(merged[:, 9:500]) < 0).all()
+    assert (merged[:, 500:] == merged[:, 500:501]).all()
+    assert (merged[:, 500] < merged[:, 499]).all()
+
+
 @pytest.mark.parametrize("whole", [True, False])
 def test_scann_is_built_once_loaded_again_and_close_to_exact(tmp_path, whole):
     rng = np.random.default_rng(0)

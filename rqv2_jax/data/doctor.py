@@ -22,6 +22,7 @@ import tqdm
 
 from rqv2_jax.data import collection, joint_tsv
 from rqv2_jax.data.inputs import Inputs
+from rqv2_jax.data.lists import subset
 from rqv2_jax.data.tokens import Store, Tokenizer
 from rqv2_jax.errors import InputError
 
@@ -290,7 +291,10 @@ class _Doctor:
         mend = "join them and their labels, or the positives of one become negatives of the other"
         self.repeats(where, queries, lambda: texts.queries(split), mend)
         if split == "train" and judged and complete:
-            self.num_lists |= dict.fromkeys(("retriever", "reranker"), int(relevant_N.sum()))
+            mined = subset(len(queries), self.config.mine.queries, self.config.seed)
+            counted_N = np.isin(query_rows_N, mined) & (relevant_N > 0)
+            found = {"retriever": relevant_N.sum(), "reranker": counted_N.sum()}
+            self.num_lists |= {stage: int(count) for stage, count in found.items()}
         remark = f"{len(queries):,} with {'an answer' if answered else 'a positive'}"
         self.streamed(where, len(file) or len(queries), remark, complete)
         if not answered:

@@ -215,6 +215,11 @@ def draw(
     )
 
 
+def subset(count: int, most: int, seed: int) -> np.ndarray:
+    """At most `most` of the numbers below `count`, drawn at random, in random order."""
+    return np.random.default_rng(seed).permutation(count)[:most]
+
+
 def _fill(passages_LxP, query_rows_L, relevant_2xN, num_passages, rng):
     """Replaces every -1 by a random passage neither in the list nor taken for relevant."""
     short = np.nonzero((passages_LxP < 0).any(axis=1))[0]

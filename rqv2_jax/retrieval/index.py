@@ -22,7 +22,8 @@ PASSAGES_PER_TILE = 2**15
 @jax.jit
 def _merge(queries_QxD, tile_NxD, first, count, best_QxK, rows_QxK):
     """The best K of the tile's first `count` passages and of the best so far."""
-    scores_QxN = queries_QxD @ tile_NxD.T
+    # Accelerators would round the factors to fewer bits.
+    scores_QxN = jnp.matmul(queries_QxD, tile_NxD.T, precision="highest")
     numbers_N = jnp.arange(len(tile_NxD))
     scores_QxN = jnp.where(numbers_N < count, scores_QxN, -jnp.inf)
     depth = best_QxK.shape[1]

@@ -62,5 +62,7 @@ def merge(top_QxR: np.ndarray, retriever_QxK: np.ndarray) -> np.ndarray:
     tail = retriever_QxK[:, depth:]
     if not tail.shape[1]:
         return top_QxR
+    # Counted, because differences of small scores would be lost beside the re-ranker's.
+    worse = np.cumsum(tail[:, 1:] != tail[:, :-1], axis=1)
     below = top_QxR.min(axis=1, keepdims=True) - 1
-    return np.concatenate([top_QxR, below - (tail[:, :1] - tail)], axis=1)
+    return np.concatenate([top_QxR, below, below - worse], axis=1).astype(np.float32)
