@@ -9,7 +9,8 @@ Command:
   python -m rqv2_jax.main --config configs/nq.py --workdir DIR --config.data.path=FOLDER \
     --config.model.weights=FOLDER --flagfile=FLAGS
 where FLAGS is what rqv2_jax.plan wrote for the machine (--topology v5e:4x8 --overlay FLAGS).
-Time: on v5e:4x8, 32 chips, no less than .2 hours by plan; not measured.
+Time: on v5e:4x8, 32 chips, training, encoding and scoring take no less than .2 hours by plan; search
+and evaluation come on top; not measured.
 """
 
 import pathlib
