@@ -361,7 +361,7 @@ def search(vectors: int, size: int, queries: int, depth: int, settings, versus: 
         part /= np.linalg.norm(part, axis=1, keepdims=True)
     passages_NxD, queries_QxD = np.split(found_NxD, [vectors])
 
-    index.exact(queries_QxD[: index.QUERIES_PER_TILE], [passages_NxD], depth)
+    index.exact(queries_QxD, [passages_NxD[: index.PASSAGES_PER_TILE]], depth)
     started = time.perf_counter()
     exact_QxK, _ = index.exact(queries_QxD, [passages_NxD], depth)
     exact_rate = queries / (time.perf_counter() - started)

@@ -1,5 +1,6 @@
 import types
 
+import jax
 import numpy as np
 import pytest
 import tqdm
@@ -29,14 +30,35 @@ def test_exact_search_finds_what_brute_force_finds(seed, total, depth):
     np.testing.assert_allclose(scores, np.take_along_axis(expected, order, 1), rtol=1e-5, atol=1e-5)
 
 
-def test_exact_search_over_several_tiles_of_queries_and_passages(monkeypatch):
+def test_exact_search_over_several_tiles_of_queries_and_passages(monkeypatch, tmp_path):
     monkeypatch.setattr(index, "PASSAGES_PER_TILE", 16)
-    monkeypatch.setattr(index, "QUERIES_PER_TILE", 4)
+    monkeypatch.setattr(index, "QUERIES_PER_TILE", 2)
     rng = np.random.default_rng(0)
     passages = rng.normal(size=(50, 8)).astype(np.float32)
-    queries = rng.normal(size=(9, 8)).astype(np.float32)
-    rows, _ = index.exact(queries, [passages[:37], passages[37:]], 20)
+    # More than lie on the devices at once.
+    queries = rng.normal(size=(2 * jax.local_device_count() + 3, 8)).astype(np.float32)
+    for name, part in (("first", passages[:37]), ("second", passages[37:])):
+        np.save(tmp_path / f"{name}.npy", part)
+    shards = [np.load(tmp_path / f"{name}.npy", mmap_mode="r") for name in ("first", "second")]
+    rows, _ = index.exact(queries, shards, 20)
     np.testing.assert_array_equal(rows, np.argsort(-(queries @ passages.T), axis=1)[:, :20])
+
+
+def test_exact_search_reads_every_passage_once(monkeypatch):
+    monkeypatch.setattr(index, "PASSAGES_PER_TILE", 16)
+    monkeypatch.setattr(index, "QUERIES_PER_TILE", 1)
+    read = []
+
+    class Shard:
+        def __len__(self):
+            return 40
+
+        def __getitem__(self, rows):
+            read.append(range(40)[rows])
+            return np.ones((40, 2), np.float32)[rows]
+
+    index.exact(np.ones((3 * jax.local_device_count(), 2), np.float32), [Shard()], 5)
+    assert read == [range(16), range(16, 32), range(32, 40)]
 
 
 def test_negative_scores_never_lose_to_padding():

@@ -3,6 +3,7 @@
 Shape suffixes: Q queries, N passages, D vector size, K depth.
 """
 
+import functools
 import json
 import math
 import pathlib
@@ -12,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tqdm
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from rqv2_jax import hosts
 
@@ -19,7 +22,6 @@ QUERIES_PER_TILE = 256
 PASSAGES_PER_TILE = 2**15
 
 
-@jax.jit
 def _merge(queries_QxD, tile_NxD, first, count, best_QxK, rows_QxK):
     """The best K of the tile's first `count` passages and of the best so far."""
     # Accelerators would round the factors to fewer bits.
@@ -33,11 +35,40 @@ def _merge(queries_QxD, tile_NxD, first, count, best_QxK, rows_QxK):
     return best, jnp.take_along_axis(all_rows, chosen, axis=1)
 
 
+@functools.cache
+def _on_devices(devices: tuple):
+    """`_merge` with the queries split over some devices, and how its queries and passages lie there."""
+    mesh = Mesh(np.array(devices), ("queries",))
+    split, whole = P("queries"), P()
+    merge = jax.shard_map(
+        _merge,
+        mesh=mesh,
+        in_specs=(split, whole, whole, whole, split, split),
+        out_specs=(split, split),
+        check_vma=False,
+    )
+    return jax.jit(merge), NamedSharding(mesh, split), NamedSharding(mesh, whole)
+
+
+def _tiles(shards: list[np.ndarray], tile: int):
+    """(first row, number of passages, their vectors [tile, D], filled up with zeros) of every tile."""
+    row = 0
+    for shard in shards:
+        for first in range(0, len(shard), tile):
+            vectors = shard[first : first + tile]
+            count = len(vectors)
+            if count < tile:
+                vectors = np.pad(vectors, ((0, tile - count), (0, 0)))
+            yield row, count, vectors
+            row += count
+
+
 def exact(queries_QxD: np.ndarray, shards: list[np.ndarray], depth: int):
     """The `depth` passages with the largest dot product, best first; all of them if there are fewer.
 
-    Works tile by tile, so no array of queries times passages ever exists. Several hosts share the
-    tiles of queries, and all get the whole result.
+    Works tile by tile, so no array of queries times passages ever exists. Every passage is read once,
+    while the queries stay on the devices, split over all of this host. Several hosts share the
+    queries, and all get the whole result.
 
     Args:
       queries_QxD: query vectors.
@@ -48,27 +79,24 @@ def exact(queries_QxD: np.ndarray, shards: list[np.ndarray], depth: int):
     """
     total = sum(map(len, shards))
     depth = min(depth, total)
-    tile = min(PASSAGES_PER_TILE, total)
-    rows, scores = [], []
-    tiles = hosts.share(-(-len(queries_QxD) // QUERIES_PER_TILE))
-    parts = [queries_QxD[n * QUERIES_PER_TILE :][:QUERIES_PER_TILE] for n in tiles]
-    with tqdm.tqdm(desc="exact search", total=sum(map(len, parts)), unit=" queries") as bar:
-        for part in parts:
-            padded = np.zeros((QUERIES_PER_TILE, part.shape[1]), np.float32)
-            padded[: len(part)] = part
-            best = jnp.full((QUERIES_PER_TILE, depth), -jnp.inf)
-            best_rows = jnp.zeros((QUERIES_PER_TILE, depth), jnp.int32)
-            row = 0
-            for shard in shards:
-                for first in range(0, len(shard), tile):
-                    vectors = np.zeros((tile, shard.shape[1]), np.float32)
-                    count = min(tile, len(shard) - first)
-                    vectors[:count] = shard[first : first + count]
-                    best, best_rows = _merge(padded, vectors, row, count, best, best_rows)
-                    row += count
-            rows.append(np.asarray(best_rows))
-            scores.append(np.asarray(best))
-            bar.update(len(part))
+    devices = tuple(jax.local_devices())
+    merge, split, whole = _on_devices(devices)
+    together = QUERIES_PER_TILE * len(devices)
+    queries, best = [], []
+    for number in hosts.share(-(-len(queries_QxD) // together)):
+        part = queries_QxD[number * together :][:together]
+        part = np.pad(part, ((0, together - len(part)), (0, 0)))
+        queries.append(jax.device_put(part, split))
+        nothing = np.full((together, depth), -np.inf, np.float32), np.zeros((together, depth), np.int32)
+        best.append(jax.device_put(nothing, split))
+    with tqdm.tqdm(desc="exact search", total=total, unit=" passages") as bar:
+        for row, count, vectors in _tiles(shards, min(PASSAGES_PER_TILE, total)):
+            tile = jax.device_put(vectors, whole)
+            # No tile is sent before the one before the last is done, else all would wait on the devices.
+            jax.block_until_ready(best)
+            best = [merge(part, tile, row, count, *found) for part, found in zip(queries, best)]
+            bar.update(count)
+        rows, scores = ([np.asarray(x) for x in kind] for kind in zip(*[(r, s) for s, r in best]))
     found = (hosts.join(x).reshape(-1, depth)[: len(queries_QxD)] for x in (rows, scores))
     rows_QxK, scores_QxK = found
     return rows_QxK.astype(np.int64), scores_QxK
