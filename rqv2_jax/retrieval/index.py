@@ -87,12 +87,15 @@ def exact(queries_QxD: np.ndarray, shards: list[np.ndarray], depth: int):
         part = queries_QxD[number * together :][:together]
         part = np.pad(part, ((0, together - len(part)), (0, 0)))
         queries.append(jax.device_put(part, split))
-        nothing = np.full((together, depth), -np.inf, np.float32), np.zeros((together, depth), np.int32)
+        nothing = (
+            np.full((together, depth), -np.inf, np.float32),
+            np.zeros((together, depth), np.int32),
+        )
         best.append(jax.device_put(nothing, split))
     with tqdm.tqdm(desc="exact search", total=total, unit=" passages") as bar:
         for row, count, vectors in _tiles(shards, min(PASSAGES_PER_TILE, total)):
             tile = jax.device_put(vectors, whole)
-            # No tile is sent before the one before the last is done, else all would wait on the devices.
+            # A tile is sent while the one before it is computed: else all would lie on the devices.
             jax.block_until_ready(best)
             best = [merge(part, tile, row, count, *found) for part, found in zip(queries, best)]
             bar.update(count)
