@@ -146,13 +146,13 @@ def refresh(
     return found
 
 
-def fit_probability(store: tokens.Store, dev: lists_lib.Candidates) -> tuple[float, float]:
-    """Slope and offset from the re-ranker's score to the probability of relevance, by dev labels."""
+def calibrate(store: tokens.Store, dev: lists_lib.Candidates) -> tuple[float, float]:
+    """`lists.calibrate` of the re-ranker's scores by dev labels."""
     positives_2xN = store.splits["dev"].positives()
     relevant_QxN = lists_lib.known_positive(
         positives_2xN, dev.query_rows_Q, dev.passages_QxN, len(store.passage_ids)
     )
-    return lists_lib.fit_probability(dev.reranker_QxN.reshape(-1), relevant_QxN.reshape(-1))
+    return lists_lib.calibrate(dev.reranker_QxN.reshape(-1), relevant_QxN.reshape(-1))
 
 
 def draw_lists(
@@ -164,7 +164,7 @@ def draw_lists(
     """
     settings = run.config[stage]
     share = settings.denoised_share if stage == "joint" else 0.0
-    probability = fit_probability(store, candidates["dev"]) if share > 0 else (1.0, 0.0)
+    probability = calibrate(store, candidates["dev"]) if share > 0 else (1.0, 0.0)
 
     def draw(epoch):
         return lists_lib.draw(
@@ -181,7 +181,31 @@ def draw_lists(
             epoch=(step << 20) + epoch,
         )
 
-    return _counted(epochs_of_lists(draw, epochs=settings.epochs, number=number))
+    lists = _counted(epochs_of_lists(draw, epochs=settings.epochs, number=number))
+    if share > 0:
+        _say_what_is_missing(run, store, candidates["train"], probability, lists)
+    return lists
+
+
+def _say_what_is_missing(run: Run, store: tokens.Store, candidates, probability, lists):
+    """Prints which kind of denoised passage no candidate was certain enough for."""
+    known_QxN = lists_lib.known_positive(
+        store.splits["train"].positives(),
+        candidates.query_rows_Q,
+        candidates.passages_QxN,
+        len(store.passage_ids),
+    )
+    scored_QxN = ~np.isnan(candidates.reranker_QxN)
+    p_U = lists_lib.relevance(candidates.reranker_QxN[scored_QxN & ~known_QxN], probability)
+    for kind, name, extreme in (
+        (lists_lib.Provenance.DENOISED_NEGATIVE, "negative_below", np.min),
+        (lists_lib.Provenance.DENOISED_POSITIVE, "positive_above", np.max),
+    ):
+        if len(p_U) and not (lists.provenance_LxP == kind).any():
+            tqdm.tqdm.write(
+                f"  no {kind.name.lower()}: unlabelled candidates' probabilities of relevance reach "
+                f"{extreme(p_U):.3f}, config.mine.{name} is {run.config.mine[name]}"
+            )
 
 
 def read_lists(run: Run) -> tuple[tokens.Store, lists_lib.Lists]:

@@ -331,7 +331,7 @@ def denoise_report(run: Run, labels: str, samples: int) -> tuple[dict, list[dict
     if labels and data.dataset != "beir":
         raise InputError(f"--labels: {data.dataset} has no other labels; leave the flag out")
     store, candidates, texts = _mined(run)
-    training, probability = candidates["train"], mining.fit_probability(store, candidates["dev"])
+    training, probability = candidates["train"], mining.calibrate(store, candidates["dev"])
     queries = store.splits["train"]
     positives_2xN = queries.positives()
     fuller_2xN = None

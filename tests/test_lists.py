@@ -8,12 +8,15 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from rqv2_jax.data.lists import (
+    RELEVANT_SHARE,
     Candidates,
     Lists,
     Provenance,
+    calibrate,
     draw,
     fit_probability,
     known_positive,
+    relevance,
 )
 from rqv2_jax.errors import InputError
 
@@ -104,6 +107,9 @@ def check(lists, candidates, positives_2xN, *, list_size, below, above, num_pass
                 assert passage in trusted
             else:
                 assert kind == kinds.RANDOM_FILL
+                assert not probability.get(passage, 0) > above, "found relevant"
+                rejected = denoised and probability.get(passage, 0) >= below
+                assert not rejected, "denoising rejects it, chance brings it back"
         if count[kinds.UNDENOISED_NEGATIVE]:
             assert not denoised, "a list is of one kind"
             assert count[kinds.RANDOM_FILL] == max(0, list_size - 1 - len(eligible))
@@ -422,6 +428,28 @@ def test_higher_scores_are_likelier_however_well_separated(gap, positives):
         assert abs(p_N[~relevant_N].mean() - 1 / (2000 - positives + 2)) < 0.001
     slope_down, offset_down = fit_probability(-scores_N, relevant_N)
     np.testing.assert_allclose([slope_down, offset_down], [-slope, offset], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("times", [1, 3, 20])
+def test_probabilities_do_not_depend_on_how_many_candidates_are_irrelevant(times):
+    rng = np.random.default_rng(times)
+    few, many = rng.normal(2, 1, 4000), rng.normal(0, 1, 4000 * times)
+    scores_N = np.concatenate([few, many]).astype(np.float32)
+    found = calibrate(scores_N, np.arange(len(scores_N)) < len(few))
+    # Two normal distributions two apart: the likelihood ratio is exp(2 x - 2).
+    x = np.linspace(-2, 4, 7)
+    odds = np.exp(2 * x - 2) * RELEVANT_SHARE / (1 - RELEVANT_SHARE)
+    np.testing.assert_allclose(relevance(x, found), odds / (1 + odds), atol=0.02)
+
+
+def test_a_reranker_that_is_wrong_or_untested_is_not_believed():
+    rng = np.random.default_rng(0)
+    scores_N, relevant_N = rng.normal(size=200).astype(np.float32), np.arange(200) < 20
+    scores_N[relevant_N] -= 3
+    for labels_N in (relevant_N, np.zeros(200, bool)):
+        slope, offset = calibrate(scores_N, labels_N)
+        assert slope == pytest.approx(0, abs=1e-6)
+        assert sigmoid(offset) == pytest.approx(RELEVANT_SHARE)
 
 
 @pytest.mark.parametrize("relevant", [0, 3, 10])

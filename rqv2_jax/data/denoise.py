@@ -27,7 +27,7 @@ def table(
     Args:
       positives_2xN: the training labels; the candidates they name are left out of all counts but
         the histogram.
-      probability: slope and offset of `lists.fit_probability`.
+      probability: slope and offset of `lists.calibrate`.
       chosen: `negative_below` and `positive_above` of the config.
       fuller_2xN: more complete labels of the same queries, if there are any. The candidates they
         name and the training labels do not are the *hidden* positives, by which denoising is judged.

@@ -13,6 +13,9 @@ import numpy as np
 
 from rqv2_jax.errors import InputError
 
+# Of scored candidates, in the population that probabilities of relevance speak of.
+RELEVANT_SHARE = 0.2
+
 
 class Provenance(enum.IntEnum):
     """Where a passage of a list comes from."""
@@ -103,12 +106,29 @@ def fit_probability(scores_N: np.ndarray, relevant_N: np.ndarray) -> tuple[float
     return float(slope), float(w[1] - slope * centre)
 
 
+def calibrate(scores_N: np.ndarray, relevant_N: np.ndarray) -> tuple[float, float]:
+    """Slope and offset of P(relevant) for `relevance`, as if `RELEVANT_SHARE` were relevant.
+
+    `fit_probability`, its odds multiplied by those of that share over those of the dev candidates',
+    which depends on how deep they reach: without this no score at depth 50, where one of 50 has a
+    label, would make a passage relevant. A re-ranker that scores relevant ones no higher gets slope 0,
+    so that no passage is told from another.
+    """
+    slope, offset = fit_probability(scores_N, relevant_N)
+    positives, total = relevant_N.sum() + 1, len(relevant_N) + 2
+    here = np.log(positives / (total - positives))
+    if not slope > 0:
+        slope, offset = 0.0, here
+    # The odds of one population to those of the other.
+    return slope, float(offset - here + np.log(RELEVANT_SHARE / (1 - RELEVANT_SHARE)))
+
+
 def _sigmoid(x):
     return 0.5 * (1 + np.tanh(0.5 * x))
 
 
 def relevance(scores, probability: tuple[float, float]) -> np.ndarray:
-    """P(relevant) of re-ranker scores by slope and offset of `fit_probability`; NaN stays NaN."""
+    """P(relevant) of re-ranker scores by slope and offset of `calibrate`; NaN stays NaN."""
     slope, offset = probability
     return _sigmoid(slope * scores + offset)
 
@@ -135,7 +155,7 @@ def draw(
 
     Args:
       positives_2xN: the labelled pairs of the split: query row, passage row.
-      probability: slope and offset of `fit_probability`; used only where `denoised_share` > 0.
+      probability: slope and offset of `calibrate`; used only where `denoised_share` > 0.
       negative_below, positive_above: thresholds on the probability of relevance.
       num_passages: of the whole collection, to draw fills from.
 
@@ -201,15 +221,16 @@ def draw(
     ).repeat(list_size, axis=1)
     provenance_LxP[:, 0] = head_kind_L
     provenance_LxP[passages_LxP < 0] = Provenance.RANDOM_FILL
-    found_query_F, found_passage_F = np.nonzero(found_QxN)[0], candidates.passages_QxN[found_QxN]
-    relevant_2xN = np.concatenate(
-        [positives_2xN, [candidates.query_rows_Q[found_query_F], found_passage_F]], axis=1
-    )
-    _fill(passages_LxP, candidates.query_rows_Q[query_L], relevant_2xN, num_passages, rng)
+    # A candidate that denoising rejects must not come back by chance.
+    rejected_QxN = ~np.isnan(candidates.reranker_QxN) & ~trusted_QxN
+    barred_LxN = np.where(denoised_L[:, None], rejected_QxN[query_L], found_QxN[query_L])
+    barred_LxN = np.where(barred_LxN, candidates.passages_QxN[query_L], -1)
+    query_rows_L = candidates.query_rows_Q[query_L]
+    _fill(passages_LxP, query_rows_L, barred_LxN, positives_2xN, num_passages, rng)
 
     order_L = rng.permutation(len(query_L))
     return Lists(
-        candidates.query_rows_Q[query_L][order_L],
+        query_rows_L[order_L],
         passages_LxP[order_L],
         provenance_LxP[order_L].astype(np.uint8),
     )
@@ -220,14 +241,18 @@ def subset(count: int, most: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).permutation(count)[:most]
 
 
-def _fill(passages_LxP, query_rows_L, relevant_2xN, num_passages, rng):
-    """Replaces every -1 by a random passage neither in the list nor taken for relevant."""
+def _fill(passages_LxP, query_rows_L, barred_LxN, positives_2xN, num_passages, rng):
+    """Replaces every -1 by a random passage neither in the list nor barred nor labelled relevant."""
     short = np.nonzero((passages_LxP < 0).any(axis=1))[0]
-    order = np.argsort(relevant_2xN[0], kind="stable")
-    sorted_queries = relevant_2xN[0][order]
+    order = np.argsort(positives_2xN[0], kind="stable")
+    sorted_queries = positives_2xN[0][order]
     for row in short:
         first, last = np.searchsorted(sorted_queries, [query_rows_L[row], query_rows_L[row] + 1])
-        excluded = {*passages_LxP[row].tolist(), *relevant_2xN[1][order[first:last]].tolist()}
+        excluded = {
+            *passages_LxP[row].tolist(),
+            *barred_LxN[row].tolist(),
+            *positives_2xN[1][order[first:last]].tolist(),
+        }
         if num_passages - len(excluded - {-1}) < (passages_LxP[row] < 0).sum():
             raise InputError(
                 f"a list of {passages_LxP.shape[1]} passages cannot be filled from a collection of "
