@@ -13,6 +13,7 @@ Example:
 
 import json
 import pathlib
+from collections.abc import Sequence
 
 from absl import flags
 
@@ -32,8 +33,11 @@ MEASURES = (
 REFRESHED = "half of the steps"
 
 
-def rows(config) -> dict[str, dict]:
-    """What each row changes of `config`, as dotted keys, without rows that would change nothing."""
+def rows(config, sizes: Sequence[int] | None = None) -> dict[str, dict]:
+    """What each row changes of `config`, as dotted keys, without rows that would change nothing.
+
+    `sizes` of lists; half and twice that of `full` if there are none.
+    """
     from rqv2_jax import config as config_lib
 
     joint = config.joint
@@ -55,9 +59,9 @@ def rows(config) -> dict[str, dict]:
         "in-batch negatives": {"joint.in_batch_weight": 1.0},
         "refreshed candidates": {"joint.refresh_every": REFRESHED},
     }
-    for size in (joint.list_size // 2, joint.list_size * 2):
-        if size >= 2:
-            found[f"list size {size}"] = {"joint.list_size": size}
+    around = (size for size in (joint.list_size // 2, joint.list_size * 2) if size >= 2)
+    for size in around if sizes is None else sizes:
+        found[f"list size {size}"] = {"joint.list_size": size}
     kept = {
         name: change
         for name, change in found.items()
@@ -76,22 +80,28 @@ def _changed(config, change: dict, steps: int = 1):
     return own
 
 
-def run_all(config, workdir: pathlib.Path, seeds: int, only: list[str] | None) -> list[dict]:
-    """Warm start, then every row and seed; returns what each has measured.
+def run_all(
+    config,
+    workdir: pathlib.Path,
+    seeds: int,
+    only: list[str] | None = None,
+    sizes: Sequence[int] | None = None,
+) -> list[dict]:
+    """Warm start, then every row (`only` some and `full`) and seed; returns what each has measured.
 
-    Every row trains on as many lists as `full`.
+    Every row trains on as many lists as `full`. `sizes` are those of `rows`.
 
     Raises:
       InputError: a row is not known, the config cannot be ablated, or what `pipeline.main` raises.
     """
     import numpy as np
 
+    from rqv2_jax import checkpoint, evaluation, mining, pipeline
     from rqv2_jax import config as config_lib
-    from rqv2_jax import evaluation, mining, pipeline
     from rqv2_jax.errors import InputError
     from rqv2_jax.workdir import branch, claim, open_run
 
-    changes = rows(config)
+    changes = rows(config, sizes)
     unknown = set(only or ()) - set(changes)
     if unknown:
         raise InputError(f"--rows: no row {sorted(unknown)[0]!r}; choose of {', '.join(changes)}")
@@ -145,7 +155,8 @@ def run_all(config, workdir: pathlib.Path, seeds: int, only: list[str] | None) -
             for part in ("test", f"test.{WARM}"):
                 with np.load(folder / "eval" / f"{part}.per_query.npz") as file:
                     values |= dict(file)
-            measured.append({"row": name, "seed": seed, "values": values})
+            kept = checkpoint.best_step(folder / "joint")
+            measured.append({"row": name, "seed": seed, "kept_step": kept, "values": values})
     return measured
 
 
@@ -154,13 +165,16 @@ def summarise(measured: list[dict], *, permutations: int) -> list[dict]:
 
     Values of a query are averaged over seeds before runs are compared. `p_value` is of the paired
     randomisation test against `full` over the queries, corrected by Holm's rule for the number of
-    rows compared by the same measure; `low` and `high` bound the 95% bootstrap interval.
+    rows compared by the same measure; `low` and `high` bound the 95% bootstrap interval. Both speak
+    of other queries, not of other seeds: for these there are the `differences` of each. `kept_steps`
+    are those of joint training that dev chose, 0 where it was the start.
     """
     import numpy as np
 
     from rqv2_jax import metrics
 
     names = list(dict.fromkeys(m["row"] for m in measured))
+    kept = {name: [m["kept_step"] for m in measured if m["row"] == name] for name in names}
     first = measured[0]["values"]
     warmed_up = any(key.startswith("retriever.") for key in first)
     warm = {"retriever": "retriever" if warmed_up else "zero_shot", "reranker": "reranker"}
@@ -177,7 +191,9 @@ def summarise(measured: list[dict], *, permutations: int) -> list[dict]:
             per_seed = values[name].mean(axis=1)
             row |= {"queries": len(mean_Q), "mean": float(per_seed.mean()), "seeds": len(per_seed)}
             row["spread"] = float(per_seed.std(ddof=1)) if len(per_seed) > 1 else None
+            row["kept_steps"] = kept.get(name, [])
             if name != "full":
+                row["differences"] = (per_seed - values["full"].mean(axis=1)).tolist()
                 low, high = metrics.interval(difference_Q, resamples=permutations, seed=0)
                 difference, p = metrics.paired_test(
                     mean_Q, values["full"].mean(axis=0), permutations=permutations, seed=0
@@ -204,20 +220,21 @@ def render(summary: list[dict]) -> str:
         lines += [
             f"{model}{given}, {metric}, {part[0]['queries']} test queries",
             "",
-            "| row | seeds | mean | spread | difference to full | 95% interval | p (Holm) |",
-            "|---|---|---|---|---|---|---|",
+            "| row | steps kept | mean | spread | difference to full | 95% interval | p (Holm) | "
+            "of each seed |",
+            "|---|---|---|---|---|---|---|---|",
         ]
         for row in part:
             spread = "" if row["spread"] is None else f"{row['spread']:.4f}"
-            compared = " | | "
+            compared = " | | | "
             if "difference" in row:
+                each = ", ".join(f"{difference:+.4f}" for difference in row["differences"])
                 compared = (
                     f"{row['difference']:+.4f} | {row['low']:+.4f} to {row['high']:+.4f} | "
-                    f"{row['p_value']:.4f}"
+                    f"{row['p_value']:.4f} | {each}"
                 )
-            lines.append(
-                f"| {row['row']} | {row['seeds']} | {row['mean']:.4f} | {spread} | {compared} |"
-            )
+            kept = ", ".join(map(str, row["kept_steps"]))
+            lines.append(f"| {row['row']} | {kept} | {row['mean']:.4f} | {spread} | {compared} |")
         lines.append("")
     return "\n".join(lines)
 
@@ -225,10 +242,15 @@ def render(summary: list[dict]) -> str:
 def main():
     """Runs what is not finished, prints and writes the table."""
     from rqv2_jax import artifacts
+    from rqv2_jax.errors import InputError
 
     given = flags.FLAGS
     config, workdir = given.config, pathlib.Path(given.workdir)
-    measured = run_all(config, workdir, given.seeds, given.rows)
+    try:
+        sizes = None if given.list_sizes is None else [int(size) for size in given.list_sizes]
+    except ValueError as e:
+        raise InputError(f"--list_sizes: {e}; give whole numbers, as 2,8,16") from e
+    measured = run_all(config, workdir, given.seeds, given.rows, sizes)
     summary = summarise(measured, permutations=config.evaluate.permutations)
     name = "ablations" if given.rows is None else "ablations.some"
     artifacts.write_text(workdir / f"{name}.json", json.dumps(summary, indent=1) + "\n")
@@ -241,4 +263,5 @@ if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Folder of everything these runs write.")
     flags.DEFINE_integer("seeds", 3, "Seeds of joint training, from 0.", lower_bound=1)
     flags.DEFINE_list("rows", None, "Only these rows and full; all if not given.")
+    flags.DEFINE_list("list_sizes", None, "Of the rows for Figure 4; half and twice that of full.")
     program.run(main, __doc__, required=("config", "workdir"))

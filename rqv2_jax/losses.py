@@ -1,4 +1,4 @@
-"""Ranking losses on arrays of scores, in float32, with finite gradients for any finite scores.
+"""Ranking losses on arrays of scores, in float32, with finite gradients for any scores but NaN.
 
 Shape suffixes: B lists (queries), P passages of a list, N all passages of the batch.
 """
@@ -10,12 +10,19 @@ KL_DIRECTIONS = ("retriever_to_reranker", "reranker_to_retriever")
 KL_REDUCTIONS = ("sum", "mean_per_list", "mean_per_candidate")
 RERANKER_LOSSES = ("listwise", "pointwise")
 
+# Scores are cut here: sums of so large ones over any batch, and their squares, are finite in float32.
+LARGEST = 1e15
+
+
+def _bounded(scores_BxP):
+    return jnp.clip(scores_BxP.astype(jnp.float32), -LARGEST, LARGEST)
+
 
 def _log_softmax(scores_BxP, where_BxP):
     """Log-probabilities over the valid passages; those left out get a large negative, finite one."""
     # Far below every valid score, so that left-out passages take no probability however low those are.
     lowest = jnp.finfo(jnp.float32).min / 4
-    return jax.nn.log_softmax(jnp.where(where_BxP, scores_BxP.astype(jnp.float32), lowest))
+    return jax.nn.log_softmax(jnp.where(where_BxP, _bounded(scores_BxP), lowest))
 
 
 def _mean(values_B, valid_B):
@@ -24,6 +31,9 @@ def _mean(values_B, valid_B):
 
 def listwise(scores_BxP, positive_BxP, *, where_BxP):
     """Listwise cross-entropy (paper eq. 5): mean over lists of -log softmax of the positive.
+
+    Lists here have one positive; of several, each competes with all others, and their mean
+    counts.
 
     Args:
       scores_BxP: scores of any float type.
@@ -42,7 +52,7 @@ def listwise(scores_BxP, positive_BxP, *, where_BxP):
 
 def pointwise(scores_BxP, positive_BxP, *, where_BxP):
     """Binary cross-entropy of every passage on its own, mean over the passages that exist."""
-    scores_BxP = scores_BxP.astype(jnp.float32)
+    scores_BxP = _bounded(scores_BxP)
     signed_BxP = jnp.where(positive_BxP, scores_BxP, -scores_BxP)
     return _mean(-jax.nn.log_sigmoid(jnp.where(where_BxP, signed_BxP, 0.0)), where_BxP)
 

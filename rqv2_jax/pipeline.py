@@ -17,7 +17,7 @@ import tensorflow as tf
 import tqdm
 
 from rqv2_jax import artifacts, evaluation, hosts, mining, train
-from rqv2_jax.checkpoint import Checkpoints
+from rqv2_jax.checkpoint import Checkpoints, best_step
 from rqv2_jax.data import collection, denoise, joint_tsv, tokens
 from rqv2_jax.data import lists as lists_lib
 from rqv2_jax.data.batches import ListBatches
@@ -149,7 +149,7 @@ def _train_stage(
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(folder)))
         if checkpoints.last_step() == steps:
-            tqdm.tqdm.write("  done")
+            tqdm.tqdm.write(f"  done; best on dev at step {best_step(folder)} of {steps}")
             return
         optimizer = train.make_optimizer(run.config.optimizer, settings, steps, stage.rates)
         state = checkpoints.restore_last(train.init_state(params, optimizer, run.sharding))
@@ -194,6 +194,7 @@ def _train_stage(
                 hooks=train.Hooks(evaluate, checkpoints.save_last, write),
                 name=name,
             )
+        tqdm.tqdm.write(f"  best on dev at step {best_step(folder)} of {steps}")
 
 
 def train_retriever(run: Run, store: tokens.Store):

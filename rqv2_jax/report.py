@@ -72,17 +72,18 @@ def draw_training(workdir: pathlib.Path, path: pathlib.Path):
     _save(figure, path)
 
 
-def draw_list_sizes(folder: pathlib.Path, path: pathlib.Path):
+def draw_list_sizes(folder: pathlib.Path, source: pathlib.Path, path: pathlib.Path):
     """RR@10 on test of both models against the size of the joint lists (paper, Figure 4).
 
-    Bars reach one standard deviation over seeds either way.
+    `source` is a summary that rqv2_jax.ablations wrote in `folder`. Bars reach one standard deviation
+    over seeds either way.
     """
-    source = folder / "ablations.json"
+    summary = json.loads(source.read_text())
     config = json.loads((folder / "warm" / "config.json").read_text())
     figure, axes = _figure(2)
     for axis, model in zip(axes, ("retriever", "reranker")):
         points = []
-        for row in json.loads(source.read_text()):
+        for row in summary:
             size = re.fullmatch(r"list size (\d+)", row["row"])
             if (row["model"], row["candidates"], row["metric"]) != (model, "exact", "RR@10"):
                 continue
@@ -135,9 +136,11 @@ def main():
     """Draws whatever the folder has."""
     folder = pathlib.Path(flags.FLAGS.workdir)
     if (folder / "warm").is_dir():
-        # Not written by an ablation of some rows.
-        if (folder / "ablations.json").is_file():
-            draw_list_sizes(folder, folder / "report" / "list_sizes.png")
+        for source in (folder / "ablations.json", folder / "ablations.some.json"):
+            # Written when all rows have been run, or those that were asked for.
+            if source.is_file() and '"list size ' in source.read_text():
+                draw_list_sizes(folder, source, folder / "report" / "list_sizes.png")
+                break
         draw_training(folder / "rows" / "full.0", folder / "report" / "joint_training.png")
     else:
         draw_training(folder, folder / "report" / "joint_training.png")

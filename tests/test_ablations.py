@@ -25,6 +25,11 @@ def test_every_row_changes_one_thing_of_full():
         "list size 2",
         "list size 8",
     }
+    more = ablations.rows(full, [4, 16, 32])
+    assert {name: more[name] for name in more if name.startswith("list size")} == {
+        "list size 16": {"joint.list_size": 16},
+        "list size 32": {"joint.list_size": 32},
+    }
     for name, change in found.items():
         changed = config.loads(config.dumps(full))
         values = {k: 7 if v == ablations.REFRESHED else v for k, v in change.items()}
@@ -50,6 +55,7 @@ def measured(values):
         {
             "row": row,
             "seed": seed,
+            "kept_step": 10 * seed,
             "values": warm
             | {
                 f"joint.{model}.{candidates}.{metric}": values[row][seed]
@@ -84,7 +90,10 @@ def test_summary_by_hand():
     assert rows["warm start", "reranker", "RR@10"]["difference"] == pytest.approx(-1 / 16)
     assert rows["warm start", "retriever", "Success@50"]["mean"] == 0.375
     table = ablations.render(found)
-    assert "| better | 2 | 1.0000 | 0.0000 | +0.4375 |" in table
+    assert better["differences"] == [8 / 16, 6 / 16]
+    assert better["kept_steps"] == [0, 10]
+    assert "| better | 0, 10 | 1.0000 | 0.0000 | +0.4375 |" in table
+    assert table.count("+0.5000, +0.3750 |") == 4
     assert table.count("16 test queries") == 4
     (alone,) = (r for r in found if r["candidates"] != "exact" and r["row"] == "warm start")
     assert (alone["model"], alone["mean"]) == ("reranker", 0.5)
@@ -208,7 +217,7 @@ def test_figures_show_what_was_recorded(ablated, tmp_path):
         measured({"full": np.ones((2, 8)), "list size 8": np.eye(8)[:2]}), permutations=99
     )
     (folder / "ablations.json").write_text(json.dumps(summary))
-    report.draw_list_sizes(folder, tmp_path / "sizes.png")
+    report.draw_list_sizes(folder, folder / "ablations.json", tmp_path / "sizes.png")
     assert (tmp_path / "sizes.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(InputError, match="no events of joint training"):
         report.draw_training(folder / "warm", tmp_path / "none.png")

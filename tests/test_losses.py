@@ -160,7 +160,7 @@ HAND_SUPERVISED = {
 }
 
 
-@pytest.mark.parametrize("reading", READINGS[::2])
+@pytest.mark.parametrize("reading", READINGS)
 def test_hand_computed(reading):
     loss, terms = distil(*HAND, 1.0, reading)
     kl_direction, kl_reduction, _, reranker_loss = reading
@@ -217,6 +217,38 @@ def test_teacher_gradient():
             assert cut_value == pytest.approx(float(value), rel=1e-6)
 
 
+def test_teacher_gradient_by_hand():
+    """That of KL(p || q) in the re-ranker's scores is q - p, that of KL(q || p) q (log(q/p) - KL)."""
+    p, q = np.array([1 / 4, 3 / 4]), np.array([1 / 2, 1 / 2])
+    labels = np.array([[True, False]]), np.ones((1, 2), bool)
+    supervised = q - [1, 0]
+    released = q * (np.log(q / p) - HAND_KL["reranker_to_retriever"])
+    for direction, kl in (("retriever_to_reranker", q - p), ("reranker_to_retriever", released)):
+        for through in (True, False):
+            reading = direction, "sum", through, "listwise"
+            scores = np.float32(np.log([p])), np.float32(np.log([q]))
+            grad = jax.grad(lambda s: distil(scores[0], s, *labels, 1.0, reading)[0])(scores[1])  # noqa: B023
+            np.testing.assert_allclose(grad[0], supervised + through * kl, atol=1e-6)
+
+
+def test_temperature_by_hand():
+    """Scores of probabilities 1/10 and 9/10 have 1/4 and 3/4 at temperature 2."""
+    scores = np.log(np.float32([[0.1, 0.9]])), np.log(np.float32([[0.5, 0.5]]))
+    labels = np.array([[True, False]]), np.ones((1, 2), bool)
+    for direction, kl in HAND_KL.items():
+        _, terms = distil(*scores, *labels, 2.0, (direction, "sum", True, "listwise"))
+        assert float(terms["kl"]) == pytest.approx(kl, rel=1e-5)
+        assert float(terms["supervised"]) == pytest.approx(math.log(2), rel=1e-5)
+
+
+def test_several_positives_by_hand():
+    """Softmax 1/2, 1/4, 1/4: the mean of what each of two positives would cost alone."""
+    scores = np.log(np.float32([[2, 1, 1]]))
+    everything = np.ones((1, 3), bool)
+    value = losses.listwise(scores, np.array([[True, True, False]]), where_BxP=everything)
+    assert float(value) == pytest.approx((math.log(2) + math.log(4)) / 2, rel=1e-5)
+
+
 def test_only_kl_reaches_the_retriever(monkeypatch):
     monkeypatch.setattr(losses, "kl", lambda p, q, where_BxP: jnp.zeros(len(p)))
     scores = np.random.default_rng(4).normal(0, 2, (2, 5, 5)).astype(np.float32)
@@ -256,11 +288,13 @@ def test_temperature_divides_both_scores_inside_kl_alone():
         assert scaled[reading]["supervised"] != plain[reading]["supervised"]
 
 
-@pytest.mark.parametrize("size", [1e4, 1e30])
-def test_gradients_are_finite_for_extreme_scores(size):
+@pytest.mark.parametrize("temperature", [1.0, 1e-9])
+@pytest.mark.parametrize("size", [1e4, 1e30, np.finfo(np.float32).max, math.inf])
+def test_gradients_are_finite_for_extreme_scores(size, temperature):
     signs = np.random.default_rng(7).integers(-1, 2, (2, 4, 5, 5))
-    for retriever, reranker in (size * signs.swapaxes(0, 1)).astype(np.float32):
-        values, _ = joint(retriever, reranker, one_hot([0] * 5), WHERE)
+    extreme = np.where(signs == 0, 0, np.copysign(np.float32(size), signs)).astype(np.float32)
+    for retriever, reranker in extreme.swapaxes(0, 1):
+        values, _ = joint(retriever, reranker, one_hot([0] * 5), WHERE, temperature)
         for value, grads in values.values():
             assert np.isfinite(value)
             for grad in grads:
@@ -299,7 +333,7 @@ def test_masked_entries_neither_count_nor_get_a_gradient():
                 np.testing.assert_array_equal(dirty_grad[~WHERE], 0)
 
 
-@pytest.mark.parametrize("low", [-1e4, -1e9, -1e30])
+@pytest.mark.parametrize("low", [-1e4, -1e9, -1e30, -3e38, -math.inf])
 def test_masked_entries_take_no_probability_however_low_the_others_are(low):
     retriever = np.where(one_hot([0, 1, 2, 3, 4]), np.float32(0), np.float32(low))
     reranker = np.zeros((5, 5), np.float32)
