@@ -146,13 +146,13 @@ def refresh(
     return found
 
 
-def calibrate(store: tokens.Store, dev: lists_lib.Candidates) -> tuple[float, float]:
-    """`lists.calibrate` of the re-ranker's scores by dev labels."""
+def labelled_scores(store: tokens.Store, dev: lists_lib.Candidates):
+    """The re-ranker's scores of all dev candidates [N], and which of these are labelled relevant."""
     positives_2xN = store.splits["dev"].positives()
     relevant_QxN = lists_lib.known_positive(
         positives_2xN, dev.query_rows_Q, dev.passages_QxN, len(store.passage_ids)
     )
-    return lists_lib.calibrate(dev.reranker_QxN.reshape(-1), relevant_QxN.reshape(-1))
+    return dev.reranker_QxN.reshape(-1), relevant_QxN.reshape(-1)
 
 
 def draw_lists(
@@ -164,7 +164,9 @@ def draw_lists(
     """
     settings = run.config[stage]
     share = settings.denoised_share if stage == "joint" else 0.0
-    probability = calibrate(store, candidates["dev"]) if share > 0 else (1.0, 0.0)
+    probability = (1.0, 0.0)
+    if share > 0:
+        probability = lists_lib.calibrate(*labelled_scores(store, candidates["dev"]))
 
     def draw(epoch):
         return lists_lib.draw(
@@ -226,7 +228,18 @@ def read_lists(run: Run) -> tuple[tokens.Store, lists_lib.Lists]:
             given.query_rows_L[order_L], given.passages_LxP[order_L], given.provenance_LxP[order_L]
         )
 
-    return tokens.open_store(folder), _counted(epochs_of_lists(draw, epochs=settings.epochs))
+    lists = _counted(epochs_of_lists(draw, epochs=settings.epochs))
+    heads_2xL = np.stack([given.query_rows_L, given.passages_LxP[:, 0]])
+    passages = given.passages_LxP.max() + 1
+    known_LxP = lists_lib.known_positive(
+        heads_2xL, given.query_rows_L, given.passages_LxP, passages
+    )
+    if doubtful := known_LxP[:, 1:].any(axis=1).sum():
+        tqdm.tqdm.write(
+            f"  {doubtful} of the file's lists have the positive of a list of the same query among "
+            "their negatives; they are trained on as they are"
+        )
+    return tokens.open_store(folder), lists
 
 
 def _counted(lists: lists_lib.Lists) -> lists_lib.Lists:

@@ -332,7 +332,8 @@ def denoise_report(run: Run, labels: str, samples: int) -> tuple[dict, list[dict
     if labels and data.dataset != "beir":
         raise InputError(f"--labels: {data.dataset} has no other labels; leave the flag out")
     store, candidates, texts = _mined(run)
-    training, probability = candidates["train"], mining.calibrate(store, candidates["dev"])
+    training, dev = candidates["train"], mining.labelled_scores(store, candidates["dev"])
+    probability = lists_lib.calibrate(*dev)
     queries = store.splits["train"]
     positives_2xN = queries.positives()
     fuller_2xN = None
@@ -351,6 +352,7 @@ def denoise_report(run: Run, labels: str, samples: int) -> tuple[dict, list[dict
     below, above = run.config.mine.negative_below, run.config.mine.positive_above
     known = (training, positives_2xN, probability, len(store.passage_ids))
     report = denoise.table(*known, chosen=(below, above), fuller_2xN=fuller_2xN)
+    report["dev"] = {"candidates": len(dev[1]), "labelled": int(dev[1].sum())}
     shown = denoise.rejected(*known, negative_below=below, count=samples, seed=run.config.seed)
     labelled = {query: passage for query, passage in positives_2xN.T[::-1].tolist()}
     wanted = {row for query, passage, _ in shown for row in (passage, labelled[query])}

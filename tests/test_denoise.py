@@ -17,7 +17,8 @@ FULLER = np.array([[5, 3, 5, 3], [0, 9, 2, 5]])
 
 
 def table(fuller_2xN=None, chosen=(0.2, 0.8)):
-    return denoise.table(CANDIDATES, LABELS, IDENTITY, 20, chosen=chosen, fuller_2xN=fuller_2xN)
+    report = denoise.table(CANDIDATES, LABELS, IDENTITY, 20, chosen=chosen, fuller_2xN=fuller_2xN)
+    return {**report, "dev": {"candidates": 30, "labelled": 4}}
 
 
 def test_counts_by_hand():
@@ -43,7 +44,8 @@ def test_precision_and_recall_by_hand():
     positives = {row["above"]: row for row in report["positives"]}
     # Of the two scored 2, passage 5 of query 3 is relevant, one of two hidden ones.
     assert (positives[0.8]["precision"], positives[0.8]["recall"]) == (1 / 2, 1 / 2)
-    assert (positives[0.99]["precision"], positives[0.99]["recall"]) == (0, 0)
+    # Of none, no share is right.
+    assert (positives[0.99]["precision"], positives[0.99]["recall"]) == (None, 0)
 
 
 def test_histogram_counts_every_scored_candidate():
@@ -61,6 +63,13 @@ def test_chosen_thresholds_are_marked():
     assert [line[0] for line in starred] == ["0.123*", "0.500*"]
     assert "2 of them relevant by the fuller labels" in text
     assert "precision" not in denoise.render(table())
+    assert "sigmoid(1.000 score +0.000), from 30 dev candidates, of which 4 are labelled" in text
+    assert "of unlabelled candidates: 0.119 to 0.881" in text
+    (empty,) = (line for line in text.splitlines() if line.split()[:1] == ["0.990"])
+    assert empty.split() == ["0.990", "0", "6", "-", "0.000"]
+    assert "train it longer" not in text
+    flat = denoise.table(CANDIDATES, LABELS, (0.0, -1.4), 20, chosen=(0.1, 0.9))
+    assert "train it longer" in denoise.render({**flat, "dev": {"candidates": 30, "labelled": 0}})
 
 
 @given(

@@ -774,6 +774,16 @@ def test_static_distillation_leaves_the_reranker_alone(finished, joint_again):
         assert all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in pairs) == same
 
 
+def test_given_lists_that_contradict_each_other_are_counted(finished, tmp_path, capsys):
+    path = tmp_path / "lists.tsv"
+    lists = [("a", "river", "stone"), ("a", "stone", "river"), ("b", "river", "stone")]
+    path.write_text("".join(f"{q}\t\t{p}\t1\n{q}\t\t{n}\t0\n" for q, p, n in lists))
+    changed = config_lib.loads(config_lib.dumps(finished[0]))
+    changed.joint.update({"lists": str(path), "list_size": 2, "epochs": 1.0})
+    mining.read_lists(open_run(changed, tmp_path / "w"))
+    assert "2 of the file's lists have the positive of a list of the same" in capsys.readouterr().out
+
+
 def test_exported_lists_can_be_trained_on(finished, joint_again, tmp_path):
     config, workdir = finished
     path = tmp_path / "lists.tsv.gz"

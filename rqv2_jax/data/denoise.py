@@ -36,7 +36,7 @@ def table(
       `histogram`: `edges` of re-ranker scores, and how many `labelled` and `unlabelled` (and
       `hidden`) candidates lie in each bin. `negatives` and `positives`: a row for each threshold with
       how many unlabelled candidates are `kept` and `dropped`, and with fuller labels `precision`
-      (kept ones that are what they are taken for) and `recall` (of those there are).
+      (kept ones that are what they are taken for) and `recall` (of those there are), None of none.
     """
     here = (candidates.query_rows_Q, candidates.passages_QxN, num_passages)
     scored_QxN = ~np.isnan(candidates.reranker_QxN)
@@ -59,8 +59,8 @@ def table(
         found = {name: threshold, "kept": int(taken_C.sum()), "dropped": int((~taken_C).sum())}
         if right_C is not None:
             hits = int((taken_C & right_C).sum())
-            found["precision"] = hits / max(found["kept"], 1)
-            found["recall"] = hits / max(int(right_C.sum()), 1)
+            found["precision"] = hits / found["kept"] if found["kept"] else None
+            found["recall"] = hits / int(right_C.sum()) if right_C.any() else None
         return found
 
     p_U = p_C[~labelled_C]
@@ -72,6 +72,8 @@ def table(
         "labelled": int(labelled_C.sum()),
         "unlabelled": len(p_U),
         **({} if hidden_U is None else {"hidden": int(hidden_U.sum())}),
+        "probability": {"slope": probability[0], "offset": probability[1]},
+        "range": [float(p_U.min(initial=1.0)), float(p_U.max(initial=0.0))],
         "chosen": {"negative_below": chosen[0], "positive_above": chosen[1]},
         "histogram": histogram,
         "negatives": [row("below", t, p_U < t, innocent_U) for t in below],
@@ -108,7 +110,7 @@ def rejected(
 
 
 def render(report: dict) -> str:
-    """The table for people; the chosen thresholds carry a star."""
+    """A `table`, with the counts of `dev` added, for people; the chosen thresholds carry a star."""
     lines = [
         f"{report['queries']} queries with scored candidates: {report['labelled']} labelled, "
         f"{report['unlabelled']} unlabelled"
@@ -118,6 +120,18 @@ def render(report: dict) -> str:
             else ""
         )
     ]
+    slope, offset = report["probability"].values()
+    lowest, highest = report["range"]
+    lines += [
+        f"probability of relevance: sigmoid({slope:.3f} score {offset:+.3f}), from "
+        f"{report['dev']['candidates']} dev candidates, of which {report['dev']['labelled']} are "
+        f"labelled, as if {lists_lib.RELEVANT_SHARE:.0%} were",
+        f"of unlabelled candidates: {lowest:.3f} to {highest:.3f}",
+    ]
+    if slope == 0:
+        lines.append(
+            "the re-ranker scores labelled dev candidates no higher than others: train it longer"
+        )
     histogram = report["histogram"]
     names = [name for name in ("labelled", "unlabelled", "hidden") if name in histogram]
     lines += ["", "re-ranker score      " + "".join(f"{name:>32}" for name in names)]
@@ -139,6 +153,7 @@ def render(report: dict) -> str:
             star = "*" if row[name] == chosen else " "
             line = f"{row[name]:>16.3f}{star}{row['kept']:>10}{row['dropped']:>10}"
             if judged:
-                line += f"{row['precision']:>11.3f}{row['recall']:>9.3f}"
+                for key, width in (("precision", 11), ("recall", 9)):
+                    line += f"{'-' if row[key] is None else format(row[key], '.3f'):>{width}}"
             lines.append(line)
     return "\n".join(lines)
