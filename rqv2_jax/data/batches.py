@@ -195,7 +195,7 @@ def balance(lengths: Sequence[np.ndarray], batch: int) -> np.ndarray:
     """An order of lists [L] whose consecutive batches hold as many sequences of any length; L divides.
 
     Rows of one width are as many as the batch with the most sequences of that length needs. As parts
-    of a batch may be computed apart, batches are halved as long as that leaves whole lists and 16
+    of a batch may be computed apart, batches are halved as long as that leaves whole lists and 32
     sequences of a kind, and it is the halves that are made alike. Again and again a list of one and a
     list of another change places where that lowers how far both exceed the mean number of sequences
     that are longer than a width, to the fourth power and summed over the widths.
@@ -205,7 +205,7 @@ def balance(lengths: Sequence[np.ndarray], batch: int) -> np.ndarray:
       batch: lists of a batch.
     """
     size = batch
-    while size % 2 == 0 and size // 2 * max(x.shape[1] for x in lengths) >= 16:
+    while size % 2 == 0 and size // 2 * max(x.shape[1] for x in lengths) >= 32:
         size //= 2
     # The number of a list's sequences that are too long for each width.
     longer_LxW = np.concatenate(
