@@ -22,7 +22,6 @@ from rqv2_jax import config as config_lib
 from rqv2_jax.data import lists as lists_lib
 from rqv2_jax.data import packing, tokens
 from rqv2_jax.data.batches import KINDS, ListBatches
-from rqv2_jax.data.packing import Ragged
 from rqv2_jax.retrieval import encode, index, rerank, stream
 from rqv2_jax.workdir import Run, open_collection, open_run
 
@@ -34,6 +33,9 @@ TURN = 3
 
 # Dimensions in which the vectors of the index benchmark differ.
 INTRINSIC = 24
+# At which indexes are compared with each other.
+RECALLS = (0.9, 0.95, 0.99)
+
 
 # Share of its peak that a chip is taken to reach in training.
 UTILISATION = 0.4
@@ -92,10 +94,15 @@ def _batches(run: Run, texts: Texts, steps: int) -> ListBatches:
 
 
 def peak(dtype: str) -> float:
-    """Operations a second of a matrix product of 2,048 x 2,048 on one device, best of 5."""
-    x = jnp.ones((2048, 2048), dtype)
-    product = jax.jit(jnp.matmul)
-    return 2 * 2048**3 / min(_seconds(lambda: product(x, x).block_until_ready(), 6)[1:])
+    """Operations a second of matrix products of one device, best of 5.
+
+    Of 2,048 x 2,048 on a CPU; of 8,192 x 8,192, several in a row, where one small one would take less
+    time than to start it.
+    """
+    size, times = (2048, 1) if jax.default_backend() == "cpu" else (8192, 8)
+    x = jnp.ones((size, size), dtype)
+    product = jax.jit(lambda x: jax.lax.fori_loop(0, times, lambda _, y: (x @ y) / size, x))
+    return times * 2 * size**3 / min(_seconds(lambda: product(x).block_until_ready(), 6)[1:])
 
 
 def _seconds(work: Callable, times: int) -> list[float]:
@@ -108,11 +115,25 @@ def _seconds(work: Callable, times: int) -> list[float]:
 
 
 def _memory() -> float:
-    """GiB: the most this process, or if it counts its own, a device, has held."""
+    """GiB: the most this process, rivals included, or if it counts its own, a device, has held."""
     stats = jax.local_devices()[0].memory_stats()
     if stats is not None:
         return stats["peak_bytes_in_use"] / planning.GIB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / planning.GIB
+
+
+def _step_memory(compiled) -> float:
+    """GiB of one device that a compiled program needs: arguments, results and all between."""
+    memory = compiled.memory_analysis()
+    kept = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return (memory.argument_size_in_bytes + memory.temp_size_in_bytes + kept) / planning.GIB
+
+
+def _compiled_over_model(run: Run, compiled, formula: float) -> float | None:
+    """None on GPUs, whose libraries' products the compiled text does not tell."""
+    if jax.default_backend() == "gpu":
+        return None
+    return run.sharding.shards * hlo.cost(compiled.as_text()).flops / formula
 
 
 def joint(run: Run, texts: Texts, steps: int, versus: bool) -> dict:
@@ -161,7 +182,12 @@ def joint(run: Run, texts: Texts, steps: int, versus: bool) -> dict:
     ragged = [x for each in sequences for x in each.values()]
     real = sum(len(x.tokens) for x in ragged) / total
     padded = sum(len(x.lengths_N) * x.lengths_N.max() for x in ragged) / total
-    formula = sum(_training_flops(run, x) for x in ragged) / total
+    formula = sum(
+        planning.training_flops(config, run.models.config, "joint", kind, x.lengths_N)
+        for each in sequences
+        for kind, x in each.items()
+    )
+    formula /= total
     seconds = float(np.median(taken[0]))
     computed = len(batches.slots_SxB) * sum(map(packing.size, batches.shapes.values()))
     pairs = settings.batch * settings.list_size
@@ -173,13 +199,12 @@ def joint(run: Run, texts: Texts, steps: int, versus: bool) -> dict:
         "real_tokens_per_second": real / seconds,
         "computed_over_real_tokens": computed / real,
         "model_gflop": formula / 1e9,
-        "compiled_over_model_flop": run.sharding.shards
-        * hlo.cost(compiled.as_text()).flops
-        / formula,
+        "compiled_over_model_flop": _compiled_over_model(run, compiled, formula),
         "share_of_peak": formula / seconds / best / run.sharding.shards,
         "peak_gflop_per_second": best / 1e9,
         "parts": stage.accumulate,
         "compile_seconds": compile_seconds,
+        "step_memory_gib": _step_memory(compiled),
         "peak_memory_gib": _memory(),
     }
     if rival is not None:
@@ -190,8 +215,13 @@ def joint(run: Run, texts: Texts, steps: int, versus: bool) -> dict:
 
 
 def _in_turn(texts: Texts, ours: Callable, theirs: Callable | None, rounds: int):
-    """Seconds of every round of ours, tokenising included, and of theirs if there is one."""
+    """Seconds of every round of ours, tokenising included, and of theirs if there is one.
+
+    Ours has had a round to compile in; theirs gets one to find its memory.
+    """
     own, other = [], []
+    if theirs is not None:
+        theirs()
     for _ in range(rounds):
         own.append(texts.tokenised_in + _seconds(ours, 1)[0])
         if theirs is not None:
@@ -201,10 +231,6 @@ def _in_turn(texts: Texts, ours: Callable, theirs: Callable | None, rounds: int)
 
 def _against(name: str, theirs: list[float], ours: list[float]) -> dict:
     return {name: float(np.median(theirs)), "ratio": float(np.median(theirs) / np.median(ours))}
-
-
-def _training_flops(run: Run, ragged: Ragged) -> float:
-    return 3 * float(planning.forward_flops(run.models.config, 1, ragged.lengths_N).sum())
 
 
 def encode_and_rerank(run: Run, texts: Texts, rounds: int, versus: bool) -> list[dict]:
@@ -224,7 +250,7 @@ def encode_and_rerank(run: Run, texts: Texts, rounds: int, versus: bool) -> list
     passages = [_joined(passage) for passage in texts.passages]
     pairs = [(texts.queries[row], passage) for row, passage in zip(query_rows_N, passages)]
     rival = rivals.SentenceTransformers(run) if versus else None
-    found = []
+    found, best = [], peak(run.config.model.dtype)
     for name, ours, lengths_N, layout, theirs in (
         (
             "encode",
@@ -241,7 +267,7 @@ def encode_and_rerank(run: Run, texts: Texts, rounds: int, versus: bool) -> list
             lambda: rival.rerank(pairs),
         ),
     ):
-        compile_seconds = _seconds(ours, 1)[0]
+        first_seconds = _seconds(ours, 1)[0]
         own, other = _in_turn(texts, ours, theirs if versus else None, rounds)
         seconds = float(np.median(own))
         flops = planning.forward_flops(run.models.config, 1, lengths_N)
@@ -257,7 +283,8 @@ def encode_and_rerank(run: Run, texts: Texts, rounds: int, versus: bool) -> list
             "real_tokens_per_second": float(lengths_N.sum()) / seconds,
             "computed_over_real_tokens": computed / float(lengths_N.sum()),
             "model_gflop_per_second": float(flops.sum()) / seconds / 1e9,
-            "first_round_seconds": compile_seconds,
+            "share_of_peak": float(flops.sum()) / seconds / best / run.sharding.shards,
+            "first_round_seconds": first_seconds,
             "peak_memory_gib": _memory(),
         }
         if rival is not None:
@@ -377,7 +404,7 @@ def search(vectors: int, size: int, queries: int, depth: int, settings, versus: 
 
     searches = {"as configured": lambda: approximate(None)}
     if vectors >= settings.brute_force_below:
-        searches |= {f"{n} leaves": lambda n=n: approximate(n) for n in (8, 32, 128)}
+        searches |= {f"{n} leaves": lambda n=n: approximate(n) for n in (8, 32, 64, 128)}
     candidates = [("ScaNN", built, searches)]
     if versus:
         candidates += rivals.faiss_indexes(passages_NxD, queries_QxD, depth)
@@ -393,7 +420,16 @@ def search(vectors: int, size: int, queries: int, depth: int, settings, versus: 
                 | {f"recall@{depth}": index.recall(rows_QxK, exact_QxK)}
                 | {"queries_per_second": rate, "ratio_to_exact": rate / exact_rate}
             )
-    return found
+    return found + [common | {"recall": least} | _fastest(found, depth, least) for least in RECALLS]
+
+
+def _fastest(found: list[dict], depth: int, least: float) -> dict:
+    """By index, the most queries a second of the settings with this recall; None if there are none."""
+    rates: dict = {line["index"]: None for line in found if line["index"] != "exact"}
+    for line in found:
+        if line.get(f"recall@{depth}", 0.0) >= least:
+            rates[line["index"]] = max(rates[line["index"]] or 0.0, line["queries_per_second"])
+    return {"queries_per_second_by_index": rates}
 
 
 def scaling(run: Run, texts: Texts, steps: int) -> list[dict]:

@@ -158,7 +158,8 @@ class Layer(nn.Module):
         def attend(q_AxD, kv_NxD, bias_Rx1xAxT):
             rows, _, asking, length = bias_Rx1xAxT.shape
             heads, size = c.num_heads, c.hidden_size // c.num_heads
-            if c.attention != "plain":
+            # First tokens alone are little work, and cuDNN takes no odd number of them.
+            if c.attention != "plain" and asking == length:
                 q_RxAxHxK = q_AxD.reshape(rows, asking, heads, size)
                 k_RxTxHxK, v_RxTxHxK = (
                     x.reshape(rows, length, heads, size) for x in jnp.split(kv_NxD, 2, axis=1)

@@ -165,7 +165,7 @@ def default() -> ml_collections.ConfigDict:
             },
             "evaluate": {
                 "queries": 1_000_000,  # of a split, at most, drawn at random
-                "batch_tokens": 16384,  # at most, of one forward pass over all devices
+                "batch_tokens": 16384,  # at most, of one forward pass on one device
                 "retrieve_depth": 1000,
                 "rerank_depth": 50,
                 "rerank_queries": 1_000_000,  # of the queries, at most, that are re-ranked

@@ -170,6 +170,15 @@ def forward_flops(config: bert.BertConfig, rows: int, width: int) -> float:
     return config.num_layers * rows * width * (8.0 * d**2 + 4.0 * width * d + 4.0 * d * f)
 
 
+def training_flops(config, shape: bert.BertConfig, stage: str, kind: str, lengths) -> float:
+    """Of a stage's step over sequences of one kind: forward, and twice as much for the gradient.
+
+    In static distillation the re-ranker has none.
+    """
+    taught = stage != "joint" or kind != "pairs" or config.joint.train_reranker
+    return (3 if taught else 1) * float(forward_flops(shape, 1, lengths).sum())
+
+
 def msmarco_lengths(rng: np.random.Generator, kind: str, shape) -> np.ndarray:
     """Lengths like those of MS MARCO's "queries" or "passages"."""
     median, deviation, least, most = MSMARCO[kind]
@@ -238,7 +247,7 @@ def make(
     for name in ("encode", "re-rank"):
         steps[name] = _forward_step(config, shape, mesh, name, drawn["joint"], machine, report)
     tokens = min(steps[name].tokens for name in ("encode", "re-rank"))
-    overlay["evaluate.batch_tokens"] = tokens * len(machine.devices)
+    overlay["evaluate.batch_tokens"] = tokens
     return Plan(steps, overlay, shape.hidden_size)
 
 
@@ -278,17 +287,19 @@ def _fitting(config, shape, mesh, name, drawn, remats, machine, report) -> Step:
     )
 
 
-def _packed(parts: int, shapes: tuple[packing.Shape, ...], sharding) -> packing.Packed:
-    """Abstract inputs, a sequence in each row of these shapes, in each of `parts`."""
+def _packed(
+    parts: int, shapes: tuple[packing.Shape, ...], sequences: int, sharding
+) -> packing.Packed:
+    """Abstract inputs, so many sequences in rows of these shapes in each of `parts`."""
 
     def numbers(*shape):
         return jax.ShapeDtypeStruct((parts, *shape), jnp.int32, sharding=sharding)
 
     blocks = tuple(
-        packing.Block(*[numbers(shape.rows, shape.width)] * 4, numbers(shape.rows, 1))
+        packing.Block(*[numbers(shape.rows, shape.width)] * 4, numbers(shape.rows, shape.slots))
         for shape in shapes
     )
-    return packing.Packed(blocks, numbers(sum(shape.rows for shape in shapes)))
+    return packing.Packed(blocks, numbers(sequences))
 
 
 def _params(shape: bert.BertConfig, mesh: sharding_lib.Sharding, names: tuple[str, ...]):
@@ -322,11 +333,17 @@ def _train_step(config, shape, mesh, name, drawn, machine, report) -> Step | Non
     for kind in (kind for model in stage.models for kind in batches_lib.READS[model]):
         lengths_LxN = drawn[kind]
         lengths_BxN = batches_lib.by_part(lengths_LxN, settings.batch, slots_SxB)
-        longest_N = np.sort(lengths_BxN, axis=1).max(axis=0)
-        shapes[kind] = packing.plan(longest_N, config.packing.blocks)
+        if config.packing.row_width:
+            shapes[kind] = (packing.plan_shared(lengths_BxN, config.packing.row_width),)
+        else:
+            longest_N = np.sort(lengths_BxN, axis=1).max(axis=0)
+            shapes[kind] = packing.plan(longest_N, config.packing.blocks)
         steps = len(lengths_LxN) / settings.batch
-        formula += 3 * forward_flops(shape, 1, lengths_LxN).sum() / steps / mesh.shards
-    batch = {kind: _packed(parts, shapes[kind], mesh.batch) for kind in shapes}
+        formula += training_flops(config, shape, name, kind, lengths_LxN) / steps / mesh.shards
+    batch = {
+        kind: _packed(parts, shapes[kind], lists * drawn[kind].shape[1], mesh.batch)
+        for kind in shapes
+    }
     labels = {"positive": stage.list_size, "where": stage.list_size}
     if stage.in_batch:
         every = slots_SxB.size * stage.list_size
@@ -400,7 +417,7 @@ def _forward_step(config, shape, mesh, name, drawn, machine, report) -> Step:
         shapes = stream.plan(usual_N, longest, limit, config.packing.blocks).usual
         rows, tokens = sum(block.rows for block in shapes), packing.size(shapes)
         what = f"{name}, {rows} rows of {tokens} tokens together a device"
-        inputs = params, _packed(mesh.shards, shapes, mesh.batch)
+        inputs = params, _packed(mesh.shards, shapes, rows, mesh.batch)
         compiled = _compile(mesh.per_shard(fn), inputs, what, machine, report)
         if compiled is not None:
             memory, *rest = compiled

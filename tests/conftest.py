@@ -102,7 +102,9 @@ class World:
     torch_models: dict  # "query", "passage", "encoder": transformers' BertModel
     folders: dict
 
-    def batches(self, *, models, in_batch, shards, accumulate=1, batch=8):
+    def batches(
+        self, *, models, in_batch, shards, accumulate=1, batch=8, max_blocks=1, row_width=0
+    ):
         from rqv2_jax.data.batches import ListBatches
 
         return ListBatches(
@@ -116,8 +118,8 @@ class World:
             shards=shards,
             accumulate=accumulate,
             own=range(shards * accumulate),
-            max_blocks=1,
-            row_width=0,
+            max_blocks=max_blocks,
+            row_width=row_width,
         )
 
     def loss(self, name, models=None, accumulate=1):

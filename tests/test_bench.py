@@ -57,8 +57,17 @@ def test_model_flops_are_those_of_real_tokens(run, texts):
     for kind in KINDS:
         for length in batches.ragged(kind, 0).lengths_N.tolist():
             expected += 3 * length * (8 * d**2 + 4 * d * f + 4 * d * length)
-    found = sum(benchmarks._training_flops(run, batches.ragged(kind, 0)) for kind in KINDS)
-    assert found == pytest.approx(expected)
+    ragged = {kind: batches.ragged(kind, 0).lengths_N for kind in KINDS}
+    flops = {
+        kind: planning.training_flops(run.config, run.models.config, "joint", kind, lengths_N)
+        for kind, lengths_N in ragged.items()
+    }
+    assert sum(flops.values()) == pytest.approx(expected)
+    static = config_lib.loads(config_lib.dumps(run.config))
+    static.joint.train_reranker = False
+    for kind, lengths_N in ragged.items():
+        found = planning.training_flops(static, run.models.config, "joint", kind, lengths_N)
+        assert found == pytest.approx(flops[kind] / (3 if kind == "pairs" else 1))
     lengths_N = np.array([7, 9])
     assert planning.forward_flops(run.models.config, 1, lengths_N).shape == (2,)
 
@@ -84,7 +93,17 @@ def test_encoding_re_ranking_mining_and_inputs(run, texts):
 
 def test_search_measures_every_index_at_its_recall(run):
     found = benchmarks.search(2000, 16, 100, 10, run.config.evaluate.scann, versus=False)
+    found, equal = found[:2], found[2:]
     assert [line["index"] for line in found] == ["exact", "ScaNN"]
+    assert [line["recall"] for line in equal] == list(benchmarks.RECALLS)
+    rate = found[1]["queries_per_second"]
+    assert all(line["queries_per_second_by_index"] == {"ScaNN": rate} for line in equal)
+    line = {"index": "other", "recall@10": 0.95, "queries_per_second": 7.0}
+    faster = {**line, "recall@10": 0.5, "queries_per_second": 9.0}
+    for least, best in ((0.95, 7.0), (0.99, None), (0.5, 9.0)):
+        assert benchmarks._fastest([line, faster], 10, least) == {
+            "queries_per_second_by_index": {"other": best}
+        }
     assert found[1]["recall@10"] == 1, "so small a collection is scored whole"
     assert found[1]["ratio_to_exact"] == pytest.approx(
         found[1]["queries_per_second"] / found[0]["queries_per_second"]

@@ -781,7 +781,9 @@ def test_given_lists_that_contradict_each_other_are_counted(finished, tmp_path, 
     changed = config_lib.loads(config_lib.dumps(finished[0]))
     changed.joint.update({"lists": str(path), "list_size": 2, "epochs": 1.0})
     mining.read_lists(open_run(changed, tmp_path / "w"))
-    assert "2 of the file's lists have the positive of a list of the same" in capsys.readouterr().out
+    assert (
+        "2 of the file's lists have the positive of a list of the same" in capsys.readouterr().out
+    )
 
 
 def test_exported_lists_can_be_trained_on(finished, joint_again, tmp_path):

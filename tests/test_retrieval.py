@@ -121,7 +121,7 @@ def test_recall_in_closed_form():
 @pytest.fixture(scope="module")
 def forward(world):
     sharding = sharding_lib.make(1, 1)
-    return forward_of(world, sharding, 64)
+    return forward_of(world, sharding, 32)
 
 
 def test_streamed_vectors_come_in_order_and_equal_those_of_one_batch(world, forward):
@@ -137,7 +137,7 @@ def test_streaming_over_several_devices_changes_nothing(world, forward):
     rows = np.arange(24)
     expected = encode.passages(forward, tower, world.store, rows)
     sharding = sharding_lib.make(2, 2)
-    several = forward_of(world, sharding, 64)
+    several = forward_of(world, sharding, 32)
     found = encode.passages(several, sharding.put_params(tower), world.store, rows)
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
@@ -196,23 +196,18 @@ def forward_of(world, sharding, batch_tokens):
     )
 
 
-def layout_of(usual_N, longest, shards, tokens, max_blocks=12):
-    sharding = types.SimpleNamespace(shards=shards)
-    return stream.Forward(None, sharding, tokens, max_blocks, None, None).layout(usual_N, longest)
-
-
 @given(
     usual=st.lists(st.integers(1, 96), min_size=1, max_size=60),
     lengths=st.lists(st.integers(1, 96), min_size=1, max_size=60),
     shards=st.sampled_from([1, 2, 4]),
-    tokens=st.sampled_from([64, 300, 2000]),
+    tokens=st.sampled_from([30, 64, 300, 2000]),
 )
 @settings(deadline=None)
 def test_every_sequence_has_one_row_that_holds_it(usual, lengths, shards, tokens):
-    layout = layout_of(np.array(usual), 96, shards, tokens, max_blocks=4)
+    layout = stream.plan(np.array(usual), 96, tokens, 4)
     assert len(layout.usual) <= 4
     per_shard = sum(s.rows * s.width for s in layout.usual)
-    assert per_shard <= tokens / shards or sum(s.rows for s in layout.usual) == 1
+    assert per_shard <= tokens or sum(s.rows for s in layout.usual) == 1
     lengths_N, found, shapes = np.array(lengths), [], set()
     for numbers_SxR, batch_shapes in stream.schedule(lengths_N, layout, shards):
         shapes.add(batch_shapes)
@@ -244,7 +239,7 @@ def test_few_tokens_are_computed_beside_those_of_usual_lengths(count, shards, mo
     usual_N, lengths_N = (
         np.clip(rng.lognormal(np.log(76), 0.36, n), 16, 128).astype(int) for n in (10_000, count)
     )
-    layout = layout_of(usual_N, 128, shards, 8192 * shards)
+    layout = stream.plan(usual_N, 128, 8192, 12)
     assert sum(s.rows * s.width for s in layout.usual) <= 8192
     assert computed_over_real(lengths_N, layout, shards) < most
 
@@ -252,13 +247,13 @@ def test_few_tokens_are_computed_beside_those_of_usual_lengths(count, shards, mo
 def test_rows_for_the_longest_do_not_hold_up_shorter_sequences():
     rng = np.random.default_rng(0)
     lengths_N = np.clip(rng.lognormal(np.log(76), 0.36, 20_000), 16, 200).astype(int)
-    layout = layout_of(lengths_N, 512, 1, 16384)
+    layout = stream.plan(lengths_N, 512, 16384, 12)
     assert computed_over_real(lengths_N, layout, 1) < 1.15
 
 
 def test_lengths_unlike_the_usual_ones_take_few_batches_more():
     lengths_N = np.full(400, 100)
-    layout = layout_of(np.append(np.full(300, 10), np.full(100, 30)), 128, 2, 4096)
+    layout = stream.plan(np.append(np.full(300, 10), np.full(100, 30)), 128, 2048, 12)
     batches = list(stream.schedule(lengths_N, layout, 2))
     assert {batch.shapes for batch in batches} == {layout.spare}
     # 4 rows of 128 tokens on either device.

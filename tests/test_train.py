@@ -99,6 +99,26 @@ def gradients_of(model, config, folder):
     return weights.load_encoder(folder, config)
 
 
+@pytest.mark.parametrize("layout", [{"max_blocks": 12}, {"row_width": 32}])
+@pytest.mark.parametrize("name", ["retriever", "paper"])
+def test_packed_batches_give_the_gradients_of_padded_ones(world, name, layout):
+    loss_fn, models, in_batch = world.loss(name)
+    sharding = sharding_lib.make(1, 1)
+    step = jax.jit(sharding.value_and_grad(loss_fn))
+    params = {model: world.params[model] for model in models}
+    found = []
+    for chosen in ({}, layout):
+        batches = world.batches(models=models, in_batch=in_batch, shards=1, **chosen)
+        found.append(step(params, batches.make(0), jax.random.key(0)))
+    kinds = {"max_blocks": lambda x: len(x) > 1, "row_width": lambda x: x[0].slots > 1}
+    assert any(kinds[next(iter(layout))](shapes) for shapes in batches.shapes.values())
+    ((plain, _), plain_grads), ((packed, _), packed_grads) = found
+    assert float(packed) == pytest.approx(float(plain), rel=1e-5)
+    for ours, theirs in zip(jax.tree.leaves(packed_grads), jax.tree.leaves(plain_grads)):
+        atol = 1e-5 * max(1, np.abs(theirs).max())
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=atol)
+
+
 @pytest.mark.parametrize("name", ["retriever", "reranker", "paper", "official_code", "in batch"])
 def test_loss_and_gradients_are_those_of_pytorch(world, first_batch, first_step, name, tmp_path):
     ours = first_step(name, 1, 1)

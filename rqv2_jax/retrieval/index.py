@@ -47,7 +47,11 @@ def _on_devices(devices: tuple):
         out_specs=(split, split),
         check_vma=False,
     )
-    return jax.jit(merge), NamedSharding(mesh, split), NamedSharding(mesh, whole)
+    return (
+        jax.jit(merge, donate_argnums=(4, 5)),
+        NamedSharding(mesh, split),
+        NamedSharding(mesh, whole),
+    )
 
 
 def _tiles(shards: list[np.ndarray], tile: int):

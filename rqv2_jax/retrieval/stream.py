@@ -41,9 +41,9 @@ class Batch(NamedTuple):
 class Forward:
     """Both models' forward passes, compiled once for the mesh.
 
-    `vectors` and `reranker_scores` are those of `Models` over all shards. One pass computes at most
-    `batch_tokens` tokens, those of padding included, if they hold a row of each shard; the rows have
-    at most `max_blocks` widths.
+    `vectors` and `reranker_scores` are those of `Models` over all shards. In one pass a device computes
+    at most `batch_tokens` tokens, those of padding included, if they hold a row; the rows have at most
+    `max_blocks` widths.
     """
 
     inputs: Inputs
@@ -97,10 +97,10 @@ class Forward:
 
     def layout(self, usual_N: np.ndarray, longest: int) -> Layout:
         """`plan` for this pass's tokens."""
-        return plan(usual_N, longest, self.batch_tokens / self.sharding.shards, self.max_blocks)
+        return plan(usual_N, longest, self.batch_tokens, self.max_blocks)
 
 
-def plan(usual_N: np.ndarray, longest: int, tokens: float, max_blocks: int) -> Layout:
+def plan(usual_N: np.ndarray, longest: int, tokens: int, max_blocks: int) -> Layout:
     """Rows that waste least on the usual lengths and hold sequences up to `longest`.
 
     A device computes at most `tokens`, if they hold a row. The same lengths give the same shapes,
