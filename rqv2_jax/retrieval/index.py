@@ -21,6 +21,8 @@ from rqv2_jax import hosts
 QUERIES_PER_TILE = 256
 PASSAGES_PER_TILE = 2**15
 
+SAMPLED = 250_000  # passages that ScaNN's leaves are trained on, at most
+
 
 def _merge(queries_QxD, tile_NxD, first, count, best_QxK, rows_QxK):
     """The best K of the tile's first `count` passages and of the best so far."""
@@ -129,23 +131,23 @@ def build_scann(shards: list[np.ndarray], settings, depth: int, folder: pathlib.
     manifest = folder / "rqv2_jax.json"
     whole = total < settings.brute_force_below
     wanted = json.dumps([source, whole, leaves, searched, reorder, depth])
-    if manifest.is_file() and manifest.read_text() == wanted:
-        return scann.scann_ops_pybind.load_searcher(str(folder))
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    builder = scann.scann_ops_pybind.builder(np.concatenate(shards), depth, "dot_product")
-    if whole:
-        builder = builder.score_brute_force()
-    else:
-        builder = (
-            builder.tree(leaves, searched, training_sample_size=min(total, 250_000))
-            .score_ah(2, anisotropic_quantization_threshold=0.2)
-            .reorder(reorder)
-        )
-    searcher = builder.build()
-    searcher.serialize(str(folder))
-    manifest.write_text(wanted)
-    return searcher
+    if not manifest.is_file() or manifest.read_text() != wanted:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        builder = scann.scann_ops_pybind.builder(np.concatenate(shards), depth, "dot_product")
+        if whole:
+            builder = builder.score_brute_force()
+        else:
+            builder = (
+                builder.tree(leaves, searched, training_sample_size=min(total, SAMPLED))
+                .score_ah(2, anisotropic_quantization_threshold=0.2)
+                .reorder(reorder)
+            )
+        builder.build().serialize(str(folder))
+        manifest.write_text(wanted)
+        del builder
+    # A searcher as built holds the vectors twice, one that is loaded once.
+    return scann.scann_ops_pybind.load_searcher(str(folder))
 
 
 def scann_search(searcher, queries_QxD: np.ndarray, depth: int, leaves: int | None = None):
