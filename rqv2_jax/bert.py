@@ -9,6 +9,7 @@ A tokens that ask, D hidden size, F intermediate size, H heads, K head size, L l
 """
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -85,7 +86,9 @@ def drop(x, rate: float, key):
     h = (jax.lax.iota(jnp.uint32, x.size).reshape(x.shape) + start) * (factor | 1)
     h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
     h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
-    return jnp.where((h ^ (h >> 16)) >= jnp.uint32(rate * 2**32), x / (1 - rate), 0)
+    # In bfloat16 1 - rate itself would be rounded, and every value scaled up by too much or too little.
+    scaled = (x.astype(jnp.float32) / (1 - rate)).astype(x.dtype)
+    return jnp.where((h ^ (h >> 16)) >= jnp.uint32(rate * 2**32), scaled, 0)
 
 
 class Embeddings(nn.Module):
@@ -110,8 +113,20 @@ class Embeddings(nn.Module):
         return Dropout(c.dropout, deterministic)(x_NxD).astype(c.dtype)
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _exp(x, dtype):
+    """exp of float32, handed on in `dtype`: the gradient keeps no float32 copy of its own."""
+    return jnp.exp(x).astype(dtype)
+
+
+@_exp.defjvp
+def _exp_jvp(dtype, primals, tangents):
+    y = _exp(*primals, dtype)
+    return y, y * tangents[0].astype(dtype)
+
+
 class Projections(nn.Module):
-    """Queries [A, D] of the asking tokens, keys and values [N, 2 * D] of all, from one weight."""
+    """Queries [A, D] of the asking tokens, keys and values [N, D] of all, from one weight."""
 
     config: BertConfig
 
@@ -124,9 +139,10 @@ class Projections(nn.Module):
         bias_E = self.param("bias", nn.initializers.zeros, (3 * size,)).astype(c.dtype)
         if asking_AxD is x_NxD:
             qkv_NxE = x_NxD @ kernel_DxE + bias_E
-            return qkv_NxE[:, :size], qkv_NxE[:, size:]
+            return jnp.split(qkv_NxE, 3, axis=1)
         q_AxD = asking_AxD @ kernel_DxE[:, :size] + bias_E[:size]
-        return q_AxD, x_NxD @ kernel_DxE[:, size:] + bias_E[size:]
+        kv_NxE = x_NxD @ kernel_DxE[:, size:] + bias_E[size:]
+        return q_AxD, *jnp.split(kv_NxE, 2, axis=1)
 
 
 class Layer(nn.Module):
@@ -155,14 +171,14 @@ class Layer(nn.Module):
             norm = nn.LayerNorm(epsilon=c.layer_norm_eps, name=name)
             return norm((x + dropout(y)).astype(jnp.float32)).astype(c.dtype)
 
-        def attend(q_AxD, kv_NxD, bias_Rx1xAxT):
+        def attend(q_AxD, k_NxD, v_NxD, bias_Rx1xAxT):
             rows, _, asking, length = bias_Rx1xAxT.shape
             heads, size = c.num_heads, c.hidden_size // c.num_heads
             # First tokens alone are little work, and cuDNN takes no odd number of them.
             if c.attention != "plain" and asking == length:
                 q_RxAxHxK = q_AxD.reshape(rows, asking, heads, size)
                 k_RxTxHxK, v_RxTxHxK = (
-                    x.reshape(rows, length, heads, size) for x in jnp.split(kv_NxD, 2, axis=1)
+                    x.reshape(rows, length, heads, size) for x in (k_NxD, v_NxD)
                 )
                 y_RxAxHxK = jax.nn.dot_product_attention(
                     *(q_RxAxHxK, k_RxTxHxK, v_RxTxHxK),
@@ -173,19 +189,24 @@ class Layer(nn.Module):
             # Heads in front of tokens and keys already transposed: plain batched products, which
             # XLA's CPU backend runs faster than any other order of the axes.
             q_RxHxAxK = q_AxD.reshape(rows, asking, heads, size).transpose(0, 2, 1, 3) * size**-0.5
-            kv_RxTx2xHxK = kv_NxD.reshape(rows, length, 2, heads, size)
-            k_RxHxKxT = kv_RxTx2xHxK[:, :, 0].transpose(0, 2, 3, 1)
-            v_RxHxTxK = kv_RxTx2xHxK[:, :, 1].transpose(0, 2, 1, 3)
+            k_RxHxKxT = k_NxD.reshape(rows, length, heads, size).transpose(0, 2, 3, 1)
+            v_RxHxTxK = v_NxD.reshape(rows, length, heads, size).transpose(0, 2, 1, 3)
             logits_RxHxAxT = jnp.matmul(q_RxHxAxK, k_RxHxKxT).astype(jnp.float32) + bias_Rx1xAxT
-            weights_RxHxAxT = dropout(jax.nn.softmax(logits_RxHxAxT)).astype(c.dtype)
-            y_RxHxAxK = jnp.matmul(weights_RxHxAxT, v_RxHxTxK)
+            # Softmax, divided by its sum behind the product with the values: so the largest arrays
+            # of a layer are written in `dtype` and once.
+            top_RxHxAx1 = jax.lax.stop_gradient(logits_RxHxAxT.max(axis=-1, keepdims=True))
+            e_RxHxAxT = _exp(logits_RxHxAxT - top_RxHxAx1, c.dtype)
+            sum_RxHxAx1 = e_RxHxAxT.astype(jnp.float32).sum(axis=-1, keepdims=True)
+            y_RxHxAxK = jnp.matmul(dropout(e_RxHxAxT), v_RxHxTxK).astype(jnp.float32)
+            y_RxHxAxK = (y_RxHxAxK / sum_RxHxAx1).astype(c.dtype)
             return y_RxHxAxK.transpose(0, 2, 1, 3).reshape(rows * asking, c.hidden_size)
 
-        q_AxD, kv_NxD = Projections(c, name="qkv")(x_NxD, asking_AxD)
+        q_AxD, k_NxD, v_NxD = Projections(c, name="qkv")(x_NxD, asking_AxD)
         shapes = [bias.shape for bias in biases]
         asking_ends = np.cumsum([rows * asking for rows, _, asking, _ in shapes])[:-1]
         ends = np.cumsum([rows * length for rows, _, _, length in shapes])[:-1]
-        parts = zip(jnp.split(q_AxD, asking_ends), jnp.split(kv_NxD, ends), biases)
+        keys_and_values = (jnp.split(x, ends) for x in (k_NxD, v_NxD))
+        parts = zip(jnp.split(q_AxD, asking_ends), *keys_and_values, biases)
         y_AxD = jnp.concatenate([attend(*part) for part in parts])
         x_AxD = add_norm(asking_AxD, dense(c.hidden_size, "attention_output")(y_AxD), "norm_1")
 
