@@ -111,6 +111,33 @@ def test_hidden_states_are_those_of_transformers(tiny):
     assert_close(own_states(states, block), transformers_states(model, seqs), 1e-5)
 
 
+def test_gradients_are_those_of_transformers(tiny):
+    """Those of the embeddings, behind everything, and of queries and keys, behind the softmax alone."""
+    config, params, model, seqs = tiny
+    block = one_row_each(seqs)
+    real_RxT = block.sequence_RxT < len(seqs)
+    directions_NxD = np.random.default_rng(3).normal(size=(ROWS * WIDTH, 32)).astype(np.float32)
+    directions_NxD *= real_RxT.reshape(-1, 1)
+    _, ours = pull_back(config, params, block, directions_NxD)
+    model.zero_grad()
+    tokens, types, mask = (
+        torch.tensor(x).long() for x in (block.tokens_RxT, block.types_RxT, real_RxT)
+    )
+    states = model(tokens, mask, types).last_hidden_state
+    (states.reshape(-1, 32) * torch.tensor(directions_NxD)).sum().backward()
+    word = model.embeddings.word_embeddings.weight.grad.numpy()
+    np.testing.assert_allclose(
+        ours["embeddings"]["word"]["embedding"], word, rtol=0, atol=1e-5 * np.abs(word).max()
+    )
+    for layer, kernel in zip(model.encoder.layer, ours["layers"]["qkv"]["kernel"]):
+        attention = layer.attention.self
+        theirs = [
+            x.weight.grad.numpy().T for x in (attention.query, attention.key, attention.value)
+        ]
+        for our, their in zip(np.split(kernel, 3, axis=1), theirs):
+            np.testing.assert_allclose(our, their, rtol=0, atol=2e-5 * np.abs(their).max())
+
+
 @pytest.mark.parametrize("activation", ["gelu_new", "gelu_pytorch_tanh", "relu"])
 def test_activations_and_epsilon(make_bert, activation):
     folder, model = make_bert(1, num_hidden_layers=1, hidden_act=activation, layer_norm_eps=1e-3)
@@ -353,6 +380,26 @@ def test_bfloat16_runs_close_to_float32(tiny):
     error = np.abs(ours - exact)
     assert 1e-4 < error.mean() < 0.02
     assert error.max() < 0.15
+
+    def gradient(config):
+        def loss(params):
+            return jnp.sum(
+                own_states(encode(config, params, block), block)[0].astype(jnp.float32) ** 3
+            )
+
+        leaves = jax.tree.leaves(jax.grad(loss)(params))
+        return np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in leaves])
+
+    full, rounded = gradient(config), gradient(half)
+    assert np.linalg.norm(rounded - full) < 0.05 * np.linalg.norm(full)
+
+
+def test_dropout_in_bfloat16_scales_as_in_float32():
+    x = jax.random.normal(jax.random.key(8), 2**16).astype(jnp.bfloat16)
+    key = jax.random.key(7)
+    half = np.asarray(bert.drop(x, 0.1, key), np.float32)
+    exact = bert.drop(x.astype(jnp.float32), 0.1, key).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(half, np.asarray(exact, np.float32))
 
 
 def equations(jaxpr):

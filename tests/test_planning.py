@@ -96,6 +96,21 @@ def test_products_of_a_tpu_are_counted():
     assert found.bytes == 12 * 2 * 512 * 768 * 2 + 4 * 6 * (32 * 8 + 16 * 8 + 32 * 16)
 
 
+def test_bytes_on_their_way_count_once():
+    """What a TPU fetches while it computes names both ends, whole arrays among them."""
+    row, own = "f32[8,128]{1,0:T(8,128)}", "f32[8,128]{1,0:T(8,128)S(1)}"
+    before, after = TPU.rsplit("  ROOT", 1)
+    lines = [
+        f"%s = ((f32[80,128]{{1,0:T(8,128)}}), {own}, s32[]{{:S(2)}}) slice-start(%a)",
+        f"%c = ({own}, {row}, u32[]{{:S(2)}}) copy-start(%a)",
+        f"%d = ({row}, {row}, u32[]{{:S(2)}}) copy-start(%a)",
+        f'%e = {row} custom-call(), custom_call_target="AllocateBuffer"',
+    ]
+    text = before + "".join(f"  {line}\n" for line in lines) + "  ROOT" + after
+    # A slice and a copy into the core's memory, then a copy from main memory to main memory.
+    assert hlo.cost(text).bytes - hlo.cost(TPU).bytes == (1 + 1 + 2) * 8 * 128 * 4
+
+
 def test_a_loop_that_does_not_tell_its_count_is_refused():
     with pytest.raises(ValueError, match="loop loop does not say how often it runs"):
         hlo.cost(TPU.replace("s32[]{:T(128)} constant(12)", "s32[]{:T(128)} copy(%i.1)"))
