@@ -36,7 +36,6 @@ INTRINSIC = 24
 # At which indexes are compared with each other.
 RECALLS = (0.9, 0.95, 0.99)
 
-
 # Share of its peak that a chip is taken to reach in training.
 UTILISATION = 0.4
 
@@ -122,13 +121,6 @@ def _memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / planning.GIB
 
 
-def _step_memory(compiled) -> float:
-    """GiB of one device that a compiled program needs: arguments, results and all between."""
-    memory = compiled.memory_analysis()
-    kept = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return (memory.argument_size_in_bytes + memory.temp_size_in_bytes + kept) / planning.GIB
-
-
 def _compiled_over_model(run: Run, compiled, formula: float) -> float | None:
     """None on GPUs, whose libraries' products the compiled text does not tell."""
     if jax.default_backend() == "gpu":
@@ -204,7 +196,7 @@ def joint(run: Run, texts: Texts, steps: int, versus: bool) -> dict:
         "peak_gflop_per_second": best / 1e9,
         "parts": stage.accumulate,
         "compile_seconds": compile_seconds,
-        "step_memory_gib": _step_memory(compiled),
+        "step_memory_gib": planning.program_memory(compiled) / planning.GIB,
         "peak_memory_gib": _memory(),
     }
     if rival is not None:

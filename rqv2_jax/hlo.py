@@ -215,14 +215,14 @@ def _window(rest: str) -> str:
 def _moved(computations, own, instruction) -> int:
     """Bytes an instruction reads and writes; of an array it only takes a slice of, the slice's."""
     called = _CALLED.search(instruction.rest) if instruction.op == "fusion" else None
-    if 'custom_call_target="AllocateBuffer"' in instruction.rest:
-        return 0
-    if instruction.op in ("copy-start", "slice-start"):
-        # A tuple of both ends, in an order that differs, and what counts the progress.
-        ends = [array for array in _arrays(instruction.shape) if array[1]]
-        least = min(_BYTES[kind] * math.prod(sizes) for kind, sizes, _ in ends)
-        return least * sum("S(" not in layout for *_, layout in ends)
     if called is None:
+        if 'custom_call_target="AllocateBuffer"' in instruction.rest:
+            return 0
+        if instruction.op in ("copy-start", "slice-start"):
+            # A tuple of both ends, in an order that differs, and what counts the progress.
+            ends = [array for array in _arrays(instruction.shape) if array[1]]
+            least = min(_BYTES[kind] * math.prod(sizes) for kind, sizes, _ in ends)
+            return least * sum("S(" not in layout for *_, layout in ends)
         if instruction.op in ("dynamic-slice", "slice", "gather"):
             return 2 * _size(instruction.shape)
         if instruction.op == "dynamic-update-slice":

@@ -38,9 +38,10 @@ CHIPS = {
     "v5p": (95 * GIB, 459e12, 2765e9, 600e9),
     "v6e": (32 * GIB, 918e12, 1640e9, 448e9),
 }
+USABLE = 0.98  # of a chip's memory; the rest is the runtime's
+
 # Memory ScaNN takes, measured with 400,000 and 1,000,000 vectors of 384 dimensions: times the vectors.
 SCANN_BUILT, SCANN_KEPT = 4.3, 1.1
-USABLE = 0.98  # of a chip's memory; the rest is the runtime's
 
 # Devlin et al. 2019, and ERNIE 2.0 base: what is planned where the weights are not there yet.
 BASE = {
@@ -431,6 +432,18 @@ def _forward_step(config, shape, mesh, name, drawn, machine, report) -> Step:
     )
 
 
+def program_memory(compiled) -> int:
+    """Bytes of one device that a compiled program needs: arguments, results, all between, its code."""
+    stats = compiled.memory_analysis()
+    return (
+        stats.argument_size_in_bytes
+        + stats.output_size_in_bytes
+        - stats.alias_size_in_bytes
+        + stats.temp_size_in_bytes
+        + stats.generated_code_size_in_bytes
+    )
+
+
 def _compile(fn, arguments, what, machine, report) -> tuple[int, hlo.Cost, float] | None:
     """(bytes a device, cost, seconds); None if the memory is too small."""
     start = time.monotonic()
@@ -444,14 +457,7 @@ def _compile(fn, arguments, what, machine, report) -> tuple[int, hlo.Cost, float
         report(f"{what}: {needs}, does not fit")
         return None
     seconds = time.monotonic() - start
-    stats = compiled.memory_analysis()
-    memory = (
-        stats.argument_size_in_bytes
-        + stats.output_size_in_bytes
-        - stats.alias_size_in_bytes
-        + stats.temp_size_in_bytes
-        + stats.generated_code_size_in_bytes
-    )
+    memory = program_memory(compiled)
     fits = memory <= machine.memory
     report(
         f"{what}: {memory / GIB:.2f} GiB, {'fits' if fits else 'does not fit'} ({seconds:.0f} s)"
