@@ -166,10 +166,12 @@ def summarise(measured: list[dict], *, permutations: int) -> list[dict]:
     Values of a query are averaged over seeds before runs are compared. `p_value` is of the paired
     randomisation test against `full` over the queries, corrected by Holm's rule for the number of
     rows compared by the same measure; `low` and `high` bound the 95% bootstrap interval. Both speak
-    of other queries, not of other seeds: for these there are the `differences` of each. `kept_steps`
-    are those of joint training that dev chose, 0 where it was the start.
+    of other queries, not of other seeds. For these there are the `differences` of each, and from two
+    seeds on `seeds_p_value` of the t-test that their mean is 0, not corrected. `kept_steps` are those
+    of joint training that dev chose, 0 where it was the start.
     """
     import numpy as np
+    from scipy import stats
 
     from rqv2_jax import metrics
 
@@ -193,7 +195,10 @@ def summarise(measured: list[dict], *, permutations: int) -> list[dict]:
             row["spread"] = float(per_seed.std(ddof=1)) if len(per_seed) > 1 else None
             row["kept_steps"] = kept.get(name, [])
             if name != "full":
-                row["differences"] = (per_seed - values["full"].mean(axis=1)).tolist()
+                difference_S = per_seed - values["full"].mean(axis=1)
+                row["differences"] = difference_S.tolist()
+                if np.ptp(difference_S) > 0:
+                    row["seeds_p_value"] = float(stats.ttest_1samp(difference_S, 0).pvalue)
                 low, high = metrics.interval(difference_Q, resamples=permutations, seed=0)
                 difference, p = metrics.paired_test(
                     mean_Q, values["full"].mean(axis=0), permutations=permutations, seed=0
@@ -221,17 +226,18 @@ def render(summary: list[dict]) -> str:
             f"{model}{given}, {metric}, {part[0]['queries']} test queries",
             "",
             "| row | steps kept | mean | spread | difference to full | 95% interval | p (Holm) | "
-            "of each seed |",
-            "|---|---|---|---|---|---|---|---|",
+            "of each seed | p over seeds |",
+            "|---|---|---|---|---|---|---|---|---|",
         ]
         for row in part:
             spread = "" if row["spread"] is None else f"{row['spread']:.4f}"
-            compared = " | | | "
+            compared = " | | | | "
             if "difference" in row:
                 each = ", ".join(f"{difference:+.4f}" for difference in row["differences"])
+                seeds_p = f"{row['seeds_p_value']:.4f}" if "seeds_p_value" in row else ""
                 compared = (
                     f"{row['difference']:+.4f} | {row['low']:+.4f} to {row['high']:+.4f} | "
-                    f"{row['p_value']:.4f} | {each}"
+                    f"{row['p_value']:.4f} | {each} | {seeds_p}"
                 )
             kept = ", ".join(map(str, row["kept_steps"]))
             lines.append(f"| {row['row']} | {kept} | {row['mean']:.4f} | {spread} | {compared} |")

@@ -1,4 +1,5 @@
 import json
+import math
 import shutil
 
 import numpy as np
@@ -85,6 +86,8 @@ def test_summary_by_hand():
     # Eight queries differ, all one way: 2 of 2^8 sign patterns are as extreme; three comparisons.
     assert better["p_value"] == pytest.approx(3 * 2 / 2**8)
     assert better["low"] > 0
+    # Over the seeds +.5 and +.375: mean .4375 = 7 standard errors of .0625, one degree of freedom.
+    assert better["seeds_p_value"] == pytest.approx(1 - 2 / math.pi * math.atan(7))
     same = rows["same", "retriever", "RR@10"]
     assert (same["difference"], same["low"], same["high"], same["p_value"]) == (0, 0, 0, 1)
     assert rows["warm start", "reranker", "RR@10"]["difference"] == pytest.approx(-1 / 16)
@@ -93,7 +96,7 @@ def test_summary_by_hand():
     assert better["differences"] == [8 / 16, 6 / 16]
     assert better["kept_steps"] == [0, 10]
     assert "| better | 0, 10 | 1.0000 | 0.0000 | +0.4375 |" in table
-    assert table.count("+0.5000, +0.3750 |") == 4
+    assert table.count("+0.5000, +0.3750 | 0.0903 |") == 4
     assert table.count("16 test queries") == 4
     (alone,) = (r for r in found if r["candidates"] != "exact" and r["row"] == "warm start")
     assert (alone["model"], alone["mean"]) == ("reranker", 0.5)
