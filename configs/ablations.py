@@ -16,26 +16,30 @@ def get_config(preset: str = "docstrings"):
     config = config_lib.default()
     config_lib.two_cores(config)
     config.data.dataset = preset
+    if preset == "beir":
+        config.data.update({"passage_length": 64, "pair_length": 80})
     # Half as deep, a run takes half as long. Cut there the weights are a poor retriever, so that it has
     # to be warmed up.
     config.model.num_layers = 3
     config.retriever.update(
-        {"epochs": 2.0, "batch": 64, "learning_rate": 1e-4, "warmup_steps": 10}
-        | {"schedule": "linear", "log_every": 20, "save_every": 50}
+        {"batch": 64, "learning_rate": 1e-4, "warmup_steps": 10, "schedule": "linear"}
+        | {"log_every": 20, "save_every": 50}
     )
-    if preset == "beir":
-        config.data.update({"passage_length": 64, "pair_length": 80})
-        # Of more than ten thousand queries, where the embedded data have three thousand.
-        config.retriever.epochs = 0.5
-    # Half of the lists are denoised, so that leaving these out is a change to be seen. Of so weak a
-    # re-ranker's low probabilities the lowest are those of easy negatives, hence the higher threshold.
-    config.mine.update({"queries": 1600, "scored_queries": 1600, "negative_below": 0.5})
-    # So short a warm-up leaves the re-ranker much to learn in joint training, where it needs a higher
-    # rate than the retriever: dynamic distillation differs from static then.
-    config.reranker.epochs = 0.25
-    config.joint.update({"denoised_share": 0.5, "epochs": 0.4, "reranker_rate": 5.0})
+    # As many lists of any data, up to four of each labelled positive.
+    for stage, most in (("retriever", 7168), ("reranker", 800), ("joint", 640)):
+        config[stage].update({"epochs": 4.0, "most_lists": most})
+    # Most queries of joint training are new to the re-ranker, which so has something left to learn from
+    # their labels: dynamic distillation differs from static then. It takes a higher rate than the
+    # retriever's.
+    config.mine.queries = 2400
+    config.joint.update({"reranker_rate": 5.0, "evaluate_every": 20})
+    # Half of the lists are denoised, those of the scored queries, so that leaving these out is a change
+    # to be seen. Of so weak a re-ranker's low probabilities the lowest are those of easy negatives,
+    # hence the higher threshold.
+    config.mine.update({"scored_queries": 1200, "negative_below": 0.5})
+    config.joint.denoised_share = 1.0
     # Runs are short; saving their optimizer takes longer than half of them would.
-    config.joint.update({"evaluate_every": 20, "save_every": 1000})
+    config.joint.save_every = 1000
     # The retriever is cheap to measure on all queries, the re-ranker is not.
     config.evaluate.rerank_queries = 300
     return config

@@ -76,6 +76,7 @@ RANGES = {
 def _training(**settings) -> dict:
     """What all three training stages have; durations count passes over the training lists."""
     return {
+        "most_lists": 1_000_000_000,  # of all passes together, at most
         "batch": 96,  # lists (queries) of one step, over all devices
         "learning_rate": 1e-5,
         "schedule": "constant",  # or "linear": to 0 at the last step
@@ -303,6 +304,12 @@ def check(config: ml_collections.ConfigDict):
             "config.mine.negative_below is above config.mine.positive_above, so a passage could be "
             "both; lower it"
         )
+    for stage in ("retriever", "reranker", "joint"):
+        if given[f"{stage}.most_lists"] < given[f"{stage}.batch"]:
+            raise InputError(
+                f"config.{stage}.most_lists is below config.{stage}.batch, so there would be no step; "
+                "raise it, or lower the batch"
+            )
     if given["joint.lists"] and given["joint.refresh_every"]:
         raise InputError(
             "config.joint.lists gives the lists, so none can be refreshed; set refresh_every to 0"

@@ -183,7 +183,7 @@ def draw_lists(
             epoch=(step << 20) + epoch,
         )
 
-    lists = _counted(epochs_of_lists(draw, epochs=settings.epochs, number=number))
+    lists = _counted(epochs_of_lists(draw, settings, number=number))
     if share > 0:
         _say_what_is_missing(run, store, candidates["train"], probability, lists)
     return lists
@@ -228,7 +228,7 @@ def read_lists(run: Run) -> tuple[tokens.Store, lists_lib.Lists]:
             given.query_rows_L[order_L], given.passages_LxP[order_L], given.provenance_LxP[order_L]
         )
 
-    lists = _counted(epochs_of_lists(draw, epochs=settings.epochs))
+    lists = _counted(epochs_of_lists(draw, settings))
     heads_2xL = np.stack([given.query_rows_L, given.passages_LxP[:, 0]])
     passages = given.passages_LxP.max() + 1
     known_LxP = lists_lib.known_positive(
@@ -249,10 +249,10 @@ def _counted(lists: lists_lib.Lists) -> lists_lib.Lists:
     return lists
 
 
-def epochs_of_lists(draw, *, epochs: float = 0.0, number: int = 0) -> lists_lib.Lists:
-    """So many passes, or so many lists, one epoch's draw after the other; `draw(epoch)` gives one."""
+def epochs_of_lists(draw, stage, *, number: int = 0) -> lists_lib.Lists:
+    """A stage's lists, or so many, one epoch's draw after the other; `draw(epoch)` gives one."""
     first = draw(0)
-    wanted = number or round(epochs * len(first.query_rows_L))
+    wanted = number or lists_lib.training_lists(stage, len(first.query_rows_L))
     parts, count = [first], len(first.query_rows_L)
     while count < wanted:
         parts.append(draw(len(parts)))

@@ -213,7 +213,7 @@ def train_retriever(run: Run, store: tokens.Store):
         "retriever",
         {"retriever": run.initial("retriever")},
         run.weights_hash,
-        mining.epochs_of_lists(draw, epochs=run.config.retriever.epochs),
+        mining.epochs_of_lists(draw, run.config.retriever),
         evaluation.Dev(run, store, None),
     )
 

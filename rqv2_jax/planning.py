@@ -24,6 +24,7 @@ from rqv2_jax import sharding as sharding_lib
 from rqv2_jax import weights as weights_lib
 from rqv2_jax.data import batches as batches_lib
 from rqv2_jax.data import packing
+from rqv2_jax.data.lists import training_lists
 from rqv2_jax.errors import InputError
 from rqv2_jax.retrieval import stream
 from rqv2_jax.workdir import read_shape
@@ -513,10 +514,9 @@ def render_run(
     """
     mined = min(queries, config.mine.queries)
     scored = min(mined, config.mine.scored_queries) if config.joint.denoised_share else 0
-    trained = {"retriever": queries, "reranker": mined, "joint": mined}
     work = [
-        (name, round(config[name].epochs * trained[name] / config[name].batch), "steps", name)
-        for name in ("retriever", "reranker", "joint")
+        (name, round(training_lists(config[name], count) / config[name].batch), "steps", name)
+        for name, count in (("retriever", queries), ("reranker", mined), ("joint", mined))
         if name in plan.steps
     ]
     warmed_up = 1 + ("retriever" in plan.steps)

@@ -147,6 +147,13 @@ def test_numbers_that_are_none(key, value):
     assert message(**{key: value}).startswith(f"config.{key} is {value}")
 
 
+@pytest.mark.parametrize("stage", ["retriever", "reranker", "joint"])
+def test_a_stage_may_have_one_step(stage):
+    config_lib.check(usable(**{f"{stage}.batch": 7, f"{stage}.most_lists": 7}))
+    found = message(**{f"{stage}.batch": 7, f"{stage}.most_lists": 6})
+    assert found.startswith(f"config.{stage}.most_lists is below config.{stage}.batch")
+
+
 def test_given_lists_cannot_be_refreshed():
     config_lib.check(usable(**{"joint.lists": "lists.tsv"}))
     assert "refresh_every" in message(**{"joint.lists": "lists.tsv", "joint.refresh_every": 5})

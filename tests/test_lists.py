@@ -1,5 +1,6 @@
 import collections
 import itertools
+import types
 
 import numpy as np
 import pytest
@@ -17,8 +18,10 @@ from rqv2_jax.data.lists import (
     fit_probability,
     known_positive,
     relevance,
+    training_lists,
 )
 from rqv2_jax.errors import InputError
+from rqv2_jax.mining import epochs_of_lists
 
 SLOPE, OFFSET = 1.5, -0.5
 HEADS = (Provenance.LABELLED_POSITIVE, Provenance.DENOISED_POSITIVE)
@@ -260,6 +263,23 @@ def test_lists_are_a_function_of_seed_and_epoch():
         assert not same(first, drawn(candidates, positives_2xN, seed=seed, epoch=epoch, **given))
     for array, copy in zip([*vars(candidates).values(), positives_2xN], before):
         np.testing.assert_array_equal(array, copy)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "most", "taken"), [(0.5, 100, 5), (2.5, 100, 25), (2.5, 25, 25), (2.5, 13, 13)]
+)
+def test_a_stage_takes_its_passes_up_to_its_most_lists(epochs, most, taken):
+    def draw(epoch):
+        numbers_L = np.arange(10) + 10 * epoch
+        return Lists(numbers_L, numbers_L[:, None], np.zeros((10, 1), np.uint8))
+
+    stage = types.SimpleNamespace(epochs=epochs, most_lists=most)
+    assert training_lists(stage, 10) == taken
+    lists = epochs_of_lists(draw, stage)
+    for found_L in (lists.query_rows_L, lists.passages_LxP[:, 0]):
+        np.testing.assert_array_equal(found_L, np.arange(taken))
+    assert len(lists.provenance_LxP) == taken
+    assert len(epochs_of_lists(draw, stage, number=30).query_rows_L) == 30
 
 
 def test_every_epoch_mixes_anew():

@@ -22,7 +22,7 @@ import tqdm
 
 from rqv2_jax.data import collection, joint_tsv
 from rqv2_jax.data.inputs import Inputs
-from rqv2_jax.data.lists import subset
+from rqv2_jax.data.lists import subset, training_lists
 from rqv2_jax.data.tokens import Store, Tokenizer
 from rqv2_jax.errors import InputError
 
@@ -416,7 +416,7 @@ class _Doctor:
         """Reports stages whose lists are known to be too few for a single step."""
         for stage, count in self.num_lists.items():
             settings = self.config[stage]
-            lists = round(settings.epochs * count)
+            lists = training_lists(settings, count)
             if settings.epochs and lists < settings.batch:
                 self.found(
                     "error",

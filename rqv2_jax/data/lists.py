@@ -236,6 +236,11 @@ def draw(
     )
 
 
+def training_lists(stage, count: int) -> int:
+    """How many lists a training stage takes by its settings, where one pass has `count`."""
+    return min(round(stage.epochs * count), stage.most_lists)
+
+
 def subset(count: int, most: int, seed: int) -> np.ndarray:
     """At most `most` of the numbers below `count`, drawn at random, in random order."""
     return np.random.default_rng(seed).permutation(count)[:most]
