@@ -6,6 +6,7 @@
 #
 # Run it again to continue where it stopped. Variables (relative paths start at the repository's root):
 #   WORKDIR  where everything goes                        (workdir/ablations/<dataset>)
+#   PRESET   "shallow": half as deep, in half the time     (none)
 #   VENV     the virtual environment                      (.venv)
 #   PYTHON   the Python that makes it, 3.11, 3.12 or 3.13 (python3)
 set -euo pipefail
@@ -19,16 +20,16 @@ shift
 
 name="$(basename "$dataset")"
 if [ "$dataset" = docstrings ]; then
-  config=(--config configs/ablations.py)
+  config=(--config "configs/ablations.py:docstrings${PRESET:+,$PRESET}")
 elif [ -d "$dataset" ]; then
-  config=(--config configs/ablations.py:beir "--config.data.path=$dataset")
+  config=(--config "configs/ablations.py:beir${PRESET:+,$PRESET}" "--config.data.path=$dataset")
   if [ -d "$dataset/qrels_sparse" ] && [ -d "$dataset/qrels_full" ]; then
     config+=(--config.data.train_qrels=qrels_sparse --config.data.eval_qrels=qrels_full)
   fi
 else
   die "$dataset: no such folder; give docstrings, or the path of a folder in BEIR layout"
 fi
-WORKDIR="${WORKDIR:-workdir/ablations/$name}"
+WORKDIR="${WORKDIR:-workdir/ablations/$name${PRESET:+.$PRESET}}"
 
 set_up requirements.txt
 # XLA takes its large buffers anew at every step; huge pages make that cheaper on a CPU.

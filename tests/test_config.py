@@ -247,6 +247,22 @@ def test_differences_see_settings_that_only_one_has():
     ]
 
 
+@pytest.mark.parametrize("dataset", ["docstrings", "beir"])
+@pytest.mark.parametrize("shallow", [False, True])
+def test_presets_of_the_ablations(dataset, shallow):
+    config = read_config_file("ablations")(dataset + ",shallow" * shallow)
+    config.data.path = "folder"
+    config_lib.check(config)
+    assert config.data.dataset == dataset
+    assert config.model.num_layers == (3 if shallow else 6)
+    # A cut encoder is no retriever before it is warmed up.
+    assert (config.retriever.epochs > 0) == shallow
+    scored = config.mine.scored_queries / config.mine.queries
+    assert config.joint.denoised_share * scored == 0.5
+    with pytest.raises(ValueError, match="no preset 'beir,deep'"):
+        read_config_file("ablations")("beir,deep")
+
+
 @pytest.mark.parametrize("name", ["nq", "msmarco"])
 @pytest.mark.parametrize("preset", ["full", "tiny", "warmstart", "rocketqa,official_code"])
 def test_presets_of_the_published_data_can_be_used(name, preset):
