@@ -3,6 +3,7 @@
 import os
 import pathlib
 import sys
+import traceback
 from collections.abc import Callable
 
 from absl import flags, logging
@@ -64,7 +65,7 @@ def run(
         key = " ".join(str(getattr(x, "args", [x])[0]) for x in e.args)
         _fail(f"--config has no such setting: {key}", 2)
     except (flags.Error, InputError, OSError, TypeError, ValueError) as e:
-        _fail(e, 2)
+        _fail(_from_config_file(e), 2)
     try:
         main(*rest)
     except InputError as e:
@@ -82,6 +83,21 @@ def file_to_write(flag: str) -> pathlib.Path:
     if path.is_dir():
         raise InputError(f"--{flag} {path}: is a folder; name a file")
     return path
+
+
+def _from_config_file(error: Exception) -> Exception | str:
+    """A config file's own error, with its line, for a flag's error with a traceback in it."""
+    if "Traceback" not in str(error):
+        return error
+    inner = error
+    while inner is not None:
+        # What the file calls may have raised it; the mend is in the file.
+        frames = traceback.extract_tb(inner.__traceback__)
+        own = [frame for frame in frames if frame.name in ("get_config", "<module>")]
+        if own:
+            return f"{own[-1].filename}, line {own[-1].lineno}: {inner}"
+        inner = inner.__context__
+    return error
 
 
 def _fail(error: Exception | str, code: int):

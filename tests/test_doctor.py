@@ -576,6 +576,9 @@ def test_the_program_needs_no_devices_and_exits_by_the_verdict(tmp_path, bert_fo
         (["--config=configs/beir.py", "--labels=full"], "--labels goes with --workdir"),
         (["--config=configs/beir.py", "--samples=5"], "--samples goes with --workdir"),
         (["--config=configs/none.py"], "No such file or directory: 'configs/none.py'"),
+        (["--config=configs/ablations.py:beir,deep"], "configs/ablations.py, line "),
+        (["--config=configs/ablations.py:beir,deep"], "no preset 'beir,deep'; choose of"),
+        (["--config=configs/nq.py:huge"], "configs/nq.py, line "),
     ],
 )
 def test_wrong_flags_are_one_line(arguments, message):
