@@ -27,10 +27,12 @@ def get_config(preset: str = "docstrings"):
     config.reranker.update({"epochs": 4.0, "most_lists": 320})
     config.joint.update({"epochs": 4.0, "most_lists": 800, "reranker_rate": 5.0})
     config.joint.update({"evaluate_every": 25, "save_every": 25})
-    # Half of the lists are denoised, so that leaving these out is a change to be seen. Of so weak a
-    # re-ranker's low probabilities the lowest are those of easy negatives, hence the higher threshold.
-    config.mine.update({"queries": 1600, "scored_queries": 1600, "negative_below": 0.5})
-    config.joint.denoised_share = 0.5
+    # Half of the queries have denoised lists, from as deep as the other half's, so that a row without
+    # them differs in the denoising alone. Of so weak a re-ranker's low probabilities the lowest are
+    # those of easy negatives, hence the higher threshold.
+    config.mine.update({"queries": 1600, "depth": 32, "negative_below": 0.5})
+    config.mine.update({"scored_queries": 800, "scored_depth": 32})
+    config.joint.denoised_share = 1.0
     # The retriever is cheap to measure on all queries, the re-ranker is not.
     config.evaluate.rerank_queries = 500
     if more == ["shallow"]:
@@ -51,10 +53,9 @@ def _shallow(config):
         {"epochs": 4.0, "most_lists": 7168, "batch": 64, "learning_rate": 1e-4, "warmup_steps": 10}
         | {"schedule": "linear", "log_every": 20, "save_every": 50}
     )
-    # Most queries of joint training are new to the re-ranker; the scored half has the denoised lists.
+    # Most queries of joint training are new to the re-ranker.
     config.mine.update({"queries": 2400, "scored_queries": 1200})
     config.reranker.most_lists = 800
     # Runs are short; saving their optimizer takes longer than half of them would.
-    config.joint.update({"most_lists": 640, "denoised_share": 1.0})
-    config.joint.update({"evaluate_every": 20, "save_every": 1000})
+    config.joint.update({"most_lists": 640, "evaluate_every": 20, "save_every": 1000})
     config.evaluate.rerank_queries = 300

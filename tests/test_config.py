@@ -259,6 +259,7 @@ def test_presets_of_the_ablations(dataset, shallow):
     assert (config.retriever.epochs > 0) == shallow
     scored = config.mine.scored_queries / config.mine.queries
     assert config.joint.denoised_share * scored == 0.5
+    assert config.mine.scored_depth == config.mine.depth
     with pytest.raises(ValueError, match="no preset 'beir,deep'"):
         read_config_file("ablations")("beir,deep")
 
