@@ -13,4 +13,5 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 set_up requirements-test.txt
 "$VENV/bin/python" -m ruff check .
 "$VENV/bin/python" -m ruff format --check .
-exec "$VENV/bin/python" -m pytest "$@"
+# Most of a test's time is compiling, which one core does. A file's tests share what its fixtures train.
+exec "$VENV/bin/python" -m pytest -n 2 --dist loadfile "$@"
