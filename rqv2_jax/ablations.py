@@ -249,6 +249,7 @@ def main():
     """Runs what is not finished, prints and writes the table."""
     from rqv2_jax import artifacts
     from rqv2_jax.errors import InputError
+    from rqv2_jax.workdir import alone
 
     given = flags.FLAGS
     config, workdir = given.config, pathlib.Path(given.workdir)
@@ -256,11 +257,12 @@ def main():
         sizes = None if given.list_sizes is None else [int(size) for size in given.list_sizes]
     except ValueError as e:
         raise InputError(f"--list_sizes: {e}; give whole numbers, as 2,8,16") from e
-    measured = run_all(config, workdir, given.seeds, given.rows, sizes)
-    summary = summarise(measured, permutations=config.evaluate.permutations)
-    name = "ablations" if given.rows is None else "ablations.some"
-    artifacts.write_text(workdir / f"{name}.json", json.dumps(summary, indent=1) + "\n")
-    artifacts.write_text(workdir / f"{name}.md", render(summary))
+    with alone(workdir):
+        measured = run_all(config, workdir, given.seeds, given.rows, sizes)
+        summary = summarise(measured, permutations=config.evaluate.permutations)
+        name = "ablations" if given.rows is None else "ablations.some"
+        artifacts.write_text(workdir / f"{name}.json", json.dumps(summary, indent=1) + "\n")
+        artifacts.write_text(workdir / f"{name}.md", render(summary))
     print(render(summary))
 
 

@@ -23,7 +23,7 @@ from rqv2_jax.data import lists as lists_lib
 from rqv2_jax.data.batches import ListBatches
 from rqv2_jax.errors import InputError
 from rqv2_jax.evaluation import DEV_METRIC
-from rqv2_jax.workdir import Run, begin, claim, open_collection, open_run, texts_of
+from rqv2_jax.workdir import Run, alone, begin, claim, open_collection, open_run, texts_of
 
 
 def main(config: ml_collections.ConfigDict, workdir: pathlib.Path):
@@ -33,8 +33,9 @@ def main(config: ml_collections.ConfigDict, workdir: pathlib.Path):
       InputError: config, data, weights or workdir cannot be used; nothing is lost.
     """
     run = open_run(config, workdir)
-    claim(run)
-    report = finish(run, *warm_up(run))
+    with alone(workdir):
+        claim(run)
+        report = finish(run, *warm_up(run))
     tqdm.tqdm.write(evaluation.render(report))
     tqdm.tqdm.write(
         f"results: {workdir / 'results.json'}   run files: {workdir / 'runs'}\n"

@@ -1,6 +1,8 @@
 """A run: a config made concrete, and the workdir that belongs to it."""
 
+import contextlib
 import dataclasses
+import fcntl
 import functools
 import importlib.metadata
 import json
@@ -218,6 +220,42 @@ def open_workdir(workdir: pathlib.Path) -> Run:
     if not path.is_file():
         raise InputError(f"{workdir}: is no workdir (no config.json); run rqv2_jax.main first")
     return open_run(config_lib.loads(path.read_text()), workdir)
+
+
+@contextlib.contextmanager
+def alone(workdir: pathlib.Path):
+    """Keeps every other process from working in a workdir, which is made if it is not there.
+
+    A process that ends, however it does, lets go of it. File systems without locks keep nobody out.
+
+    Raises:
+      InputError: another process works in it, or it cannot be made.
+    """
+
+    def hold():
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise InputError(f"--workdir {workdir}: cannot be made ({e}); give another one") from e
+        folder = os.open(workdir, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            os.close(folder)
+            raise InputError(
+                f"--workdir {workdir}: another process works in it; wait until that has ended, or give "
+                "another one"
+            ) from e
+        except OSError:
+            pass
+        return folder
+
+    held = hosts.from_first(hold)
+    try:
+        yield
+    finally:
+        if hosts.first():
+            os.close(held)
 
 
 def claim(run: Run):

@@ -24,7 +24,7 @@ from rqv2_jax import evaluate, evaluation, metrics, mining, pipeline, score, tra
 from rqv2_jax.checkpoint import Checkpoints
 from rqv2_jax.data import tokens
 from rqv2_jax.errors import InputError
-from rqv2_jax.workdir import claim, open_run, open_workdir
+from rqv2_jax.workdir import alone, claim, open_run, open_workdir
 
 ROOT = pathlib.Path(__file__).parent.parent
 WORDS = [
@@ -555,6 +555,28 @@ def test_workdir_of_another_config_is_refused_and_left_alone(finished):
     with pytest.raises(InputError, match=r"config\.json.*joint\.learning_rate: 0\.001 -> 0\.5"):
         pipeline.main(changed, workdir)
     assert (workdir / "config.json").read_text() == before
+
+
+def test_two_processes_do_not_work_in_one_workdir(finished, tmp_path):
+    config, workdir = finished
+    hold = (
+        "import pathlib, sys; from rqv2_jax.workdir import alone\n"
+        "with alone(pathlib.Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    command = [sys.executable, "-c", hold, str(workdir)]
+    with subprocess.Popen(command, cwd=ROOT, **pipes) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(InputError, match="another process works in it"):
+            pipeline.main(config, workdir)
+        # A process that is killed lets go of it.
+        other.kill()
+        other.wait()
+        with alone(workdir):
+            pass
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"file: cannot be made .* give another one"):
+        pipeline.main(config, tmp_path / "file")
 
 
 def test_folder_with_other_files_is_not_taken_for_a_workdir(tmp_path, finished):
