@@ -4,8 +4,8 @@ Rows: the paper's Table 4 (static distillation, a pointwise re-ranker, no denois
 of the loss, the teacher's gradient, list sizes (Figure 4), and what goes beyond the paper. Each row
 changes `full`, the config as given, in one place. The table compares both models, and the re-ranker
 also on the candidates of the warm start. Finished rows are kept, so the same command resumes.
-Writes ablations.json and ablations.md into the workdir (with --rows, ablations.some.json and .md);
-rqv2_jax.report draws the figures.
+Writes ablations.json and ablations.md into the workdir (with --rows, ablations.some.json and .md), anew
+after every seed; rqv2_jax.report draws the figures.
 
 Example:
   python -m rqv2_jax.ablations --config configs/ablations.py --workdir workdir/ablations --seeds 3
@@ -13,7 +13,7 @@ Example:
 
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from absl import flags
 
@@ -86,10 +86,11 @@ def run_all(
     seeds: int,
     only: list[str] | None = None,
     sizes: Sequence[int] | None = None,
-) -> list[dict]:
-    """Warm start, then every row (`only` some and `full`) and seed; returns what each has measured.
+) -> Iterator[list[dict]]:
+    """Warm start, then every row (`only` some and `full`) by every seed.
 
-    Every row trains on as many lists as `full`. `sizes` are those of `rows`.
+    Gives after each seed what all rows have measured until then. Every row trains on as many lists as
+    `full`. `sizes` are those of `rows`.
 
     Raises:
       InputError: a row is not known, the config cannot be ablated, or what `pipeline.main` raises.
@@ -157,7 +158,7 @@ def run_all(
                     values |= dict(file)
             kept = checkpoint.best_step(folder / "joint")
             measured.append({"row": name, "seed": seed, "kept_step": kept, "values": values})
-    return measured
+        yield measured
 
 
 def summarise(measured: list[dict], *, permutations: int) -> list[dict]:
@@ -246,7 +247,7 @@ def render(summary: list[dict]) -> str:
 
 
 def main():
-    """Runs what is not finished, prints and writes the table."""
+    """Runs what is not finished, writes the table after every seed and prints it at the end."""
     from rqv2_jax import artifacts
     from rqv2_jax.errors import InputError
     from rqv2_jax.workdir import alone
@@ -258,11 +259,11 @@ def main():
     except ValueError as e:
         raise InputError(f"--list_sizes: {e}; give whole numbers, as 2,8,16") from e
     with alone(workdir):
-        measured = run_all(config, workdir, given.seeds, given.rows, sizes)
-        summary = summarise(measured, permutations=config.evaluate.permutations)
         name = "ablations" if given.rows is None else "ablations.some"
-        artifacts.write_text(workdir / f"{name}.json", json.dumps(summary, indent=1) + "\n")
-        artifacts.write_text(workdir / f"{name}.md", render(summary))
+        for measured in run_all(config, workdir, given.seeds, given.rows, sizes):
+            summary = summarise(measured, permutations=config.evaluate.permutations)
+            artifacts.write_text(workdir / f"{name}.json", json.dumps(summary, indent=1) + "\n")
+            artifacts.write_text(workdir / f"{name}.md", render(summary))
     print(render(summary))
 
 

@@ -220,6 +220,15 @@ def read_lists(run: Run) -> tuple[tokens.Store, lists_lib.Lists]:
     texts, given = joint_tsv.read(pathlib.Path(settings.lists), settings.list_size)
     folder = run.workdir / "lists" / "given"
     hosts.from_first(lambda: tokens.prepare(texts, run.tokenizer, folder))
+    store = tokens.open_store(folder)
+    given, replaced = lists_lib.without_known_positives(
+        given, num_passages=len(store.passage_ids), seed=run.config.seed
+    )
+    if replaced:
+        tqdm.tqdm.write(
+            f"  {replaced} of the file's negatives are positives of other lists of their query; random "
+            "passages of the file stand in for them"
+        )
 
     def draw(epoch):
         rng = np.random.default_rng([run.config.seed, epoch])
@@ -228,18 +237,7 @@ def read_lists(run: Run) -> tuple[tokens.Store, lists_lib.Lists]:
             given.query_rows_L[order_L], given.passages_LxP[order_L], given.provenance_LxP[order_L]
         )
 
-    lists = _counted(epochs_of_lists(draw, settings))
-    heads_2xL = np.stack([given.query_rows_L, given.passages_LxP[:, 0]])
-    passages = given.passages_LxP.max() + 1
-    known_LxP = lists_lib.known_positive(
-        heads_2xL, given.query_rows_L, given.passages_LxP, passages
-    )
-    if doubtful := known_LxP[:, 1:].any(axis=1).sum():
-        tqdm.tqdm.write(
-            f"  {doubtful} of the file's lists have the positive of a list of the same query among "
-            "their negatives; they are trained on as they are"
-        )
-    return tokens.open_store(folder), lists
+    return store, _counted(epochs_of_lists(draw, settings))
 
 
 def _counted(lists: lists_lib.Lists) -> lists_lib.Lists:

@@ -1,10 +1,13 @@
 import json
 import math
 import shutil
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
-from test_pipeline import run_program, tiny_config, write_beir
+from test_pipeline import ROOT, run_program, tiny_config, write_beir
 
 from rqv2_jax import ablations, config, report
 from rqv2_jax.errors import InputError
@@ -109,7 +112,8 @@ def ablated(tmp_path_factory, bert_folder):
     # Not all queries, so that another draw of them would show.
     settings.mine.queries = 24
     only = ["without denoised lists", "refreshed candidates"]
-    return settings, folder / "w", only, ablations.run_all(settings, folder / "w", 2, only)
+    *_, found = ablations.run_all(settings, folder / "w", 2, only)
+    return settings, folder / "w", only, found
 
 
 def test_rows_start_from_one_warm_start_and_keep_their_change(ablated):
@@ -157,33 +161,64 @@ def test_refreshed_candidates_are_those_of_the_same_queries(ablated):
 def test_finished_rows_are_not_run_again(ablated):
     settings, folder, only, measured = ablated
     checkpoints = {p: p.stat().st_mtime_ns for p in folder.rglob("last/*")}
-    again = ablations.run_all(settings, folder, 2, only)
+    *_, again = ablations.run_all(settings, folder, 2, only)
     assert checkpoints == {p: p.stat().st_mtime_ns for p in folder.rglob("last/*")}
     for one, other in zip(measured, again):
         for key, values in one["values"].items():
             np.testing.assert_array_equal(values, other["values"][key])
 
 
+@pytest.mark.slow
+def test_killed_in_a_row_the_same_command_goes_on(ablated, tmp_path):
+    settings, _, only, measured = ablated
+    code = f"from rqv2_jax import config\nget_config = lambda: config.loads({config.dumps(settings)!r})"
+    (tmp_path / "settings.py").write_text(code)
+    workdir = tmp_path / "w"
+    command = (
+        *("rqv2_jax.ablations", f"--config={tmp_path / 'settings.py'}", f"--workdir={workdir}"),
+        *("--seeds=1", f"--rows={','.join(only)}"),
+    )
+    midway = workdir / "rows" / "refreshed_candidates.0" / "lists" / "joint.0000002" / "complete"
+    with subprocess.Popen([sys.executable, "-m", *command], cwd=ROOT) as process:
+        while not midway.exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.kill()
+    assert not (workdir / "ablations.some.json").exists()
+    (done,) = (workdir / "rows" / "full.0" / "joint" / "last").glob("[0-9]*")
+    before = done.stat().st_mtime_ns
+    ended = run_program(*command)
+    assert ended.returncode == 0, ended.stderr
+    assert done.stat().st_mtime_ns == before
+    summary = ablations.summarise(
+        [m for m in measured if m["seed"] == 0], permutations=settings.evaluate.permutations
+    )
+    assert json.loads((workdir / "ablations.some.json").read_text()) == summary
+    table = (workdir / "ablations.some.md").read_text()
+    assert table == ablations.render(summary)
+    assert table in ended.stdout
+
+
 def test_unknown_rows_are_refused_before_anything_runs(tmp_path, ablated):
     with pytest.raises(InputError, match="no row 'statik'"):
-        ablations.run_all(ablated[0], tmp_path / "w", 1, ["statik"])
+        next(ablations.run_all(ablated[0], tmp_path / "w", 1, ["statik"]))
     fewer = config.loads(config.dumps(ablated[0]))
     fewer.evaluate.metrics = ("RR@10",)
     with pytest.raises(InputError, match="the table needs Success@50"):
-        ablations.run_all(fewer, tmp_path / "w", 1, None)
+        next(ablations.run_all(fewer, tmp_path / "w", 1, None))
     given = config.loads(config.dumps(ablated[0]))
     given.joint.lists = "lists.tsv"
     with pytest.raises(InputError, match=r"joint\.lists"):
-        ablations.run_all(given, tmp_path / "w", 1, None)
+        next(ablations.run_all(given, tmp_path / "w", 1, None))
     graded = config.loads(config.dumps(ablated[0]))
     graded.evaluate.min_relevance = 2
     with pytest.raises(InputError, match=r"evaluate\.min_relevance: the table counts relevance 1"):
-        ablations.run_all(graded, tmp_path / "w", 1, None)
+        next(ablations.run_all(graded, tmp_path / "w", 1, None))
     # What one row alone cannot take is said before the others have run.
     parts = config.loads(config.dumps(ablated[0]))
     parts.joint.accumulate = 2
     with pytest.raises(InputError, match=r"row 'in-batch negatives': .*leave it out by --rows"):
-        ablations.run_all(parts, tmp_path / "w", 1, None)
+        next(ablations.run_all(parts, tmp_path / "w", 1, None))
     assert not (tmp_path / "w").exists()
 
 

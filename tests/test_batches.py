@@ -379,6 +379,19 @@ def test_a_batch_must_split_into_equal_parts():
         batches_of(*world(), accumulate=3)
 
 
+def test_positives_come_first():
+    """Labels over the batch are by place and those of a list by provenance; they must agree."""
+    store, queries, lists = world()
+    swapped = Lists(
+        lists.query_rows_L, lists.passages_LxP[:, ::-1], lists.provenance_LxP[:, ::-1].copy()
+    )
+    two = lists.provenance_LxP.copy()
+    two[3, 1] = Provenance.LABELLED_POSITIVE
+    for wrong in (swapped, Lists(lists.query_rows_L, lists.passages_LxP, two)):
+        with pytest.raises(ValueError, match="does not have its one positive first"):
+            batches_of(store, queries, wrong)
+
+
 def test_there_must_be_lists_for_one_batch():
     with pytest.raises(InputError, match="3 lists, fewer than one batch of 4; lower"):
         batches_of(*world(lists=3))

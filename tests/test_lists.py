@@ -19,6 +19,7 @@ from rqv2_jax.data.lists import (
     known_positive,
     relevance,
     training_lists,
+    without_known_positives,
 )
 from rqv2_jax.errors import InputError
 from rqv2_jax.mining import epochs_of_lists
@@ -135,6 +136,9 @@ def check(lists, candidates, positives_2xN, *, list_size, below, above, num_pass
     st.sampled_from([25, 200]),
     st.booleans(),
 )
+@example(1, 5, 40, 32, 0.5, (0.1, 0.9), 200, False)
+@example(2, 5, 40, 128, 0.5, (0.1, 0.9), 200, True)
+@example(3, 5, 160, 128, 1.0, (0.5, 0.9), 1000, False)
 @settings(deadline=None, max_examples=200)
 def test_every_list_keeps_the_rules(
     seed, queries, depth, size, share, thresholds, passages, partly
@@ -173,6 +177,33 @@ def easy(*, queries=40, depth=24):
     scores_QxN = -np.ones_like(passages_QxN).cumsum(axis=1).astype(np.float32)
     positives_2xN = np.stack([rows_Q, np.zeros_like(rows_Q)])
     return Candidates(rows_Q, passages_QxN, scores_QxN, reranker_QxN), positives_2xN
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 6), st.integers(2, 12), st.integers(0, 20))
+@settings(deadline=None, max_examples=50)
+def test_negatives_that_head_another_list_are_replaced(seed, queries, size, more):
+    rng = np.random.default_rng(seed)
+    # Eight lists hold at most that many positives of a query beside a list's own passages.
+    passages = size + 8 + more
+    passages_LxP = np.stack([rng.permutation(passages)[:size] for _ in range(8)])
+    provenance_LxP = np.full(passages_LxP.shape, Provenance.GIVEN_NEGATIVE, np.uint8)
+    provenance_LxP[:, 0] = Provenance.LABELLED_POSITIVE
+    given_lists = Lists(rng.integers(0, queries, 8), passages_LxP, provenance_LxP)
+    found, replaced = without_known_positives(given_lists, num_passages=passages, seed=seed)
+    heads = set(zip(given_lists.query_rows_L.tolist(), passages_LxP[:, 0].tolist()))
+    count = 0
+    for query, before, after, kinds in zip(
+        given_lists.query_rows_L.tolist(), passages_LxP, found.passages_LxP, found.provenance_LxP
+    ):
+        assert len(set(after.tolist())) == size
+        assert (after[0], kinds[0]) == (before[0], Provenance.LABELLED_POSITIVE)
+        for old, new, kind in zip(before[1:].tolist(), after[1:].tolist(), kinds[1:]):
+            known = (query, old) in heads
+            count += known
+            assert (new == old) != known
+            assert (query, new) not in heads
+            assert kind == (Provenance.RANDOM_FILL if known else Provenance.GIVEN_NEGATIVE)
+    assert replaced == count
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.3, 0.5, 0.775, 1.0])

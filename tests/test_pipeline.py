@@ -20,11 +20,13 @@ from absl import flags
 from absl.testing import flagsaver
 
 from rqv2_jax import config as config_lib
-from rqv2_jax import evaluate, evaluation, metrics, mining, pipeline, score, train, weights
+from rqv2_jax import evaluate, evaluation, metrics, mining, pipeline, report, score, train, weights
 from rqv2_jax.checkpoint import Checkpoints
+from rqv2_jax.data import lists as lists_lib
 from rqv2_jax.data import tokens
 from rqv2_jax.errors import InputError
-from rqv2_jax.workdir import alone, claim, open_run, open_workdir
+from rqv2_jax.retrieval import encode
+from rqv2_jax.workdir import alone, branch, claim, open_run, open_workdir
 
 ROOT = pathlib.Path(__file__).parent.parent
 WORDS = [
@@ -796,16 +798,61 @@ def test_static_distillation_leaves_the_reranker_alone(finished, joint_again):
         assert all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in pairs) == same
 
 
-def test_given_lists_that_contradict_each_other_are_counted(finished, tmp_path, capsys):
+@pytest.mark.parametrize("step", [0, 2])
+def test_candidates_are_scored_by_the_query_tower_and_the_passage_tower(
+    finished, joint_again, monkeypatch, step
+):
+    """In mining, in a refresh and on dev: swapped towers give other scores than these."""
+    refreshed = []
+    refresh = mining.refresh
+
+    def listen(run, store, candidates, step, params):
+        refreshed.append((step, jax.tree.map(np.asarray, params["retriever"])))
+        return refresh(run, store, candidates, step, params)
+
+    monkeypatch.setattr(mining, "refresh", listen)
+    _, folder, _ = joint_again(refresh_every=2) if step else (None, finished[1], None)
+    run, store = open_workdir(finished[1]), tokens.open_store(finished[1] / "data" / "tokens")
+    params = run.params("retriever", "retriever") if step == 0 else dict(refreshed)[step]
+    with np.load(
+        folder / "lists" / (f"joint.{step:07}" if step else "") / "dev.retrieved.npz"
+    ) as f:
+        found = dict(f)
+    queries_QxD = encode.queries(
+        run.forward, params["query"], store.splits["dev"].texts, found["query_rows"]
+    )
+    everything = np.arange(len(store.passage_ids))
+    passages_NxD = encode.passages(run.forward, params["passage"], store, everything)
+    scores_QxN = np.take_along_axis(queries_QxD @ passages_NxD.T, found["passages"], axis=1)
+    np.testing.assert_allclose(found["scores"], scores_QxN, rtol=1e-4, atol=1e-4)
+    swapped = {"query": params["passage"], "passage": params["query"]}
+    dev = evaluation.Dev(run, store, mining.retrieve(run, store)["dev"])
+    order_Q = np.argsort(found["query_rows"])
+    pool_QxN = queries_QxD[order_Q] @ passages_NxD[dev.pool_N].T
+    reciprocal = []
+    for row, scores_N in zip(dev.rows_Q, pool_QxN):
+        # Query dev row i asks for passage 32 + i.
+        at = dev.pool_N.tolist().index(store.passage_ids.index(f"p{32 + row}"))
+        rank = 1 + (scores_N > scores_N[at]).sum()
+        reciprocal.append(1 / rank if rank <= 10 else 0)
+    assert dev.retriever(params) == pytest.approx(np.mean(reciprocal))
+    assert dev.retriever(swapped) != dev.retriever(params)
+
+
+def test_given_lists_that_contradict_each_other_are_mended(finished, tmp_path, capsys):
     path = tmp_path / "lists.tsv"
-    lists = [("a", "river", "stone"), ("a", "stone", "river"), ("b", "river", "stone")]
+    lists = [("a", "river", "stone"), ("a", "stone", "river"), ("b", "river", "engine")]
     path.write_text("".join(f"{q}\t\t{p}\t1\n{q}\t\t{n}\t0\n" for q, p, n in lists))
     changed = config_lib.loads(config_lib.dumps(finished[0]))
     changed.joint.update({"lists": str(path), "list_size": 2, "epochs": 1.0})
-    mining.read_lists(open_run(changed, tmp_path / "w"))
-    assert (
-        "2 of the file's lists have the positive of a list of the same" in capsys.readouterr().out
-    )
+    _, found = mining.read_lists(open_run(changed, tmp_path / "w"))
+    said = capsys.readouterr().out
+    assert "2 of the file's negatives are positives of other lists of their query" in said
+    assert "3 lists of 2: 3 labelled_positive, 2 random_fill, 1 given_negative" in said
+    # The only passage of the file that is no positive of "a".
+    (engine,) = found.passages_LxP[found.provenance_LxP == lists_lib.Provenance.GIVEN_NEGATIVE]
+    filled = found.passages_LxP[found.provenance_LxP == lists_lib.Provenance.RANDOM_FILL]
+    np.testing.assert_array_equal(filled, [engine, engine])
 
 
 def test_exported_lists_can_be_trained_on(finished, joint_again, tmp_path):
@@ -1135,6 +1182,40 @@ def test_tiny_presets_run_the_whole_recipe(tmp_path, name, metrics):
     for row in rows:
         assert set(row["metrics"]) == metrics
         assert row["queries"] == 60
+
+
+@pytest.mark.slow
+def test_the_retriever_learns_from_the_reranker_alone(tmp_path):
+    """On real text: without KL the retriever stays at its start; with it, it rises on dev.
+
+    Weight decay, which knows no loss, is off.
+    """
+    config = config_lib.default()
+    config_lib.two_cores(config)
+    config.data.dataset = "docstrings"
+    config.model.num_layers = 3
+    config.optimizer.weight_decay = 0.0
+    config.mine.update({"queries": 800, "depth": 16})
+    config.reranker.most_lists = 320
+    config.joint.update({"epochs": 1.0, "most_lists": 480, "denoised_share": 0.0})
+    config.joint.update({"evaluate_every": 30, "save_every": 30})
+    config.dev.pool = 500
+    warm = open_run(config, tmp_path / "warm")
+    store, candidates = pipeline.warm_up(warm)
+    scores = {}
+    for weight in (0.0, 1.0):
+        config.joint.kl_weight = weight
+        run = open_run(config, tmp_path / f"kl {weight}")
+        branch(run, warm)
+        pipeline.train_joint(run, store, candidates)
+        curves = report.curves(run.workdir / "joint")
+        for model in ("retriever", "reranker"):
+            scores[weight, model] = [score for _, score in curves[f"dev/{model} RR@10"]]
+    assert scores[0.0, "retriever"][0] == scores[0.0, "retriever"][-1]
+    assert scores[1.0, "retriever"][-1] > scores[1.0, "retriever"][0] + 0.03
+    # The labels teach the re-ranker in both.
+    for weight in (0.0, 1.0):
+        assert scores[weight, "reranker"][-1] > scores[weight, "reranker"][0]
 
 
 @pytest.mark.slow

@@ -83,6 +83,8 @@ class ListBatches:
         self.steps = len(lists.query_rows_L) // batch
         self.lists = self._balanced(lists)
         self.positive_LxP = self.lists.positive()
+        if not (self.positive_LxP[:, 0].all() and (self.positive_LxP.sum(axis=1) == 1).all()):
+            raise ValueError("a list does not have its one positive first")
         self.shapes = {
             kind: self._plan(kind, max_blocks, row_width)
             for model in models

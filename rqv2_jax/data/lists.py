@@ -236,6 +236,28 @@ def draw(
     )
 
 
+def without_known_positives(lists: Lists, *, num_passages: int, seed: int) -> tuple[Lists, int]:
+    """Lists in which no negative heads another list of the same query, and how many did.
+
+    Random passages of the collection's `num_passages` stand in for them (`RANDOM_FILL`).
+
+    Raises:
+      InputError: the collection has too few passages for that.
+    """
+    heads_2xL = np.stack([lists.query_rows_L, lists.passages_LxP[:, 0]])
+    known_LxP = known_positive(heads_2xL, lists.query_rows_L, lists.passages_LxP, num_passages)
+    known_LxP[:, 0] = False
+    passages_LxP = np.where(known_LxP, -1, lists.passages_LxP)
+    barred_LxN = np.empty((len(passages_LxP), 0), np.int64)
+    rng = np.random.default_rng(seed)
+    _fill(passages_LxP, lists.query_rows_L, barred_LxN, heads_2xL, num_passages, rng)
+    provenance_LxP = np.where(known_LxP, Provenance.RANDOM_FILL, lists.provenance_LxP)
+    return (
+        Lists(lists.query_rows_L, passages_LxP, provenance_LxP.astype(np.uint8)),
+        int(known_LxP.sum()),
+    )
+
+
 def training_lists(stage, count: int) -> int:
     """How many lists a training stage takes by its settings, where one pass has `count`."""
     return min(round(stage.epochs * count), stage.most_lists)
