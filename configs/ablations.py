@@ -34,7 +34,7 @@ def get_config(preset: str = "docstrings"):
     config.mine.update({"scored_queries": 800, "scored_depth": 32})
     config.joint.denoised_share = 1.0
     # The retriever is cheap to measure on all queries, the re-ranker is not.
-    config.evaluate.rerank_queries = 500
+    config.evaluate.rerank_queries = 300
     if more == ["shallow"]:
         _shallow(config)
     elif more:
@@ -58,4 +58,3 @@ def _shallow(config):
     config.reranker.most_lists = 800
     # Runs are short; saving their optimizer takes longer than half of them would.
     config.joint.update({"most_lists": 640, "evaluate_every": 20, "save_every": 1000})
-    config.evaluate.rerank_queries = 300
