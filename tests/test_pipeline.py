@@ -1196,26 +1196,22 @@ def test_the_retriever_learns_from_the_reranker_alone(tmp_path):
     config.model.num_layers = 3
     config.optimizer.weight_decay = 0.0
     config.mine.update({"queries": 800, "depth": 16})
-    config.reranker.most_lists = 320
-    config.joint.update({"epochs": 1.0, "most_lists": 480, "denoised_share": 0.0})
-    config.joint.update({"evaluate_every": 30, "save_every": 30})
-    config.dev.pool = 500
+    config.reranker.most_lists = 160
+    config.joint.update({"epochs": 1.0, "denoised_share": 0.0, "evaluate_every": 100})
+    config.joint.reranker_rate = 3.0
+    config.dev.update({"queries": 200, "depth": 5, "pool": 500})
     warm = open_run(config, tmp_path / "warm")
     store, candidates = pipeline.warm_up(warm)
     scores = {}
-    for weight in (0.0, 1.0):
-        config.joint.kl_weight = weight
+    for weight, lists in ((0.0, 48), (1.0, 320)):
+        config.joint.update({"kl_weight": weight, "most_lists": lists})
         run = open_run(config, tmp_path / f"kl {weight}")
         branch(run, warm)
         pipeline.train_joint(run, store, candidates)
         curves = report.curves(run.workdir / "joint")
-        for model in ("retriever", "reranker"):
-            scores[weight, model] = [score for _, score in curves[f"dev/{model} RR@10"]]
-    assert scores[0.0, "retriever"][0] == scores[0.0, "retriever"][-1]
-    assert scores[1.0, "retriever"][-1] > scores[1.0, "retriever"][0] + 0.03
-    # The labels teach the re-ranker in both.
-    for weight in (0.0, 1.0):
-        assert scores[weight, "reranker"][-1] > scores[weight, "reranker"][0]
+        scores[weight] = [score for _, score in curves["dev/retriever RR@10"]]
+    assert scores[0.0][-1] == scores[0.0][0]
+    assert scores[1.0][-1] > scores[1.0][0] + 0.02
 
 
 @pytest.mark.slow
