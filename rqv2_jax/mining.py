@@ -221,10 +221,10 @@ def read_lists(run: Run) -> tuple[tokens.Store, lists_lib.Lists]:
     folder = run.workdir / "lists" / "given"
     hosts.from_first(lambda: tokens.prepare(texts, run.tokenizer, folder))
     store = tokens.open_store(folder)
-    given, replaced = lists_lib.without_known_positives(
+    given = lists_lib.without_known_positives(
         given, num_passages=len(store.passage_ids), seed=run.config.seed
     )
-    if replaced:
+    if replaced := (given.provenance_LxP == lists_lib.Provenance.RANDOM_FILL).sum():
         tqdm.tqdm.write(
             f"  {replaced} of the file's negatives are positives of other lists of their query; random "
             "passages of the file stand in for them"
@@ -232,10 +232,7 @@ def read_lists(run: Run) -> tuple[tokens.Store, lists_lib.Lists]:
 
     def draw(epoch):
         rng = np.random.default_rng([run.config.seed, epoch])
-        order_L = rng.permutation(len(given.query_rows_L))
-        return lists_lib.Lists(
-            given.query_rows_L[order_L], given.passages_LxP[order_L], given.provenance_LxP[order_L]
-        )
+        return given.take(rng.permutation(len(given.query_rows_L)))
 
     return store, _counted(epochs_of_lists(draw, settings))
 

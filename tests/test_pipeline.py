@@ -811,13 +811,14 @@ def test_candidates_are_scored_by_the_query_tower_and_the_passage_tower(
         return refresh(run, store, candidates, step, params)
 
     monkeypatch.setattr(mining, "refresh", listen)
-    _, folder, _ = joint_again(refresh_every=2) if step else (None, finished[1], None)
     run, store = open_workdir(finished[1]), tokens.open_store(finished[1] / "data" / "tokens")
-    params = run.params("retriever", "retriever") if step == 0 else dict(refreshed)[step]
-    with np.load(
-        folder / "lists" / (f"joint.{step:07}" if step else "") / "dev.retrieved.npz"
-    ) as f:
-        found = dict(f)
+    if step == 0:
+        folder, params = finished[1] / "lists", run.params("retriever", "retriever")
+    else:
+        folder = joint_again(refresh_every=2)[1] / "lists" / f"joint.{step:07}"
+        params = dict(refreshed)[step]
+    with np.load(folder / "dev.retrieved.npz") as file:
+        found = dict(file)
     queries_QxD = encode.queries(
         run.forward, params["query"], store.splits["dev"].texts, found["query_rows"]
     )

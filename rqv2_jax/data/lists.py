@@ -236,8 +236,8 @@ def draw(
     )
 
 
-def without_known_positives(lists: Lists, *, num_passages: int, seed: int) -> tuple[Lists, int]:
-    """Lists in which no negative heads another list of the same query, and how many did.
+def without_known_positives(lists: Lists, *, num_passages: int, seed: int) -> Lists:
+    """Lists in which no negative heads another list of the same query.
 
     Random passages of the collection's `num_passages` stand in for them (`RANDOM_FILL`).
 
@@ -251,11 +251,9 @@ def without_known_positives(lists: Lists, *, num_passages: int, seed: int) -> tu
     barred_LxN = np.empty((len(passages_LxP), 0), np.int64)
     rng = np.random.default_rng(seed)
     _fill(passages_LxP, lists.query_rows_L, barred_LxN, heads_2xL, num_passages, rng)
-    provenance_LxP = np.where(known_LxP, Provenance.RANDOM_FILL, lists.provenance_LxP)
-    return (
-        Lists(lists.query_rows_L, passages_LxP, provenance_LxP.astype(np.uint8)),
-        int(known_LxP.sum()),
-    )
+    provenance_LxP = lists.provenance_LxP.copy()
+    provenance_LxP[known_LxP] = Provenance.RANDOM_FILL
+    return dataclasses.replace(lists, passages_LxP=passages_LxP, provenance_LxP=provenance_LxP)
 
 
 def training_lists(stage, count: int) -> int:
