@@ -1,5 +1,6 @@
 """How every command line starts and fails: one line on standard error, a non-zero exit."""
 
+import errno
 import os
 import pathlib
 import sys
@@ -30,7 +31,9 @@ def run(
     arguments: int = 0,
     one_of: tuple[str, ...] = (),
 ):
-    """Parses the flags and runs `main`; exits 2 on bad flags, 1 on an InputError, 130 on Ctrl-C.
+    """Parses the flags and runs `main`.
+
+    Exits 2 on bad flags, 1 on an InputError and on a full disk, 130 on Ctrl-C.
 
     Args:
       doc: the program's docstring, printed by --help and with an example in it.
@@ -73,6 +76,15 @@ def run(
     except KeyboardInterrupt:
         print("\ninterrupted; the same command resumes", file=sys.stderr)
         sys.exit(130)
+    except Exception as e:
+        # Orbax gives the system's message in a ValueError.
+        if os.strerror(errno.ENOSPC) not in str(e):
+            raise
+        _say(f"the disk is full ({e}); free some of it, then give the same command again")
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # Orbax's threads would go on to fail while Python shuts down, by hundreds of lines.
+        os._exit(1)
 
 
 def file_to_write(flag: str) -> pathlib.Path:
@@ -101,5 +113,9 @@ def _from_config_file(error: Exception) -> Exception | str:
 
 
 def _fail(error: Exception | str, code: int):
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    _say(error)
     sys.exit(code)
+
+
+def _say(error: Exception | str):
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -1094,6 +1094,44 @@ def run_program(module, *arguments):
     )
 
 
+FULL_DISK = """
+import threading, time
+from rqv2_jax import program
+
+def by_the_system():
+    with open("/dev/full", "w") as file:
+        file.write("x")
+
+def by_orbax():
+    threading.Thread(target=time.sleep, args=(60,)).start()
+    raise ValueError("RESOURCE_EXHAUSTED: writing to file 20:\\nNo space left on device [code='28']")
+
+def otherwise():
+    raise ValueError("a defect")
+
+program.run({}, "")
+"""
+
+
+@pytest.mark.parametrize("where", ["by_the_system", "by_orbax"])
+def test_a_full_disk_ends_in_one_line_at_once(where):
+    command = [sys.executable, "-c", FULL_DISK.format(where)]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("error: the disk is full (")
+    assert ended.stderr.count("\n") == 1
+    assert "No space left on device" in ended.stderr
+    assert "same command again" in ended.stderr
+
+
+def test_a_defect_keeps_its_traceback():
+    command = [sys.executable, "-c", FULL_DISK.format("otherwise")]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("Traceback")
+    assert ended.stderr.endswith("ValueError: a defect\n")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
