@@ -80,11 +80,13 @@ def run(
         # Orbax gives the system's message in a ValueError.
         if os.strerror(errno.ENOSPC) not in str(e):
             raise
-        _say(f"the disk is full ({e}); free some of it, then give the same command again")
-        sys.stdout.flush()
-        sys.stderr.flush()
-        # Orbax's threads would go on to fail while Python shuts down, by hundreds of lines.
-        os._exit(1)
+        try:
+            _say(f"the disk is full ({e}); free some of it, then give the same command again")
+            sys.stdout.flush()
+        finally:
+            # Orbax's threads would go on to fail while Python shuts down, by hundreds of lines.
+            # Nor can what is printed be written, where it goes to a file on that disk.
+            os._exit(1)
 
 
 def file_to_write(flag: str) -> pathlib.Path:

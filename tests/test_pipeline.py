@@ -1094,7 +1094,7 @@ def run_program(module, *arguments):
     )
 
 
-FULL_DISK = """
+FAILURES = """
 import threading, time
 from rqv2_jax import program
 
@@ -1113,10 +1113,14 @@ program.run({}, "")
 """
 
 
+def run_failure(name):
+    command = [sys.executable, "-c", FAILURES.format(name)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
+
+
 @pytest.mark.parametrize("where", ["by_the_system", "by_orbax"])
 def test_a_full_disk_ends_in_one_line_at_once(where):
-    command = [sys.executable, "-c", FULL_DISK.format(where)]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
+    ended = run_failure(where)
     assert ended.returncode == 1
     assert ended.stderr.startswith("error: the disk is full (")
     assert ended.stderr.count("\n") == 1
@@ -1125,8 +1129,7 @@ def test_a_full_disk_ends_in_one_line_at_once(where):
 
 
 def test_a_defect_keeps_its_traceback():
-    command = [sys.executable, "-c", FULL_DISK.format("otherwise")]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
+    ended = run_failure("otherwise")
     assert ended.returncode == 1
     assert ended.stderr.startswith("Traceback")
     assert ended.stderr.endswith("ValueError: a defect\n")
