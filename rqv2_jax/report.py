@@ -136,11 +136,12 @@ def main():
     """Draws whatever the folder has."""
     folder = pathlib.Path(flags.FLAGS.workdir)
     if (folder / "warm").is_dir():
-        for source in (folder / "ablations.json", folder / "ablations.some.json"):
-            # Written when all rows have been run, or those that were asked for.
-            if source.is_file() and '"list size ' in source.read_text():
-                draw_list_sizes(folder, source, folder / "report" / "list_sizes.png")
-                break
+        # Written when all rows have been run, or those that were asked for.
+        sources = [folder / "ablations.json", folder / "ablations.some.json"]
+        sources = [p for p in sources if p.is_file() and '"list size ' in p.read_text()]
+        if sources:
+            newest = max(sources, key=lambda p: p.stat().st_mtime_ns)
+            draw_list_sizes(folder, newest, folder / "report" / "list_sizes.png")
         draw_training(folder / "rows" / "full.0", folder / "report" / "joint_training.png")
     else:
         draw_training(folder, folder / "report" / "joint_training.png")

@@ -1,9 +1,11 @@
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
@@ -259,3 +261,20 @@ def test_figures_show_what_was_recorded(ablated, tmp_path):
     assert (tmp_path / "sizes.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(InputError, match="no events of joint training"):
         report.draw_training(folder / "warm", tmp_path / "none.png")
+
+
+@pytest.mark.parametrize("newer", ["ablations", "ablations.some"])
+def test_list_sizes_are_drawn_from_the_newer_table(newer, tmp_path, monkeypatch):
+    (tmp_path / "warm").mkdir()
+    for age, name in enumerate(sorted(["ablations", "ablations.some"], key=lambda n: n != newer)):
+        path = tmp_path / f"{name}.json"
+        path.write_text('[{"row": "list size 8"}]')
+        os.utime(path, (1e9 - age, 1e9 - age))
+    drawn = []
+    monkeypatch.setattr(
+        report, "draw_list_sizes", lambda folder, source, path: drawn.append(source)
+    )
+    monkeypatch.setattr(report, "draw_training", lambda *_: None)
+    monkeypatch.setattr(report.flags, "FLAGS", types.SimpleNamespace(workdir=str(tmp_path)))
+    report.main()
+    assert drawn == [tmp_path / f"{newer}.json"]
