@@ -57,6 +57,8 @@ def rows(config, sizes: Sequence[int] | None = None) -> dict[str, dict]:
         f"temperature {warmer:g}": {"joint.loss.temperature": warmer},
         "one learning rate": {"joint.reranker_rate": 1.0},
         "in-batch negatives": {"joint.in_batch_weight": 1.0},
+        # What of their gain the labels would bring without a teacher.
+        "in-batch negatives alone": {"joint.in_batch_weight": 1.0, "joint.kl_weight": 0.0},
         "refreshed candidates": {"joint.refresh_every": REFRESHED},
     }
     around = (size for size in (joint.list_size // 2, joint.list_size * 2) if size >= 2)

@@ -27,6 +27,9 @@ def test_every_row_changes_one_thing_of_full():
     assert "preset official_code" not in found
     assert set(found["preset paper"]) == {f"joint.loss.{key}" for key in config.LOSSES["paper"]}
     assert found["teacher gradient on"] == {"joint.loss.teacher_gradient": True}
+    # Labels without a teacher.
+    alone = found["in-batch negatives alone"]
+    assert alone == found["in-batch negatives"] | {"joint.kl_weight": 0.0}
     assert {name for name in found if name.startswith("list size")} == {
         "list size 2",
         "list size 8",
