@@ -2,8 +2,9 @@
 
 Rows: the paper's Table 4 (static distillation, a pointwise re-ranker, no denoised lists), both presets
 of the loss, the teacher's gradient, list sizes (Figure 4), and what goes beyond the paper. Each row
-changes `full`, the config as given, in one place. The table compares both models, and the re-ranker
-also on the candidates of the warm start. Finished rows are kept, so the same command resumes.
+changes `full`, the config as given, in one place; in-batch negatives come without the KL term, too.
+The table compares both models, and the re-ranker also on the candidates of the warm start. Finished
+rows are kept, so the same command resumes.
 Writes ablations.json and ablations.md into the workdir (with --rows, ablations.some.json and .md), anew
 after every seed; rqv2_jax.report draws the figures.
 
