@@ -11,7 +11,7 @@
 #   PYTHON   the Python that makes it, 3.11, 3.12 or 3.13 (python3)
 set -euo pipefail
 # A relative folder starts where the user stands.
-[ $# -eq 0 ] || [ ! -d "$1" ] || set -- "$(cd "$1" && pwd)" "${@:2}"
+[ "${1:-docstrings}" = docstrings ] || [ ! -d "$1" ] || set -- "$(cd "$1" && pwd)" "${@:2}"
 # shellcheck source=launch/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 [ $# -gt 0 ] || die "no dataset: launch/ablations.sh docstrings, or the path of a folder in BEIR layout"

@@ -201,7 +201,8 @@ def summarise(measured: list[dict], *, permutations: int) -> list[dict]:
             if name != "full":
                 difference_S = per_seed - values["full"].mean(axis=1)
                 row["differences"] = difference_S.tolist()
-                if np.ptp(difference_S) > 0:
+                # Equal differences differ by rounding, of which a t-test would make much.
+                if np.ptp(difference_S) > 1e-9:
                     row["seeds_p_value"] = float(stats.ttest_1samp(difference_S, 0).pvalue)
                 low, high = metrics.interval(difference_Q, resamples=permutations, seed=0)
                 difference, p = metrics.paired_test(
@@ -249,8 +250,21 @@ def render(summary: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def _knows_more(path: pathlib.Path, summary: list[dict]) -> bool:
+    """Does the table in a file hold the same rows by more seeds?"""
+    if not path.is_file():
+        return False
+    names, others = (
+        {row["row"]: row["seeds"] for row in x} for x in (summary, json.loads(path.read_text()))
+    )
+    return names.keys() == others.keys() and others["full"] > names["full"]
+
+
 def main():
-    """Runs what is not finished, writes the table after every seed and prints it at the end."""
+    """Runs what is not finished, writes the table after every seed and prints it at the end.
+
+    A table of the same rows by more seeds, which a run that resumes has yet to reach, stays meanwhile.
+    """
     from rqv2_jax import artifacts
     from rqv2_jax.errors import InputError
     from rqv2_jax.workdir import alone
@@ -263,8 +277,11 @@ def main():
         raise InputError(f"--list_sizes: {e}; give whole numbers, as 2,8,16") from e
     with alone(workdir):
         name = "ablations" if given.rows is None else "ablations.some"
-        for measured in run_all(config, workdir, given.seeds, given.rows, sizes):
+        measurements = run_all(config, workdir, given.seeds, given.rows, sizes)
+        for seeds, measured in enumerate(measurements, 1):
             summary = summarise(measured, permutations=config.evaluate.permutations)
+            if seeds < given.seeds and _knows_more(workdir / f"{name}.json", summary):
+                continue
             artifacts.write_text(workdir / f"{name}.json", json.dumps(summary, indent=1) + "\n")
             artifacts.write_text(workdir / f"{name}.md", render(summary))
     print(render(summary))

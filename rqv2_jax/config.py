@@ -9,7 +9,7 @@ import math
 
 import ml_collections
 
-from rqv2_jax import losses
+from rqv2_jax import losses, metrics
 from rqv2_jax.errors import InputError
 
 # The two readings of the joint loss: equations 4 to 6, and what the authors' release computes.
@@ -310,6 +310,13 @@ def check(config: ml_collections.ConfigDict):
                 f"config.{stage}.most_lists is below config.{stage}.batch, so there would be no step; "
                 "raise it, or lower the batch"
             )
+    if not given["evaluate.metrics"]:
+        raise InputError("config.evaluate.metrics is empty; name one or more, as ('RR@10',)")
+    for name in given["evaluate.metrics"]:
+        try:
+            metrics.parse_metric(str(name))
+        except InputError as e:
+            raise InputError(f"config.evaluate.metrics: {e}") from e
     if given["joint.lists"] and given["joint.refresh_every"]:
         raise InputError(
             "config.joint.lists gives the lists, so none can be refreshed; set refresh_every to 0"

@@ -279,6 +279,13 @@ def evaluate_candidates(
     return report.write(f"{split}.{name}", pairs)
 
 
+def check_metrics(run: Run, store: tokens.Store, split: str):
+    """Raises InputError unless the labels of a split can give the metrics of the config."""
+    settings, qrels_3xN = run.config.evaluate, store.splits[split].qrels_3xN
+    names = metrics.at_relevance(settings.metrics, settings.min_relevance)
+    metrics.check_measurable(names, qrels_3xN[2] if qrels_3xN.size else None)
+
+
 def _measure(run: Run, store: tokens.Store, split: str):
     """`measure(rows_Q, passages_QxK, scores_QxK)`: every metric's values for queries of a split."""
     settings, queries = run.config.evaluate, store.splits[split]
@@ -345,7 +352,7 @@ def _search(run: Run, store: tokens.Store, split: str, rows_Q: np.ndarray, state
     source = f"{run.origin(state, 'retriever')} {store.fingerprint} {queries.fingerprint} "
     source += f"{settings.queries} {settings.retrieve_depth}"
 
-    def cached(index_name):
+    def cached(index_name, source):
         def compute():
             found = retrieve(run, store, queries.texts, rows_Q, state, index_name)
             return {} if found is None else dict(zip(("passages", "scores"), found))
@@ -353,10 +360,10 @@ def _search(run: Run, store: tokens.Store, split: str, rows_Q: np.ndarray, state
         path = run.workdir / "eval" / f"{split}.{stage}.{index_name}.npz"
         return artifacts.cached(path, source, compute)
 
-    found = cached("exact")
+    found = cached("exact", source)
     if name == "exact":
         return found, {}
-    approximate = cached("scann")
+    approximate = cached("scann", f"{source} {settings.scann.to_json()}")
     recalls = {
         f"recall@{depth} against exact": index.recall(
             approximate["passages"][:, :depth], found["passages"][:, :depth]

@@ -174,6 +174,25 @@ def at_relevance(names: Sequence[str], min_relevance: int) -> tuple[str, ...]:
     return tuple(re.sub("^(RR|Success|R)@", said, name) for name in names)
 
 
+def check_measurable(names: Sequence[str], relevance_N: np.ndarray | None):
+    """Raises InputError unless labels of these relevances can give metrics of these names.
+
+    None where only what was retrieved is judged, as by answers: then there is nothing to tell what
+    depends on all relevant passages, and a passage is relevant or not.
+    """
+    for name in names:
+        measure, _, least = parse_metric(name)
+        if relevance_N is None and measure in ("R", "nDCG"):
+            raise InputError(
+                f"config.evaluate.metrics: {name} needs labels of all relevant passages, but this "
+                "split has answers; take RR@k and Success@k"
+            )
+        if least > 1 and (relevance_N is None or not (relevance_N >= least).any()):
+            raise InputError(
+                f"{name}: the labels hold no passage of relevance {least} or more; lower min_relevance"
+            )
+
+
 def evaluate(
     passages_QxK: np.ndarray,
     scores_QxK: np.ndarray,
@@ -201,22 +220,8 @@ def evaluate(
       InputError: an unknown name, one that cannot be measured, no relevant passage, a judged query
         beyond the run, or what `sort_run` and `relevance_of` raise.
     """
-    parsed = {name: parse_metric(name) for name in names}
-    if rows_J is None:
-        rows_J = judged_queries(qrels)
-    else:
-        for name, (measure, _, _) in parsed.items():
-            if measure in ("R", "nDCG"):
-                raise InputError(
-                    f"config.evaluate.metrics: {name} needs labels of all relevant passages, but this "
-                    "split has answers; take RR@k and Success@k"
-                )
-    for name, (_, _, least) in parsed.items():
-        if least > 1 and not (qrels[2] >= least).any():
-            raise InputError(
-                f"{name}: the labels hold no passage of relevance {least} or more; lower "
-                "min_relevance"
-            )
+    check_measurable(names, qrels[2] if rows_J is None else None)
+    rows_J = judged_queries(qrels) if rows_J is None else rows_J
     num_queries = len(passages_QxK)
     if qrels[0].max(initial=0) >= num_queries:
         raise InputError(
@@ -227,7 +232,8 @@ def evaluate(
     relevance_JxK = relevance_of(passages_QxK, qrels)[rows_J]
 
     values = {}
-    for name, (measure, k, least) in parsed.items():
+    for name in names:
+        measure, k, least = parse_metric(name)
         top_JxK = relevance_JxK[:, :k]
         hit_JxK = top_JxK >= least
         rank_K = np.arange(top_JxK.shape[1]) + 1

@@ -10,6 +10,7 @@ import tqdm
 from rqv2_jax import artifacts, hosts
 from rqv2_jax.data import joint_tsv, tokens
 from rqv2_jax.data import lists as lists_lib
+from rqv2_jax.errors import InputError
 from rqv2_jax.retrieval import encode, index, rerank
 from rqv2_jax.workdir import Run
 
@@ -221,9 +222,15 @@ def read_lists(run: Run) -> tuple[tokens.Store, lists_lib.Lists]:
     folder = run.workdir / "lists" / "given"
     hosts.from_first(lambda: tokens.prepare(texts, run.tokenizer, folder))
     store = tokens.open_store(folder)
-    given = lists_lib.without_known_positives(
-        given, num_passages=len(store.passage_ids), seed=run.config.seed
-    )
+    try:
+        given = lists_lib.without_known_positives(
+            given, num_passages=len(store.passage_ids), seed=run.config.seed
+        )
+    except InputError:
+        raise InputError(
+            f"{settings.lists}: has too few passages to stand in for negatives that are positives of "
+            "other lists of their query; remove such negatives"
+        ) from None
     if replaced := (given.provenance_LxP == lists_lib.Provenance.RANDOM_FILL).sum():
         tqdm.tqdm.write(
             f"  {replaced} of the file's negatives are positives of other lists of their query; random "

@@ -23,7 +23,7 @@ from rqv2_jax.data import lists as lists_lib
 from rqv2_jax.data.batches import ListBatches
 from rqv2_jax.errors import InputError
 from rqv2_jax.evaluation import DEV_METRIC
-from rqv2_jax.workdir import Run, alone, begin, claim, open_collection, open_run, texts_of
+from rqv2_jax.workdir import Run, alone, begin, begun, claim, open_collection, open_run, texts_of
 
 
 def main(config: ml_collections.ConfigDict, workdir: pathlib.Path):
@@ -50,6 +50,9 @@ def warm_up(run: Run) -> tuple[tokens.Store, dict[str, lists_lib.Candidates]]:
     config = run.config
     tqdm.tqdm.write("prepare: tokenise the collection")
     store = prepare(run)
+    if config.joint.lists and not begun(run.workdir / "joint"):
+        # A file that cannot be used is better known before training than after it.
+        mining.read_lists(run)
     if config.retriever.epochs > 0:
         tqdm.tqdm.write("retriever: warm-up with in-batch negatives")
         train_retriever(run, store)
@@ -75,7 +78,11 @@ def finish(run: Run, store: tokens.Store, candidates: dict, indexes=("exact", "s
 
 
 def prepare(run: Run) -> tokens.Store:
-    """The collection as a token store in `data/`."""
+    """The collection as a token store in `data/`.
+
+    Raises:
+      InputError: it cannot be used, or its test labels cannot give the metrics that are wanted.
+    """
     folder = run.workdir / "data" / "tokens"
 
     def make():
@@ -90,6 +97,7 @@ def prepare(run: Run) -> tokens.Store:
 
     hosts.from_first(make)
     store = tokens.open_store(folder)
+    evaluation.check_metrics(run, store, "test")
     counts = ", ".join(f"{len(q.ids)} {split}" for split, q in store.splits.items())
     tqdm.tqdm.write(f"  {len(store.passage_ids)} passages; queries: {counts}")
     return store

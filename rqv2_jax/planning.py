@@ -43,6 +43,9 @@ USABLE = 0.98  # of a chip's memory; the rest is the runtime's
 
 # Memory ScaNN takes, measured with 400,000 and 1,000,000 vectors of 384 dimensions: times the vectors.
 SCANN_BUILT, SCANN_KEPT = 4.3, 1.1
+# Memory that lists take while they are drawn, in bytes of each candidate, measured with 2,000 queries
+# of 1,000: four arrays of candidates, and what `lists.draw` makes of them.
+DRAWN = 74
 
 # Devlin et al. 2019, and ERNIE 2.0 base: what is planned where the weights are not there yet.
 BASE = {
@@ -542,6 +545,7 @@ def render_run(
         "ScaNN, memory of the first host while it is built": vectors * SCANN_BUILT,
         "ScaNN, memory of the first host afterwards": vectors * SCANN_KEPT,
         "candidates, disk": mined * config.mine.depth * 16,
+        "candidates, memory of every host while lists are drawn": mined * config.mine.depth * DRAWN,
     }
     lines += ["", "| what | GiB |", "|---|---|"]
     lines += [f"| {what} | {size / GIB:.1f} |" for what, size in stored.items()]

@@ -25,10 +25,11 @@ from rqv2_jax.data.inputs import Inputs
 from rqv2_jax.errors import InputError
 from rqv2_jax.retrieval.stream import Forward, make_forward
 
-# Settings that change where numbers are computed, and when, but not which.
-PLACEMENT = (
+# Settings that change where numbers are computed, and when, but not which; and those of evaluation,
+# whose files say what they were made by.
+FREE = (
     *("mesh.", "model.remat:", "model.attention:", "reranker.accumulate:", "joint.accumulate:"),
-    "evaluate.batch_tokens:",
+    "evaluate.",
 )
 
 # In a stage's folder: what it is trained on, and a name of its own.
@@ -261,6 +262,8 @@ def alone(workdir: pathlib.Path):
 def claim(run: Run):
     """Writes config.json and environment.json; a workdir belongs to one config.
 
+    Settings of evaluation may change, and until joint training has begun those of `joint`.
+
     Raises:
       InputError: the workdir was made by another config.
     """
@@ -269,7 +272,8 @@ def claim(run: Run):
     def check():
         if path.is_file():
             changed = config_lib.differences(config_lib.loads(path.read_text()), run.config)
-            changed = [line for line in changed if not line.startswith(PLACEMENT)]
+            free = FREE if (run.workdir / "joint" / BEGUN).is_file() else (*FREE, "joint.")
+            changed = [line for line in changed if not line.startswith(free)]
             if changed:
                 more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
                 raise InputError(

@@ -110,6 +110,49 @@ def test_summary_by_hand():
     assert (alone["model"], alone["mean"]) == ("reranker", 0.5)
 
 
+def test_equal_differences_over_seeds_give_no_p_value():
+    """A t-test would make much of what rounding makes of them."""
+    hits = [627, 595, 576]
+    full = np.array([[1.0] * n + [0.0] * (679 - n) for n in hits])
+    worse = np.array([[1.0] * (n - 6) + [0.0] * (679 - n + 6) for n in hits])
+    found = ablations.summarise(measured({"full": full, "worse": worse}), permutations=99)
+    (row,) = (
+        r
+        for r in found
+        if (r["row"], r["metric"], r["model"]) == ("worse", "Success@50", "retriever")
+    )
+    assert len(set(row["differences"])) > 1
+    assert row["differences"] == pytest.approx([-6 / 679] * 3)
+    assert "seeds_p_value" not in row
+
+
+def test_a_table_of_more_seeds_stays_until_a_run_has_caught_up(tmp_path, monkeypatch):
+    path = tmp_path / "ablations.json"
+    seeds = [
+        [m for m in measured({"full": np.eye(3, 8)}) if m["seed"] <= seed] for seed in range(3)
+    ]
+    seen = []
+
+    def run_all(*_):
+        for done in seeds[: given.seeds]:
+            yield done
+            seen.append(json.loads(path.read_text())[0 + 1]["seeds"])
+
+    given = types.SimpleNamespace(
+        config=config.default(), workdir=str(tmp_path), seeds=3, rows=None, list_sizes=None
+    )
+    monkeypatch.setattr(ablations.flags, "FLAGS", given)
+    monkeypatch.setattr(ablations, "run_all", run_all)
+    ablations.main()
+    assert seen == [1, 2, 3]
+    ablations.main()
+    assert seen[3:] == [3, 3, 3]
+    # What is asked for is what is there at the end.
+    given.seeds = 2
+    ablations.main()
+    assert seen[6:] == [3, 2]
+
+
 @pytest.fixture(scope="module")
 def ablated(tmp_path_factory, bert_folder):
     folder = tmp_path_factory.mktemp("ablations")

@@ -270,13 +270,13 @@ def in_batch_by_hand(queries, passages, relevant):
     flat = [(b, p) for b, row in enumerate(passages) for p in range(len(row))]
     positive, where = [], []
     for b, query in enumerate(queries):
-        own = passages[b][0]
+        heads = [own[0] for other, own in zip(queries, passages) if other == query]
         positive.append([at == (b, 0) for at in flat])
         where.append(
             [
                 at == (b, 0)
                 or (
-                    passages[at[0]][at[1]] != own
+                    passages[at[0]][at[1]] not in heads
                     and (query, passages[at[0]][at[1]]) not in relevant
                 )
                 for at in flat
@@ -300,8 +300,9 @@ def in_batch_by_hand(queries, passages, relevant):
 @example([(0, [3]), (1, [3]), (2, [4])], {(0, 3), (1, 3), (0, 4), (2, 4)})
 # The same query twice.
 @example([(0, [3, 5]), (0, [4, 3])], {(0, 3), (0, 4)})
-# A head that no label names: a denoised positive.
+# Heads that no label names: denoised positives, one of them the negative of another list.
 @example([(0, [3, 5]), (1, [4, 3])], {(1, 4)})
+@example([(0, [3, 5]), (0, [4, 6]), (1, [6, 4])], {(0, 3), (1, 6)})
 def test_in_batch_labels_against_plain_python(lists, relevant):
     queries, passages = zip(*lists)
     pairs_2xN = np.array(sorted(relevant), np.int64).reshape(-1, 2).T

@@ -140,6 +140,12 @@ def test_any_unicode_comes_back(tmp_path_factory, rows):
     assert list(collection.passages()) == [Passage(*row) for row in rows]
 
 
+def test_a_character_written_in_two_halves_is_one(tmp_path):
+    line = r'{"_id": "p1", "text": "\ud83d\ude00 \\ud83d"}'
+    passages, _ = read(write(tmp_path, {"corpus.jsonl": [line, *CORPUS[1:]]}))
+    assert passages[0].text == "\N{GRINNING FACE} \\ud83d"
+
+
 def test_a_repeated_label_counts_once(tmp_path):
     folder = write(tmp_path, {"labels/train.tsv": [*TRAIN, TRAIN[1]]})
     assert read(folder) == EXPECTED
@@ -236,6 +242,8 @@ BAD_LINES = [
     ('{"_id": null, "text": "t"}', "`_id` is None"),
     ('{"_id": "x"}', "without `text`"),
     ('{"_id": "x", "text": ["t"]}', "`text` is ['t']"),
+    (r'{"_id": "x", "text": "cut \ud83d"}', "half a character"),
+    (r'{"_id": "\uDE00", "text": "t"}', "half a character"),
 ]
 
 

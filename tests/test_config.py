@@ -173,6 +173,14 @@ def test_lengths(changes, named):
     config_lib.check(usable(**{"data.passage_length": 8}))
 
 
+def test_metrics_are_known_before_anything_runs():
+    assert "config.evaluate.metrics is empty" in message(**{"evaluate.metrics": ()})
+    found = message(**{"evaluate.metrics": ("RR@10", "MRR@10")})
+    assert found.startswith("config.evaluate.metrics: unknown metric 'MRR@10'")
+    assert "unknown metric '10'" in message(**{"evaluate.metrics": (10,)})
+    config_lib.check(usable(**{"evaluate.metrics": ("RR(rel=2)@10",)}))
+
+
 def test_thresholds_do_not_cross():
     crossed = {"mine.negative_below": 0.6, "mine.positive_above": 0.5}
     assert "mine.negative_below is above config.mine.positive_above" in message(**crossed)

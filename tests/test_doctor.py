@@ -198,10 +198,15 @@ ERRORS = {
 
 def test_only_mined_queries_head_the_rerankers_lists(tmp_path):
     write(tmp_path)
-    few = "3 lists in 1 epochs, fewer than one batch of 4; lower config.reranker.batch"
-    (found,) = examine(tmp_path, **{"mine.queries": 3}).findings
-    assert found[:2] == ("error", "reranker stage")
-    assert found.what.startswith(few)
+    few = "3 lists in 1 epochs, fewer than one batch of 4; lower config.{}.batch"
+    reranker, joint = examine(tmp_path, **{"mine.queries": 3}).findings
+    assert reranker[:2] == ("error", "reranker stage")
+    assert reranker.what.startswith(few.format("reranker"))
+    # Denoised positives may head more lists.
+    assert joint[:2] == ("warning", "joint stage")
+    assert joint.what.startswith(few.format("joint"))
+    *_, joint = examine(tmp_path, **{"mine.queries": 3, "joint.denoised_share": 0.0}).findings
+    assert joint[:2] == ("error", "joint stage")
     assert not examine(tmp_path, **{"mine.queries": 4}).findings
 
 
@@ -325,6 +330,15 @@ def test_labels_of_relevance_zero_are_no_positives(tmp_path):
     assert ("test qrels", 3, "2 positive") in report.streams
 
 
+def test_metrics_that_the_test_labels_cannot_give_are_an_error(tmp_path):
+    write(tmp_path)
+    (found,) = examine(tmp_path, **{"evaluate.min_relevance": 2}).findings
+    assert found[:2] == ("error", "config")
+    assert "hold no passage of relevance 2 or more" in found.what
+    (tmp_path / "qrels" / "test.tsv").write_text("q10\tp10\t2\nq11\tp11\t1\n")
+    assert not examine(tmp_path, **{"evaluate.min_relevance": 2}).findings
+
+
 @pytest.mark.parametrize(("epochs", "lists"), [(0.0, None), (0.4, 3), (0.5, None), (2.0, None)])
 def test_lists_of_a_stage_are_counted_over_its_epochs(tmp_path, epochs, lists):
     report = examine(write(tmp_path), **{"retriever.epochs": epochs})
@@ -378,7 +392,8 @@ def test_titles_count_where_they_are_used(tmp_path):
 def test_tables_are_examined_too(tmp_path, names, reader):
     judged = "answers" not in names
     folder = test_tables.write(tmp_path, names=names)
-    report = examine(folder, lambda: reader(str(folder)))
+    changes = {"evaluate.metrics": ("RR@10",)}
+    report = examine(folder, lambda: reader(str(folder)), **changes)
     assert report.usable()
     streams = {name: (count, remark) for name, count, remark in report.streams}
     assert streams["passages"] == (40, "39 with a title (97.5%)")
@@ -392,7 +407,7 @@ def test_tables_are_examined_too(tmp_path, names, reader):
     # A label of relevance 0 of a query that is nowhere is left out.
     labels[3] = "q260\t0\t0\t0"
     test_tables.write(tmp_path, {"train labels": labels}, names=names)
-    report = examine(folder, lambda: reader(str(folder)))
+    report = examine(folder, lambda: reader(str(folder)), **changes)
     assert report.verdict() == "not usable: 2 errors"
     missing, unknown = (f.what for f in report.findings if f.kind == "error")
     assert re.search(r"qrels name passage '40', .* \(such labels: 6\)", missing)
@@ -401,7 +416,11 @@ def test_tables_are_examined_too(tmp_path, names, reader):
 
 def test_dpr_is_examined_too(tmp_path):
     folder = test_dpr.write(tmp_path)
-    changes = {f"{stage}.batch": 2 for stage in ("retriever", "reranker")}
+    changes = {f"{stage}.batch": 2 for stage in ("retriever", "reranker", "joint")}
+    (found,) = examine(tmp_path, lambda: dpr.dpr(folder), **changes).findings
+    assert found[:2] == ("error", "config")
+    assert "R@1000 needs labels of all relevant passages" in found.what
+    changes["evaluate.metrics"] = ("RR@10",)
     report = examine(tmp_path, lambda: dpr.dpr(folder), **changes)
     assert report.verdict() == "ok"
     assert ("test queries", 2, "2 with an answer") in report.streams

@@ -86,6 +86,10 @@ def trained(**more):
         ({"psgs_w100.tsv": "1 2\ta\tb\n"}, "psgs_w100.tsv:1: id '1 2' has white space"),
         ({"psgs_w100.tsv": "1\t \tb\n"}, "psgs_w100.tsv:1: empty passage"),
         ({"psgs_w100.tsv": "\ta\tb\n"}, "psgs_w100.tsv:1: no id"),
+        (
+            {"psgs_w100.tsv": f"1\t{'a' * 2**17}b\tc\n"},
+            "psgs_w100.tsv:1: cannot be read (field larger",
+        ),
         ({"biencoder-nq-train.json": trained()[:-3]}, "not JSON after question 0"),
         ({"biencoder-nq-train.json": "[1]"}, "question 0: no JSON object"),
         ({"biencoder-nq-train.json": trained(question=" ")}, "question 1: `question` is ' '"),
@@ -98,6 +102,10 @@ def trained(**more):
         ({"nq-test.qa.csv": "who?\n"}, "nq-test.qa.csv:1: 1 tab-separated columns instead of 2"),
         ({"nq-test.qa.csv": "who?\t['a'\n"}, "nq-test.qa.csv:1: needs a question and a list"),
         ({"nq-test.qa.csv": "who?\tprint(1)\n"}, "nq-test.qa.csv:1: needs a question and a list"),
+        (
+            {"nq-test.qa.csv": f"who?\t{'-' * 10**5}1\n"},
+            "nq-test.qa.csv:1: needs a question and a list",
+        ),
         ({"nq-test.qa.csv": "who?\t['', ' ']\n"}, "nq-test.qa.csv:1: needs a question and a list"),
     ],
 )

@@ -131,8 +131,9 @@ def test_answers_judge_where_there_are_no_labels(finished, bert_folder, tmp_path
     answers["t46"] = ("no passage holds this",)
     tables = {
         "para.txt": [(p["_id"], p["text"]) for p in corpus],
-        "train.query.txt": [("q0", " ".join(words[0][:5]))],
-        "qrels.train.tsv": [("q0", "p0")],
+        # One in a hundred is dev's.
+        "train.query.txt": [(f"q{i}", " ".join(words[i % 40][:5])) for i in range(100)],
+        "qrels.train.tsv": [(f"q{i}", f"p{i % 40}") for i in range(100)],
         "test.query.txt": [(f"t{i}", " ".join(words[i][1:6])) for i in range(40, 47)],
         "test.answers.txt": [(query, *found) for query, found in answers.items()],
     }
@@ -159,8 +160,12 @@ def test_answers_judge_where_there_are_no_labels(finished, bert_folder, tmp_path
     assert row["metrics"] == pytest.approx(expected)
     # What needs all relevant passages cannot be known.
     config.evaluate.metrics = ("nDCG@10",)
-    with pytest.raises(InputError, match="nDCG@10 needs labels of all relevant passages"):
-        evaluation.evaluate(run, store, "test", ("exact",), states=("zero_shot",))
+    for act in (
+        lambda: pipeline.prepare(run),
+        lambda: evaluation.evaluate(run, store, "test", ("exact",), states=("zero_shot",)),
+    ):
+        with pytest.raises(InputError, match="nDCG@10 needs labels of all relevant passages"):
+            act()
 
 
 def test_scann_of_a_small_collection_is_exact(finished):
@@ -549,6 +554,37 @@ def test_every_stage_leaves_tensorboard_events_and_a_best_checkpoint(finished):
     assert environment["packages"]["jax"] == "0.10.2"
 
 
+def test_settings_may_change_until_they_have_been_used(finished, tmp_path):
+    config, workdir = finished
+    shutil.copytree(workdir, tmp_path / "w")
+    changed = config_lib.loads(config_lib.dumps(config))
+    changed.evaluate.update({"metrics": ("RR@5",), "rerank_depth": 3})
+    claim(open_run(changed, tmp_path / "w"))
+    assert json.loads((tmp_path / "w" / "config.json").read_text())["evaluate"]["rerank_depth"] == 3
+    changed.joint.list_size = 3
+    with pytest.raises(InputError, match=r"joint\.list_size: 4 -> 3"):
+        claim(open_run(changed, tmp_path / "w"))
+    shutil.rmtree(tmp_path / "w" / "joint")
+    claim(open_run(changed, tmp_path / "w"))
+    changed.mine.depth = 7
+    with pytest.raises(InputError, match=r"mine\.depth: 8 -> 7"):
+        claim(open_run(changed, tmp_path / "w"))
+
+
+def test_scann_searches_again_by_other_settings(finished, tmp_path):
+    config, workdir = finished
+    shutil.copytree(workdir, tmp_path / "w")
+    changed = config_lib.loads(config_lib.dumps(config))
+    path = tmp_path / "w" / "eval" / "test.joint.scann.npz"
+    for leaves, anew in ((2.0, True), (2.0, False)):
+        changed.evaluate.scann.leaves_per_sqrt = leaves
+        stamp = path.stat().st_mtime_ns
+        run = open_run(changed, tmp_path / "w")
+        store = tokens.open_store(run.workdir / "data" / "tokens")
+        evaluation.evaluate(run, store, "test", ("scann",), states=("joint",))
+        assert (path.stat().st_mtime_ns > stamp) == anew
+
+
 def test_workdir_of_another_config_is_refused_and_left_alone(finished):
     config, workdir = finished
     changed = config_lib.loads(config_lib.dumps(config))
@@ -854,6 +890,19 @@ def test_given_lists_that_contradict_each_other_are_mended(finished, tmp_path, c
     (engine,) = found.passages_LxP[found.provenance_LxP == lists_lib.Provenance.GIVEN_NEGATIVE]
     filled = found.passages_LxP[found.provenance_LxP == lists_lib.Provenance.RANDOM_FILL]
     np.testing.assert_array_equal(filled, [engine, engine])
+
+
+def test_given_lists_are_read_before_any_training(finished, tmp_path):
+    path = tmp_path / "lists.tsv"
+    path.write_text("a\t\triver\t1\na\t\tstone\t0\na\t\tstone\t1\na\t\triver\t0\n")
+    changed = config_lib.loads(config_lib.dumps(finished[0]))
+    changed.joint.update({"lists": str(path), "list_size": 2})
+    with pytest.raises(InputError, match=r"lists\.tsv: has too few passages to stand in for"):
+        pipeline.main(changed, tmp_path / "w")
+    changed.joint.list_size = 3
+    with pytest.raises(InputError, match=r"lists\.tsv:.*set config\.joint\.list_size"):
+        pipeline.main(changed, tmp_path / "w")
+    assert not (tmp_path / "w" / "retriever").exists()
 
 
 def test_exported_lists_can_be_trained_on(finished, joint_again, tmp_path):

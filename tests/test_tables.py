@@ -121,6 +121,10 @@ def test_the_fingerprint_follows_every_file(tmp_path):
         ({"train queries": ["q1\ta", "q1\tb"]}, "queries.train.tsv:2: duplicate id 'q1'"),
         ({"train labels": ["q1 0 1 1 1"]}, "qrels.train.tsv:1: 5 columns"),
         ({"train labels": ["q1 0 1 x"]}, "qrels.train.tsv:1: relevance 'x' is no integer"),
+        (
+            {"train labels": ["q1 0 1 3000000000"]},
+            "qrels.train.tsv:1: relevance 3000000000 is beyond",
+        ),
     ],
 )
 def test_bad_files_are_one_line_with_the_place(tmp_path, changed, message):

@@ -113,7 +113,7 @@ ids = st.text(st.characters(), min_size=1) | st.sampled_from(
 
 @given(
     st.lists(st.tuples(ids, numbers, numbers), min_size=1, max_size=8, unique_by=lambda x: x[0]),
-    st.lists(st.tuples(ids, numbers), max_size=6, unique_by=lambda x: x[0]),
+    st.lists(st.tuples(ids, numbers), min_size=1, max_size=6, unique_by=lambda x: x[0]),
     st.data(),
 )
 @settings(deadline=None, max_examples=40)
@@ -121,12 +121,12 @@ def test_any_ids_and_lengths_come_back(tmp_path_factory, passages, queries, data
     passages = [Passage(*row) for row in passages]
     queries = [Query(*row, ()) for row in queries]
     pairs = st.tuples(
-        st.sampled_from(queries or [Query("", "", ())]).map(lambda q: q.id),
+        st.sampled_from(queries).map(lambda q: q.id),
         st.sampled_from(passages).map(lambda p: p.id),
         st.integers(0, 3),
     )
-    labels = data.draw(st.lists(pairs, max_size=8 if queries else 0, unique_by=lambda x: x[:2]))
-    given = dict(passages=passages, splits={"train": (queries, labels), "dev": ([], [])})
+    labels = data.draw(st.lists(pairs, max_size=8, unique_by=lambda x: x[:2]))
+    given = dict(passages=passages, splits={"train": (queries, labels), "dev": (queries[:1], [])})
     assert_holds(build(tmp_path_factory.mktemp("any"), **given), **given)
 
 
@@ -265,6 +265,13 @@ def test_an_empty_corpus_is_an_error(tmp_path):
     text = message(prepare, collection_of([]), NUMBERS, tmp_path / "store")
     assert "in memory" in text
     assert "corpus is empty" in text
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_split_without_queries_is_an_error(tmp_path):
+    splits = {**SPLITS, "dev": ([], [])}
+    text = message(prepare, collection_of(splits=splits), NUMBERS, tmp_path / "store")
+    assert "no query of dev has a positive or an answer" in text
     assert not (tmp_path / "store").exists()
 
 

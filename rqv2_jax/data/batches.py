@@ -272,7 +272,7 @@ def in_batch_labels(
     Of the batch's B lists only those numbered `chosen_C` get a row.
 
     The positive is the first passage of the query's own list. Every other passage labelled relevant
-    for the query, the same passage in another list included, is left out.
+    for the query, or at the head of another of its lists, is left out, wherever it stands.
     """
     passages_N = passages_BxP.reshape(-1)
     heads_C = chosen_C * passages_BxP.shape[1]
@@ -281,6 +281,7 @@ def in_batch_labels(
     where_CxN = np.ones_like(positive_CxN)
     for c, query in enumerate(queries_B[chosen_C]):
         first, last = np.searchsorted(positives_2xN[0], [query, query + 1])
-        relevant = np.append(positives_2xN[1, first:last], passages_N[heads_C[c]])
+        heads = passages_BxP[queries_B == query, 0]
+        relevant = np.append(positives_2xN[1, first:last], heads)
         where_CxN[c] = ~np.isin(passages_N, relevant)
     return positive_CxN, where_CxN | positive_CxN

@@ -43,7 +43,7 @@ class Query(NamedTuple):
 
 
 class Qrel(NamedTuple):
-    """One relevance label, an integer >= 0; `source` is the `path:line` it was read from."""
+    """One relevance label, above 0 for a positive; `source` is the `path:line` it was read from."""
 
     query_id: str
     passage_id: str
@@ -264,6 +264,8 @@ def labels(file: Path) -> Iterator[Qrel]:
             raise InputError(
                 f"{source}: relevance {columns[relevance]!r} is no integer; correct it"
             ) from None
+        if abs(value) > MAX_RELEVANCE:
+            raise InputError(f"{source}: relevance {value} is beyond {MAX_RELEVANCE}; correct it")
         pair = columns[query], columns[passage]
         if pair not in found:
             found[pair] = value
@@ -273,6 +275,10 @@ def labels(file: Path) -> Iterator[Qrel]:
                 f"{source}: passage {pair[1]} has relevance {value} for query {pair[0]}, but "
                 f"{found[pair]} before; keep one of the two"
             )
+
+
+# Half of a character beyond U+FFFF, as texts that are cut in UTF-16 end with.
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def objects(file: Path, id_field: str) -> Iterator[tuple[str, str, dict]]:
@@ -288,6 +294,10 @@ def objects(file: Path, id_field: str) -> Iterator[tuple[str, str, dict]]:
             value = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise InputError(f"{source}: not JSON ({error}); write one object per line") from None
+        if _SURROGATE.search(line) and not _whole(value):
+            raise InputError(
+                f"{source}: holds half a character (one of \\ud800 to \\udfff alone); remove it"
+            )
         if not isinstance(value, dict):
             raise InputError(f'{source}: no JSON object; write {{"{id_field}": "...", ...}}')
         key = value.get(id_field)
@@ -301,6 +311,15 @@ def objects(file: Path, id_field: str) -> Iterator[tuple[str, str, dict]]:
             )
         first_lines[key] = number
         yield source, key, value
+
+
+def _whole(value) -> bool:
+    """Can what JSON says be written as UTF-8?"""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def check_id(source: str, key: str):

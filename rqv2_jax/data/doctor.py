@@ -20,6 +20,7 @@ import ml_collections
 import numpy as np
 import tqdm
 
+from rqv2_jax import metrics
 from rqv2_jax.data import collection, joint_tsv
 from rqv2_jax.data.inputs import Inputs
 from rqv2_jax.data.lists import subset, training_lists
@@ -268,7 +269,7 @@ class _Doctor:
         file, queries, labels = _Hashes(), _Hashes(), array("q")
 
         def take_label(label):
-            labels.extend((hash(label.query_id), hash(label.passage_id), label.relevance > 0))
+            labels.extend((hash(label.query_id), hash(label.passage_id), label.relevance))
 
         def take_query(query):
             queries.add(query.id, query.text)
@@ -279,12 +280,13 @@ class _Doctor:
         # Before the selected ones, which an error in the qrels would hide.
         self.read(where, lambda: texts.query_file(split), lambda q: file.add(q.id, q.text))
         complete = self.read(where, lambda: texts.queries(split), take_query)
-        query_N, passage_N, relevant_N = np.asarray(labels).reshape(-1, 3).T
+        query_N, passage_N, relevance_N = np.asarray(labels).reshape(-1, 3).T
+        relevant_N = relevance_N > 0
         query_rows_N, passage_rows_N = queries.rows(query_N), self.corpus.rows(passage_N)
         if self.corpus_complete:
             self.unknown(texts, split, passage_rows_N < 0, lambda label: ({label.query_id: 0}, {}))
         if complete:
-            wrong_N = (query_rows_N < 0) & (relevant_N > 0)
+            wrong_N = (query_rows_N < 0) & relevant_N
             self.unknown(texts, split, wrong_N, lambda label: ({}, {label.passage_id: 0}))
             if not len(queries):
                 self.found("error", where, f"{texts.name}: {split} is empty; label some queries")
@@ -292,15 +294,22 @@ class _Doctor:
         self.repeats(where, queries, lambda: texts.queries(split), mend)
         if split == "train" and judged and complete:
             mined = subset(len(queries), self.config.mine.queries, self.config.seed)
-            counted_N = np.isin(query_rows_N, mined) & (relevant_N > 0)
+            counted_N = np.isin(query_rows_N, mined) & relevant_N
             found = {"retriever": relevant_N.sum(), "reranker": counted_N.sum()}
+            if not self.config.joint.lists:
+                found["joint"] = counted_N.sum()
             self.num_lists |= {stage: int(count) for stage, count in found.items()}
         remark = f"{len(queries):,} with {'an answer' if answered else 'a positive'}"
         self.streamed(where, len(file) or len(queries), remark, complete)
         if not answered:
             remark = f"{relevant_N.sum():,} positive"
             self.streamed(f"{split} qrels", len(relevant_N), remark, judged)
-        kept_N = (query_rows_N >= 0) & (passage_rows_N >= 0) & (relevant_N > 0)
+        if split == "test" and judged:
+            settings = self.config.evaluate
+            names = metrics.at_relevance(settings.metrics, settings.min_relevance)
+            judgements = None if answered else relevance_N
+            self.attempt("config", lambda: metrics.check_measurable(names, judgements))
+        kept_N = (query_rows_N >= 0) & (passage_rows_N >= 0) & relevant_N
         passage_texts_N = self.corpus.texts_N[passage_rows_N[kept_N]]
         self.splits[split] = _Split(
             file, queries, judged and complete, query_rows_N[kept_N], passage_texts_N
@@ -413,13 +422,17 @@ class _Doctor:
         self.leaks(texts, "joint.lists", query_texts_L, heads_L)
 
     def batches(self):
-        """Reports stages whose lists are known to be too few for a single step."""
+        """Reports stages whose lists are known to be too few for a single step.
+
+        Denoised positives, which the re-ranker finds, may head more lists of joint training.
+        """
+        hybrid = self.config.joint.denoised_share > 0 and not self.config.joint.lists
         for stage, count in self.num_lists.items():
             settings = self.config[stage]
             lists = training_lists(settings, count)
             if settings.epochs and lists < settings.batch:
                 self.found(
-                    "error",
+                    "warning" if stage == "joint" and hybrid else "error",
                     f"{stage} stage",
                     f"{lists:,} lists in {settings.epochs:g} epochs, fewer than one batch of "
                     f"{settings.batch}; lower config.{stage}.batch or raise config.{stage}.epochs",

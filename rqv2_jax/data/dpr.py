@@ -73,7 +73,12 @@ def dpr(path: str) -> Collection:
 def _rows(file: Path, count: int, what: str) -> Iterator[tuple[str, list[str]]]:
     """(`path:line`, fields) of a tab-separated file with CSV's quotes."""
     for number, line in lines(file):
-        (fields,) = csv.reader([line], delimiter="\t")
+        try:
+            (fields,) = csv.reader([line], delimiter="\t")
+        except csv.Error as e:
+            raise InputError(
+                f"{file}:{number}: cannot be read ({e}); split or mend the line"
+            ) from None
         if len(fields) != count:
             raise InputError(
                 f"{file}:{number}: {len(fields)} tab-separated columns instead of {count} in "
@@ -132,7 +137,7 @@ def _tested(file: Path) -> Iterator[Query]:
     for number, (source, (text, listed)) in enumerate(_rows(file, 2, "question and answers")):
         try:
             answers = ast.literal_eval(listed)
-        except (SyntaxError, ValueError):
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
             answers = None
         strings = isinstance(answers, list) and all(isinstance(each, str) for each in answers)
         if not text.strip() or not strings or not any(answer.strip() for answer in answers):

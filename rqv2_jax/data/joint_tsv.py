@@ -42,7 +42,8 @@ def _rows(path: Path, list_size: int) -> Iterator[tuple[int, str, str, str]]:
         if (columns[3] == "1") != (place == 0):
             raise InputError(
                 f"{source}: label {columns[3]} in place {place + 1} of the list of {list_size} that "
-                f"line {start} begins; a list has one positive, in the first place"
+                f"line {start} begins; give every list one positive, first, or set "
+                "config.joint.list_size to the size of the file's lists"
             )
         yield place, *columns[:3]
         place = (place + 1) % list_size

@@ -231,6 +231,11 @@ def prepare(collection: collection_lib.Collection, tokenizer: Tokenizer, folder:
             query_rows.update(zip([q.id for q in chunk], itertools.count(len(query_rows))))
             queries.add([q.text for q in chunk])
         queries.close()
+        if not query_rows:
+            raise InputError(
+                f"{collection.name}: no query of {split} has a positive or an answer; label some "
+                f"(every {collection_lib.HELD_OUT}th training query is dev where the files have none)"
+            )
         _write_ids(partial / split / "ids.json", query_rows)
         rows = collection_lib.check_qrels(collection.qrels(split), query_rows, passage_rows)
         np.save(partial / split / "qrels.npy", np.stack([np.asarray(r, np.int64) for r in rows]))
