@@ -3,6 +3,7 @@
 On several hosts all call these functions; the first process writes, the others wait until it has.
 """
 
+import hashlib
 import os
 import pathlib
 import zipfile
@@ -51,6 +52,14 @@ def cached(
     # The first process may soon make the file from another source.
     hosts.barrier()
     return found
+
+
+def digest(source: str, *arrays: np.ndarray) -> str:
+    """Names what was made from something that has a name and from arrays."""
+    found = hashlib.sha256(source.encode())
+    for array in arrays:
+        found.update(np.ascontiguousarray(array))
+    return found.hexdigest()
 
 
 def _write(path: pathlib.Path, partial: pathlib.Path, write: Callable[[], object]):

@@ -50,6 +50,10 @@ def main(benchmark: str = ""):
         raise InputError(
             f"no benchmark {benchmark!r}; choose one of {', '.join(BENCHMARKS)}, scaling, all"
         )
+    to, plot = (
+        program.file_to_write(f) if flags.FLAGS[f].value else None for f in ("json", "plot")
+    )
+
     from rqv2_jax import benchmarks
     from rqv2_jax.report import draw_scaling
     from rqv2_jax.workdir import open_run
@@ -62,8 +66,8 @@ def main(benchmark: str = ""):
     def report(found):
         line = json.dumps(found)
         print(line, flush=True)
-        if _JSON.value is not None:
-            with pathlib.Path(_JSON.value).open("a") as file:
+        if to is not None:
+            with to.open("a") as file:
                 file.write(line + "\n")
 
     with tempfile.TemporaryDirectory() as folder:
@@ -89,8 +93,8 @@ def main(benchmark: str = ""):
             lines = benchmarks.scaling(run, texts, _STEPS.value)
             for line in lines:
                 report(model | {"lengths": _LENGTHS.value} | line)
-            if _PLOT.value is not None:
-                draw_scaling(lines, pathlib.Path(_PLOT.value))
+            if plot is not None:
+                draw_scaling(lines, plot)
         if "index" in chosen:
             width = run.models.config.hidden_size
             scann = config.evaluate.scann

@@ -22,6 +22,7 @@ from rqv2_jax import config as config_lib
 from rqv2_jax.data import lists as lists_lib
 from rqv2_jax.data import packing, tokens
 from rqv2_jax.data.batches import KINDS, ListBatches
+from rqv2_jax.errors import InputError
 from rqv2_jax.retrieval import encode, index, rerank, stream
 from rqv2_jax.workdir import Run, open_collection, open_run
 
@@ -77,6 +78,11 @@ def _made_up(rng, kind, count):
 
 def _lists(texts: Texts, count: int, size: int) -> lists_lib.Lists:
     """Lists of random passages."""
+    if size > len(texts.passages):
+        raise InputError(
+            f"config.joint.list_size is {size}, but there are {len(texts.passages)} passages; raise "
+            "--passages or lower it"
+        )
     rng = np.random.default_rng(1)
     passages_LxP = np.stack(
         [rng.choice(len(texts.passages), size, replace=False) for _ in range(count)]
@@ -135,6 +141,15 @@ def joint(run: Run, texts: Texts, steps: int, versus: bool) -> dict:
     that went to the other in between has to be got back, which can cost as much as the step itself.
     """
     config = config_lib.loads(config_lib.dumps(run.config))
+    joint = config.joint
+    other = (
+        joint.in_batch_weight or joint.loss.reranker_loss != "listwise" or not joint.train_reranker
+    )
+    if versus and other:
+        raise InputError(
+            "--vs torch: the rival trains both models, listwise and without in-batch negatives; leave "
+            "config.joint.{in_batch_weight,train_reranker,loss.reranker_loss} as they are"
+        )
     config.joint.update({"schedule": "constant", "warmup_steps": 0})
     settings, stage = config.joint, train.make_stage(config, run.models, "joint")
     # Alone, ours is never interrupted.

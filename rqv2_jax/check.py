@@ -56,10 +56,11 @@ def _data(config):
 def _denoising(workdir: pathlib.Path, labels: str, samples: int):
     from rqv2_jax import artifacts, pipeline
     from rqv2_jax.data import denoise
-    from rqv2_jax.workdir import open_workdir
+    from rqv2_jax.workdir import alone, open_workdir
 
     run = open_workdir(workdir)
-    report, shown = pipeline.denoise_report(run, labels, samples)
+    with alone(workdir):
+        report, shown = pipeline.denoise_report(run, labels, samples)
     print(denoise.render(report))
     for sample in shown:
         print(f"\nprobability {sample['probability']:.3f}")

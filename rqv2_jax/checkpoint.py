@@ -45,21 +45,20 @@ class Checkpoints:
                 f"{self.folder} to train this stage again"
             ) from e
 
-    def last_step(self) -> int | None:
-        """The step of the last saved state."""
-        return hosts.from_first(self._last.latest_step)
-
     def save_last(self, step: int, state):
         """Saves the state of `step`, then drops the one before."""
         if step != self._last.latest_step():
             self._last.save(step, args=ocp.args.StandardSave(state))
 
     def save_best(self, step: int, params, metric: str, score: float):
-        """Saves params (keyed by model) in place of the best so far, if they score higher."""
+        """Saves params (keyed by model) in place of the best so far, if they score higher.
+
+        A step that is measured again, by a run that resumes, keeps what it saved.
+        """
 
         def is_better():
             best = self.best_score()
-            return best is None or score > best
+            return best is None or (score > best and step not in self._best.all_steps())
 
         if not hosts.from_first(is_better):
             return

@@ -30,6 +30,7 @@ LOSSES = {
     },
 }
 
+INDEXES = ("exact", "scann")
 # Fetched from their publishers where data.path is empty.
 _BEIR = ("beir_msmarco", "beir_nfcorpus", "beir_hotpotqa", "beir_fiqa", "beir_fever")
 FETCHED = ("msmarco", *_BEIR)
@@ -167,6 +168,7 @@ def default() -> ml_collections.ConfigDict:
             "evaluate": {
                 "queries": 1_000_000,  # of a split, at most, drawn at random
                 "batch_tokens": 16384,  # at most, of one forward pass on one device
+                "indexes": INDEXES,  # or one of them; what the first finds is re-ranked
                 "retrieve_depth": 1000,
                 "rerank_depth": 50,
                 "rerank_queries": 1_000_000,  # of the queries, at most, that are re-ranked
@@ -310,6 +312,12 @@ def check(config: ml_collections.ConfigDict):
                 f"config.{stage}.most_lists is below config.{stage}.batch, so there would be no step; "
                 "raise it, or lower the batch"
             )
+    indexes = given["evaluate.indexes"]
+    if not indexes or len({*indexes}) < len(indexes) or not {*indexes} <= {*INDEXES}:
+        raise InputError(
+            f"config.evaluate.indexes is {indexes}; give ('exact', 'scann') or one of the two, as "
+            "('exact',)"
+        )
     if not given["evaluate.metrics"]:
         raise InputError("config.evaluate.metrics is empty; name one or more, as ('RR@10',)")
     for name in given["evaluate.metrics"]:

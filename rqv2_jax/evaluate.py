@@ -65,11 +65,17 @@ def _evaluate(workdir: pathlib.Path):
 
     if _DISTRIBUTED.value:
         hosts.start()
-    from rqv2_jax import evaluation
-    from rqv2_jax.data import tokens
-    from rqv2_jax.workdir import open_workdir
+    from rqv2_jax.workdir import alone, open_workdir
 
     run = open_workdir(workdir)
+    with alone(workdir):
+        _report(run)
+
+
+def _report(run):
+    from rqv2_jax import evaluation
+    from rqv2_jax.data import tokens
+
     store, split = tokens.open_store(run.workdir / "data" / "tokens"), _SPLIT.value
     if _TOPICS.value:
         files = pathlib.Path(_TOPICS.value), pathlib.Path(_QRELS.value)

@@ -147,11 +147,8 @@ class _Report:
         means = {metric: float(value.mean()) for metric, value in values.items()}
         self.rows.append({**row, "queries": len(query_ids), "metrics": means, **extra})
 
-    def add_reranked(self, state, name, found_by: str, passages_RxK, scores_RxK):
-        """Adds what the re-ranker of a state makes of the first candidates of the re-ranked queries.
-
-        `found_by` names what gave the candidates, so that scores are kept for as long as it does.
-        """
+    def add_reranked(self, state, name, passages_RxK, scores_RxK):
+        """Adds what the re-ranker of a state makes of the first candidates of the re-ranked queries."""
         run, settings = self.run, self.run.config.evaluate
         rows_R = self.rows_Q[self.reranked_R]
         top_RxK = passages_RxK[:, : settings.rerank_depth]
@@ -162,9 +159,10 @@ class _Report:
             return {"scores": found}
 
         path = run.workdir / "eval" / f"{self.split}.{state}.reranked.{name}.npz"
-        source = f"{found_by} {run.origin(state, 'reranker')} {self.store.fingerprint} "
-        source += f"{settings.queries} {settings.rerank_queries} {settings.rerank_depth} "
-        source += self.queries.fingerprint
+        source = (
+            f"{run.origin(state, 'reranker')} {self.store.fingerprint} {self.queries.fingerprint}"
+        )
+        source = artifacts.digest(source, rows_R, top_RxK)
         top = artifacts.cached(path, source, compute)["scores"]
         merged_RxK = rerank.merge(top, scores_RxK)
         self.add(state, "reranker", name, rows_R, passages_RxK, merged_RxK)
@@ -224,7 +222,7 @@ def evaluate(
                 report.add(state, "retriever", name, report.rows_Q, *retrieved[name], **extra)
         if state in RERANKED:
             found = (array[report.reranked_R] for array in retrieved[first])
-            report.add_reranked(state, first, run.origin(state, "retriever"), *found)
+            report.add_reranked(state, first, *found)
     start = "zero_shot" if run.config.retriever.epochs == 0 else "retriever"
     pairs = [
         (("joint", "retriever", first), ("zero_shot", "retriever", first)),
@@ -271,9 +269,8 @@ def evaluate_candidates(
     scores_RxK = np.where(passages_RxK < 0, 0, scores_RxK)
     given = passages_RxK, scores_RxK
     report.add("candidates", "given", name, rows_R, *given, queries_named=named)
-    found_by = collection.content_hash([path])
     for state in states:
-        report.add_reranked(state, name, found_by, *given)
+        report.add_reranked(state, name, *given)
     joint = ("joint", "reranker", name)
     pairs = [(joint, ("reranker", "reranker", name)), (joint, ("candidates", "given", name))]
     return report.write(f"{split}.{name}", pairs)

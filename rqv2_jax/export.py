@@ -32,16 +32,17 @@ _STATE = flags.DEFINE_enum(
 
 def main():
     """Writes the folder or file."""
-    from rqv2_jax.workdir import open_workdir
+    from rqv2_jax.workdir import alone, open_workdir
 
     if _FORMAT.value == "huggingface" and pathlib.Path(_TO.value).exists():
         raise InputError(f"--to {_TO.value}: exists; name a folder that does not")
     path = program.file_to_write("to")
     run = open_workdir(pathlib.Path(_WORKDIR.value))
-    if _FORMAT.value == "huggingface":
-        _models(run, path)
-    else:
-        _lists(run, path)
+    with alone(run.workdir):
+        if _FORMAT.value == "huggingface":
+            _models(run, path)
+        else:
+            _lists(run, path)
 
 
 def _lists(run, path: pathlib.Path):

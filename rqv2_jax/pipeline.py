@@ -5,7 +5,6 @@ unfinished one resumes, so running the same command again is always right.
 """
 
 import contextlib
-import hashlib
 import json
 import pathlib
 import shutil
@@ -23,7 +22,18 @@ from rqv2_jax.data import lists as lists_lib
 from rqv2_jax.data.batches import ListBatches
 from rqv2_jax.errors import InputError
 from rqv2_jax.evaluation import DEV_METRIC
-from rqv2_jax.workdir import Run, alone, begin, begun, claim, open_collection, open_run, texts_of
+from rqv2_jax.workdir import (
+    Run,
+    alone,
+    begin,
+    begun,
+    claim,
+    finish_stage,
+    finished,
+    open_collection,
+    open_run,
+    texts_of,
+)
 
 
 def main(config: ml_collections.ConfigDict, workdir: pathlib.Path):
@@ -35,7 +45,7 @@ def main(config: ml_collections.ConfigDict, workdir: pathlib.Path):
     run = open_run(config, workdir)
     with alone(workdir):
         claim(run)
-        report = finish(run, *warm_up(run))
+        report = finish(run, *warm_up(run), config.evaluate.indexes)
     tqdm.tqdm.write(evaluation.render(report))
     tqdm.tqdm.write(
         f"results: {workdir / 'results.json'}   run files: {workdir / 'runs'}\n"
@@ -67,7 +77,7 @@ def warm_up(run: Run) -> tuple[tokens.Store, dict[str, lists_lib.Candidates]]:
     return store, candidates
 
 
-def finish(run: Run, store: tokens.Store, candidates: dict, indexes=("exact", "scann")) -> dict:
+def finish(run: Run, store: tokens.Store, candidates: dict, indexes: tuple[str, ...]) -> dict:
     """Joint training and the evaluation of every state on test; returns what results.json holds."""
     tqdm.tqdm.write("joint: dynamic listwise distillation")
     train_joint(run, store, candidates)
@@ -148,18 +158,17 @@ def _train_stage(
         hosts.check_same(f"the lists of stage {name}", lists.query_rows_L, lists.passages_LxP)
         return stage_batches(run, store, name, stage, lists)
 
-    batches = make_batches(lists)
-    steps = batches.steps
-    folder = run.workdir / name
-    trained_on = hashlib.sha256(f"{origin} {store.fingerprint}".encode())
-    for array in (lists.query_rows_L, lists.passages_LxP):
-        trained_on.update(np.ascontiguousarray(array))
-    begin(folder, trained_on.hexdigest())
+    folder, steps = run.workdir / name, len(lists.query_rows_L) // settings.batch
+    trained_on = f"{origin} {store.fingerprint}"
+    trained_on = artifacts.digest(trained_on, lists.query_rows_L, lists.passages_LxP)
+    done = finished(folder)
+    batches = None if done else make_batches(lists)
+    begin(folder, trained_on)
+    if done:
+        tqdm.tqdm.write(f"  done; best on dev at step {best_step(folder)} of {steps}")
+        return
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(folder)))
-        if checkpoints.last_step() == steps:
-            tqdm.tqdm.write(f"  done; best on dev at step {best_step(folder)} of {steps}")
-            return
         optimizer = train.make_optimizer(run.config.optimizer, settings, steps, stage.rates)
         state = checkpoints.restore_last(train.init_state(params, optimizer, run.sharding))
         events = (
@@ -185,7 +194,9 @@ def _train_stage(
 
         step_fn = train.make_step(stage.loss_fn, optimizer, run.sharding)
         every = refresh_every or steps
-        for first in range(int(state.step) // every * every, steps, every):
+        # A process may have been killed between its last checkpoint and its word that this is the end.
+        start = int(state.step) // every * every if int(state.step) < steps else steps
+        for first in range(start, steps, every):
             stop = min(first + every, steps)
             if first > 0:
                 number = (stop - first) * settings.batch
@@ -203,7 +214,8 @@ def _train_stage(
                 hooks=train.Hooks(evaluate, checkpoints.save_last, write),
                 name=name,
             )
-        tqdm.tqdm.write(f"  best on dev at step {best_step(folder)} of {steps}")
+    finish_stage(folder)
+    tqdm.tqdm.write(f"  best on dev at step {best_step(folder)} of {steps}")
 
 
 def train_retriever(run: Run, store: tokens.Store):

@@ -11,7 +11,6 @@ Examples:
 """
 
 import os
-import pathlib
 
 from absl import flags
 
@@ -28,6 +27,7 @@ _PASSAGES = flags.DEFINE_integer("passages", None, "Passages; known for publishe
 
 def main():
     """Prints the plan."""
+    overlay = program.file_to_write("overlay") if _OVERLAY.value else None
     topology = _TOPOLOGY.value
     if topology.startswith("cpu:"):
         # Read when jax is first imported.
@@ -45,10 +45,10 @@ def main():
     plan = planning.make(config, machine, _LENGTHS.value, report=print)
     print(planning.render(plan, machine, _LENGTHS.value))
     print(planning.render_run(config, plan, machine, *sizes))
-    if _OVERLAY.value is not None:
+    if overlay is not None:
         lines = [f"--config.{key}={value}" for key, value in plan.overlay.items()]
-        pathlib.Path(_OVERLAY.value).write_text("\n".join(lines) + "\n")
-        print(f"\nsettings: {_OVERLAY.value}")
+        overlay.write_text("\n".join(lines) + "\n")
+        print(f"\nsettings: {overlay}")
 
 
 if __name__ == "__main__":

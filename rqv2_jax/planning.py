@@ -123,7 +123,7 @@ def machine(topology: str) -> Machine:
       InputError: the name or the shape is not known, or libtpu is not installed.
     """
     kind, _, shape = topology.partition(":")
-    if kind == "cpu" and shape.isdigit():
+    if kind == "cpu" and re.fullmatch(r"[1-9]\d*", shape):
         count = int(shape)
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         flops, bandwidth = _measure()
@@ -542,11 +542,12 @@ def render_run(
     stored = {
         "token store, disk, at most": passages * config.data.passage_length * 2 + passages * 16,
         "vectors, disk, each retriever": vectors,
-        "ScaNN, memory of the first host while it is built": vectors * SCANN_BUILT,
-        "ScaNN, memory of the first host afterwards": vectors * SCANN_KEPT,
         "candidates, disk": mined * config.mine.depth * 16,
         "candidates, memory of every host while lists are drawn": mined * config.mine.depth * DRAWN,
     }
+    if "scann" in config.evaluate.indexes:
+        stored["ScaNN, memory of the first host while it is built"] = vectors * SCANN_BUILT
+        stored["ScaNN, memory of the first host afterwards"] = vectors * SCANN_KEPT
     lines += ["", "| what | GiB |", "|---|---|"]
     lines += [f"| {what} | {size / GIB:.1f} |" for what, size in stored.items()]
     return "\n".join(lines)

@@ -42,15 +42,16 @@ def main(*question: str):
 
     from rqv2_jax import score
     from rqv2_jax.data import tokens
-    from rqv2_jax.workdir import open_workdir
+    from rqv2_jax.workdir import alone, open_workdir
 
     run = open_workdir(pathlib.Path(_WORKDIR.value))
     store = tokens.open_store(run.workdir / "data" / "tokens")
-    if question:
-        found = score.search(run, store, question, _STATE.value, _INDEX.value)
-        print(render(run, store, *found, shown=_SHOWN.value))
-    else:
-        _write_run(run, store, pathlib.Path(_TOPICS.value), to)
+    with alone(run.workdir):
+        if question:
+            found = score.search(run, store, question, _STATE.value, _INDEX.value)
+            print(render(run, store, *found, shown=_SHOWN.value))
+        else:
+            _write_run(run, store, pathlib.Path(_TOPICS.value), to)
 
 
 def render(run, store, passages_1xK, retriever_1xK, reranker_1xR, *, shown: int) -> str:

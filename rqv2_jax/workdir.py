@@ -14,6 +14,7 @@ import uuid
 
 import jax
 import ml_collections
+import tqdm
 
 from rqv2_jax import artifacts, bert, hosts, weights
 from rqv2_jax import config as config_lib
@@ -27,13 +28,10 @@ from rqv2_jax.retrieval.stream import Forward, make_forward
 
 # Settings that change where numbers are computed, and when, but not which; and those of evaluation,
 # whose files say what they were made by.
-FREE = (
-    *("mesh.", "model.remat:", "model.attention:", "reranker.accumulate:", "joint.accumulate:"),
-    "evaluate.",
-)
+FREE = ("mesh.", "model.remat:", "reranker.accumulate:", "joint.accumulate:", "evaluate.")
 
-# In a stage's folder: what it is trained on, and a name of its own.
-BEGUN = "begun.txt"
+# In a stage's folder: what it is trained on, and a name of its own; and that it has come to its end.
+BEGUN, FINISHED = "begun.txt", "finished.txt"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,7 +210,7 @@ def read_shape(config, folder: pathlib.Path) -> bert.BertConfig:
 
 
 def open_workdir(workdir: pathlib.Path) -> Run:
-    """The run a workdir was made by.
+    """The run a workdir was made by, on the devices there are; says so if a stage is not finished.
 
     Raises:
       InputError: the folder is no workdir.
@@ -220,7 +218,24 @@ def open_workdir(workdir: pathlib.Path) -> Run:
     path = workdir / "config.json"
     if not path.is_file():
         raise InputError(f"{workdir}: is no workdir (no config.json); run rqv2_jax.main first")
-    return open_run(config_lib.loads(path.read_text()), workdir)
+    config = _read_config(path)
+    config_lib.check(config)
+    asked, devices = config.mesh.data * config.mesh.fsdp, jax.device_count()
+    if asked > devices or (jax.process_count() > 1 and asked != devices):
+        config.mesh.update({"data": devices, "fsdp": 1})
+    run = open_run(config, workdir)
+    for stage in ("retriever", "reranker", "joint"):
+        folder = workdir / stage
+        if begun(folder) and not finished(folder):
+            tqdm.tqdm.write(f"{folder}: is not finished; its models are the best until now")
+    return run
+
+
+def _read_config(path: pathlib.Path) -> ml_collections.ConfigDict:
+    try:
+        return config_lib.loads(path.read_text())
+    except (ValueError, AttributeError) as e:
+        raise InputError(f"{path}: not as rqv2_jax.main wrote it ({e}); bring that back") from e
 
 
 @contextlib.contextmanager
@@ -268,19 +283,25 @@ def claim(run: Run):
       InputError: the workdir was made by another config.
     """
     path = run.workdir / "config.json"
+    # What a process that was killed at once leaves of it.
+    partial = f"{path.name}.partial"
 
     def check():
         if path.is_file():
-            changed = config_lib.differences(config_lib.loads(path.read_text()), run.config)
-            free = FREE if (run.workdir / "joint" / BEGUN).is_file() else (*FREE, "joint.")
+            changed = config_lib.differences(_read_config(path), run.config)
+            joint = run.workdir / "joint"
+            free = FREE if (joint / BEGUN).is_file() else (*FREE, "joint.")
             changed = [line for line in changed if not line.startswith(free)]
             if changed:
                 more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+                mend = "give another --workdir, or the config it was made by"
+                if all(line.startswith("joint.") for line in changed):
+                    mend += f"; or delete {joint} to train that stage again"
                 raise InputError(
                     f"{path}: this workdir was made by another config ({'; '.join(changed[:3])}"
-                    f"{more}); give another --workdir, or the config it was made by"
+                    f"{more}); {mend}"
                 )
-        elif run.workdir.is_dir() and any(run.workdir.iterdir()):
+        elif run.workdir.is_dir() and {p.name for p in run.workdir.iterdir()} - {partial}:
             raise InputError(f"{run.workdir}: holds other files; give a new or empty --workdir")
 
     hosts.from_first(check)
@@ -321,6 +342,16 @@ def begun(folder: pathlib.Path) -> list[str]:
     """What a stage's folder says it is trained on, and its name; nothing if it has not begun."""
     path = folder / BEGUN
     return hosts.from_first(lambda: path.read_text().split() if path.is_file() else [])
+
+
+def finished(folder: pathlib.Path) -> bool:
+    """Has a stage come to its end?"""
+    return hosts.from_first((folder / FINISHED).is_file)
+
+
+def finish_stage(folder: pathlib.Path):
+    """Says of a stage that it has come to its end."""
+    artifacts.write_text(folder / FINISHED, "")
 
 
 def begin(folder: pathlib.Path, trained_on: str):

@@ -8,6 +8,7 @@ import pytest
 from rqv2_jax import benchmarks, planning, workdir
 from rqv2_jax import config as config_lib
 from rqv2_jax.data.batches import KINDS
+from rqv2_jax.errors import InputError
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +48,22 @@ def test_the_joint_step_and_its_rival_do_the_same_work(run, texts, pooling):
     # With cls pooling the only layer is the last, of which first tokens alone go on.
     assert 0.1 < found["compiled_over_model_flop"] < 1.5
     assert found["pairs_per_second"] == pytest.approx(16 / found["step_seconds"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "versus", "message"),
+    [
+        ({"joint.train_reranker": False}, True, "--vs torch: the rival trains both models"),
+        ({"joint.in_batch_weight": 1.0, "joint.accumulate": 1}, True, "--vs torch: the rival"),
+        ({"joint.loss.reranker_loss": "pointwise"}, True, "--vs torch: the rival"),
+        ({"joint.list_size": 257}, False, "list_size is 257, but there are 256 passages"),
+    ],
+)
+def test_what_cannot_be_compared_is_one_line(run, texts, changes, versus, message):
+    own = config_lib.loads(config_lib.dumps(run.config))
+    own.update_from_flattened_dict(changes)
+    with pytest.raises(InputError, match=message):
+        benchmarks.joint(workdir.open_run(own, run.workdir), texts, 2, versus=versus)
 
 
 def test_model_flops_are_those_of_real_tokens(run, texts):

@@ -70,7 +70,6 @@ def test_state_comes_back_on_any_mesh(tmp_path, mesh):
     saved(tmp_path / "joint", state)
     target = state_on(*mesh, seed=2)
     checkpoints = Checkpoints(tmp_path / "joint")
-    assert checkpoints.last_step() == 7
     restored = checkpoints.restore_last(target)
     checkpoints.close()
     assert_same(restored, state)
@@ -81,7 +80,6 @@ def test_state_comes_back_on_any_mesh(tmp_path, mesh):
 def test_no_checkpoint_leaves_the_state_as_it_is(tmp_path):
     state = state_on(1, 1)
     checkpoints = Checkpoints(tmp_path / "joint")
-    assert checkpoints.last_step() is None
     assert checkpoints.best_score() is None
     assert checkpoints.restore_last(state) is state
     checkpoints.close()
@@ -97,7 +95,6 @@ def test_only_the_last_state_is_kept(tmp_path):
     checkpoints.save_last(12, state_on(1, 1, seed=12, step=12))
     checkpoints.close()
     checkpoints = Checkpoints(tmp_path)
-    assert checkpoints.last_step() == 12
     assert_same(checkpoints.restore_last(state_on(1, 1)), state_on(1, 1, seed=12, step=12))
     checkpoints.close()
 
@@ -157,6 +154,20 @@ def test_best_score_survives_the_manager(tmp_path):
     assert_same(restore_best(tmp_path, "reranker", head), params(5)["reranker"])
     written = json.loads((tmp_path / "best/5/score/metadata").read_text())
     assert written == {"metric": "RR@10", "score": 0.6}
+
+
+def test_a_step_measured_again_after_an_interruption_keeps_what_it_saved(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save_best(3, params(3), "RR@10", 0.5)
+    checkpoints.close()
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save_best(3, params(4), "RR@10", 0.6)
+    checkpoints.save_best(6, params(6), "RR@10", 0.7)
+    checkpoints.save_best(6, params(7), "RR@10", 0.8)
+    assert checkpoints.best_score() == 0.7
+    checkpoints.close()
+    head = params(99)["reranker"]
+    assert_same(restore_best(tmp_path, "reranker", head), params(6)["reranker"])
 
 
 def test_best_of_one_model_comes_back_on_any_mesh(tmp_path):

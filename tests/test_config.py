@@ -181,6 +181,12 @@ def test_metrics_are_known_before_anything_runs():
     config_lib.check(usable(**{"evaluate.metrics": ("RR(rel=2)@10",)}))
 
 
+@pytest.mark.parametrize("indexes", [(), ("faiss",), ("exact", "exact"), (1,)])
+def test_indexes_are_those_there_are(indexes):
+    assert "give ('exact', 'scann') or one" in message(**{"evaluate.indexes": indexes})
+    config_lib.check(usable(**{"evaluate.indexes": ("scann",)}))
+
+
 def test_thresholds_do_not_cross():
     crossed = {"mine.negative_below": 0.6, "mine.positive_above": 0.5}
     assert "mine.negative_below is above config.mine.positive_above" in message(**crossed)

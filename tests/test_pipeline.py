@@ -566,23 +566,49 @@ def test_settings_may_change_until_they_have_been_used(finished, tmp_path):
         claim(open_run(changed, tmp_path / "w"))
     shutil.rmtree(tmp_path / "w" / "joint")
     claim(open_run(changed, tmp_path / "w"))
+    changed.model.attention = "xla"
+    # Which drops out no attention weights.
+    with pytest.raises(InputError, match=r"model\.attention: 'plain' -> 'xla'"):
+        claim(open_run(changed, tmp_path / "w"))
+    changed.model.attention = "plain"
     changed.mine.depth = 7
     with pytest.raises(InputError, match=r"mine\.depth: 8 -> 7"):
         claim(open_run(changed, tmp_path / "w"))
 
 
-def test_scann_searches_again_by_other_settings(finished, tmp_path):
+@pytest.mark.parametrize(
+    ("changes", "found_again"),
+    [
+        ({"scann.leaves_per_sqrt": 2.0}, ["test.joint.scann.npz"]),
+        ({"retrieve_depth": 5}, ["test.joint.scann.npz", "test.joint.reranked.scann.npz"]),
+        ({"rerank_depth": 3}, ["test.joint.reranked.scann.npz"]),
+        ({"permutations": 100}, []),
+    ],
+)
+def test_what_other_settings_change_is_found_again(finished, tmp_path, changes, found_again):
     config, workdir = finished
-    shutil.copytree(workdir, tmp_path / "w")
-    changed = config_lib.loads(config_lib.dumps(config))
-    path = tmp_path / "w" / "eval" / "test.joint.scann.npz"
-    for leaves, anew in ((2.0, True), (2.0, False)):
-        changed.evaluate.scann.leaves_per_sqrt = leaves
-        stamp = path.stat().st_mtime_ns
-        run = open_run(changed, tmp_path / "w")
-        store = tokens.open_store(run.workdir / "data" / "tokens")
+
+    def evaluate(settings, folder):
+        run = open_run(settings, folder)
+        store = tokens.open_store(folder / "data" / "tokens")
         evaluation.evaluate(run, store, "test", ("scann",), states=("joint",))
-        assert (path.stat().st_mtime_ns > stamp) == anew
+        return {
+            path.name: path.read_text() for path in (folder / "runs").glob("test.joint.*.scann.*")
+        }
+
+    shutil.copytree(workdir, tmp_path / "w")
+    evaluate(config, tmp_path / "w")
+    stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "w" / "eval").glob("test.joint.*.npz")}
+    changed = config_lib.loads(config_lib.dumps(config))
+    changed.evaluate.update_from_flattened_dict(changes)
+    found = evaluate(changed, tmp_path / "w")
+    anew = {p.name for p, stamp in stamps.items() if p.stat().st_mtime_ns != stamp}
+    assert anew >= set(found_again)
+    assert not {"test.joint.reranked.exact.npz"} & anew
+    # As in a workdir in which nothing had been found before.
+    shutil.copytree(workdir, tmp_path / "fresh", ignore=shutil.ignore_patterns("test.joint.*"))
+    assert found == evaluate(changed, tmp_path / "fresh")
+    assert len(found) == 2
 
 
 def test_workdir_of_another_config_is_refused_and_left_alone(finished):
@@ -590,9 +616,15 @@ def test_workdir_of_another_config_is_refused_and_left_alone(finished):
     changed = config_lib.loads(config_lib.dumps(config))
     changed.joint.learning_rate = 0.5
     before = (workdir / "config.json").read_text()
-    with pytest.raises(InputError, match=r"config\.json.*joint\.learning_rate: 0\.001 -> 0\.5"):
+    with pytest.raises(
+        InputError,
+        match=r"config\.json.*joint\.learning_rate: 0\.001 -> 0\.5.*or delete .*/joint to",
+    ):
         pipeline.main(changed, workdir)
     assert (workdir / "config.json").read_text() == before
+    changed.mine.depth = 7
+    with pytest.raises(InputError, match=r"mine\.depth: 8 -> 7\); .* it was made by$"):
+        pipeline.main(changed, workdir)
 
 
 def test_two_processes_do_not_work_in_one_workdir(finished, tmp_path):
@@ -607,6 +639,15 @@ def test_two_processes_do_not_work_in_one_workdir(finished, tmp_path):
         assert other.stdout.readline() == "held\n"
         with pytest.raises(InputError, match="another process works in it"):
             pipeline.main(config, workdir)
+        for program, arguments in (
+            ("evaluate", ()),
+            ("search", ("a question",)),
+            ("check", ()),
+            ("export", ("--format=joint-tsv", f"--to={tmp_path / 'lists.tsv'}")),
+        ):
+            ended = run_program(f"rqv2_jax.{program}", f"--workdir={workdir}", *arguments)
+            assert ended.returncode == 1
+            assert "another process works in it" in ended.stderr
         # A process that is killed lets go of it.
         other.kill()
         other.wait()
@@ -617,8 +658,42 @@ def test_two_processes_do_not_work_in_one_workdir(finished, tmp_path):
         pipeline.main(config, tmp_path / "file")
 
 
+def test_a_workdir_opens_on_other_devices_than_it_was_made_on(finished, tmp_path, capsys):
+    config, workdir = finished
+    shutil.copytree(workdir, tmp_path / "w")
+    larger = config_lib.loads(config_lib.dumps(config))
+    larger.mesh.update({"data": 32, "fsdp": 4})
+    path = tmp_path / "w" / "config.json"
+    path.write_text(config_lib.dumps(larger))
+    run = open_workdir(tmp_path / "w")
+    assert run.sharding.shards == len(jax.devices()) == 8
+    assert "not finished" not in capsys.readouterr().out
+    (tmp_path / "w" / "joint" / "finished.txt").unlink()
+    open_workdir(tmp_path / "w")
+    assert "w/joint: is not finished; its models are the best until now" in capsys.readouterr().out
+    path.write_text("{")
+    with pytest.raises(InputError, match=r"config\.json: not as rqv2_jax\.main wrote it"):
+        open_workdir(tmp_path / "w")
+
+
+def test_killed_before_its_word_that_it_was_the_end_a_stage_has_no_more_to_do(
+    finished, tmp_path, capsys
+):
+    config, workdir = finished
+    shutil.copytree(workdir, tmp_path / "w")
+    (tmp_path / "w" / "joint" / "finished.txt").unlink()
+    stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "w" / "joint").glob("*/[0-9]*")}
+    pipeline.main(config, tmp_path / "w")
+    assert stamps == {p: p.stat().st_mtime_ns for p in (tmp_path / "w" / "joint").glob("*/[0-9]*")}
+    assert (tmp_path / "w" / "joint" / "finished.txt").is_file()
+
+
 def test_folder_with_other_files_is_not_taken_for_a_workdir(tmp_path, finished):
     config, _ = finished
+    # A process that was killed at once left it.
+    (tmp_path / "config.json.partial").write_text("{")
+    claim(open_run(config, tmp_path))
+    (tmp_path / "config.json").unlink()
     (tmp_path / "thesis.txt").write_text("do not touch")
     with pytest.raises(InputError, match="other files"):
         pipeline.main(config, tmp_path)
@@ -801,7 +876,7 @@ def test_candidates_that_cannot_be_made_again_are_missed(finished, joint_again, 
     assert [p.name for p in steps] == ["6"]
     # As if it had been stopped at the last step but one, and the candidates were lost since.
     shutil.rmtree(folder / "lists" / "joint.0000003")
-    monkeypatch.setattr(Checkpoints, "last_step", lambda self: 5)
+    (folder / "joint" / "finished.txt").unlink()
     restore = Checkpoints.restore_last
 
     def earlier(self, state):

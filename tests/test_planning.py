@@ -259,7 +259,7 @@ def test_no_step_is_faster_than_its_slowest_part():
     assert math.isclose(step.seconds(slow), 12.0)
 
 
-@pytest.mark.parametrize("topology", ["v5e", "v9:2x2", "cpu:two", "v5e:4y8"])
+@pytest.mark.parametrize("topology", ["v5e", "v9:2x2", "cpu:two", "cpu:0", "v5e:4y8"])
 def test_a_topology_that_is_none_is_one_line(topology):
     with pytest.raises(InputError, match=r"--topology is .*write one of v4, v5e"):
         planning.machine(topology)
