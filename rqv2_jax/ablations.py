@@ -14,6 +14,7 @@ Example:
 
 import json
 import pathlib
+import shutil
 from collections.abc import Iterator, Sequence
 
 from absl import flags
@@ -159,6 +160,8 @@ def run_all(
             for part in ("test", f"test.{WARM}"):
                 with np.load(folder / "eval" / f"{part}.per_query.npz") as file:
                     values |= dict(file)
+            # Half of what a row takes on disk, and nothing goes on from it.
+            shutil.rmtree(folder / "joint" / "last", ignore_errors=True)
             kept = checkpoint.best_step(folder / "joint")
             measured.append({"row": name, "seed": seed, "kept_step": kept, "values": values})
         yield measured

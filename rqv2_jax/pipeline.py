@@ -262,7 +262,8 @@ def train_joint(run: Run, store: tokens.Store, candidates: dict):
             for folder in [*run.workdir.glob("lists/joint.*"), run.workdir / "vectors/refreshed"]:
                 shutil.rmtree(folder, ignore_errors=True)
 
-    hosts.from_first(forget)
+    if not finished(run.workdir / "joint"):
+        hosts.from_first(forget)
 
     def redraw(step, state, number):
         tqdm.tqdm.write(f"  refresh: candidates by the models of step {step}")

@@ -189,11 +189,13 @@ def test_rows_start_from_one_warm_start_and_keep_their_change(ablated):
 def test_every_row_takes_as_many_steps(ablated):
     _, folder, _, _ = ablated
     steps = {
-        row.name: [int(p.name) for p in (row / "joint" / "last").glob("[0-9]*")]
+        row.name: report.curves(row / "joint")["dev/retriever RR@10"][-1][0]
         for row in (folder / "rows").iterdir()
     }
     assert len(steps) == 6
-    assert len({tuple(step) for step in steps.values()}) == 1, steps
+    assert len(set(steps.values())) == 1, steps
+    # Of a finished row the optimizer is not kept.
+    assert not list(folder.glob("rows/*/joint/last"))
 
 
 def test_refreshed_candidates_are_those_of_the_same_queries(ablated):
@@ -208,9 +210,11 @@ def test_refreshed_candidates_are_those_of_the_same_queries(ablated):
 
 def test_finished_rows_are_not_run_again(ablated):
     settings, folder, only, measured = ablated
-    checkpoints = {p: p.stat().st_mtime_ns for p in folder.rglob("last/*")}
+    checkpoints = {p: p.stat().st_mtime_ns for p in folder.rglob("joint/best/*")}
+    assert len(checkpoints) == 6
     *_, again = ablations.run_all(settings, folder, 2, only)
-    assert checkpoints == {p: p.stat().st_mtime_ns for p in folder.rglob("last/*")}
+    assert checkpoints == {p: p.stat().st_mtime_ns for p in folder.rglob("joint/best/*")}
+    assert not list(folder.glob("rows/*/joint/last"))
     for one, other in zip(measured, again):
         for key, values in one["values"].items():
             np.testing.assert_array_equal(values, other["values"][key])
@@ -233,7 +237,7 @@ def test_killed_in_a_row_the_same_command_goes_on(ablated, tmp_path):
             time.sleep(0.05)
         process.kill()
     assert not (workdir / "ablations.some.json").exists()
-    (done,) = (workdir / "rows" / "full.0" / "joint" / "last").glob("[0-9]*")
+    (done,) = (workdir / "rows" / "full.0" / "joint" / "best").glob("[0-9]*")
     before = done.stat().st_mtime_ns
     ended = run_program(*command)
     assert ended.returncode == 0, ended.stderr
@@ -292,7 +296,8 @@ def test_figures_show_what_was_recorded(ablated, tmp_path):
     _, folder, _, _ = ablated
     workdir = folder / "rows" / "full.0"
     found = report.curves(workdir / "joint")
-    (last,) = (int(p.name) for p in (workdir / "joint" / "last").glob("[0-9]*"))
+    last = found["dev/retriever RR@10"][-1][0]
+    assert last > 3
     assert [step for step, _ in found["dev/retriever RR@10"]] == [*range(0, last, 3), last]
     assert [step for step, _ in found["kl"]] == [*range(2, last, 2), last]
     assert all(0 <= value <= np.log(4) + 1e-6 for _, value in found["reranker_entropy"])
