@@ -104,7 +104,7 @@ def run_all(
     from rqv2_jax import checkpoint, evaluation, mining, pipeline
     from rqv2_jax import config as config_lib
     from rqv2_jax.errors import InputError
-    from rqv2_jax.workdir import branch, claim, open_run
+    from rqv2_jax.workdir import alone, branch, claim, open_run
 
     changes = rows(config, sizes)
     unknown = set(only or ()) - set(changes)
@@ -126,11 +126,12 @@ def run_all(
         except InputError as e:
             raise InputError(f"row {name!r}: {e}; or leave it out by --rows") from e
     warm = open_run(config, workdir / "warm")
-    claim(warm)
-    store, candidates = pipeline.warm_up(warm)
-    evaluation.evaluate(
-        warm, store, "test", ("exact",), states=("zero_shot", "retriever", "reranker")
-    )
+    with alone(warm.workdir):
+        claim(warm)
+        store, candidates = pipeline.warm_up(warm)
+        evaluation.evaluate(
+            warm, store, "test", ("exact",), states=("zero_shot", "retriever", "reranker")
+        )
     start = "zero_shot" if config.retriever.epochs == 0 else "retriever"
     given = warm.workdir / "runs" / f"test.{start}.retriever.exact.trec"
 
@@ -152,10 +153,11 @@ def run_all(
                 # Without the lists that denoised positives head there are fewer to a pass.
                 found = mining.retrieve(warm, store)
                 own.joint.epochs *= lists / count(run, found)
-            claim(run)
-            branch(run, warm)
-            pipeline.finish(run, store, found, ("exact",))
-            evaluation.evaluate_candidates(run, store, "test", given, WARM, states=("joint",))
+            with alone(folder):
+                claim(run)
+                branch(run, warm)
+                pipeline.finish(run, store, found, ("exact",))
+                evaluation.evaluate_candidates(run, store, "test", given, WARM, states=("joint",))
             values = {}
             for part in ("test", f"test.{WARM}"):
                 with np.load(folder / "eval" / f"{part}.per_query.npz") as file:

@@ -61,6 +61,8 @@ def _denoising(workdir: pathlib.Path, labels: str, samples: int):
     run = open_workdir(workdir)
     with alone(workdir):
         report, shown = pipeline.denoise_report(run, labels, samples)
+        path = run.workdir / "eval" / "denoise.json"
+        artifacts.write_text(path, json.dumps({**report, "samples": shown}, indent=1) + "\n")
     print(denoise.render(report))
     for sample in shown:
         print(f"\nprobability {sample['probability']:.3f}")
@@ -71,8 +73,6 @@ def _denoising(workdir: pathlib.Path, labels: str, samples: int):
                     text, 100, initial_indent=f"  {name:>9}: ", subsequent_indent=" " * 13
                 )
             )
-    path = run.workdir / "eval" / "denoise.json"
-    artifacts.write_text(path, json.dumps({**report, "samples": shown}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

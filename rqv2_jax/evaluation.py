@@ -116,6 +116,15 @@ def stem(file: pathlib.Path) -> str:
     return re.sub(r"(\.tsv|\.txt|\.trec|\.run)?(\.gz)?$", "", file.name)
 
 
+def _asked(settings, queries: tokens.Queries) -> tuple[np.ndarray, np.ndarray]:
+    """The rows of the queries that are measured [Q], and which of these are re-ranked [R].
+
+    The same for every seed, so that runs can be compared by query.
+    """
+    rows_Q = np.sort(lists_lib.subset(len(queries.ids), settings.queries, 0))
+    return rows_Q, np.sort(lists_lib.subset(len(rows_Q), settings.rerank_queries, 0))
+
+
 class _Report:
     """What models find for queries of a split: run files, and metrics in the mean and by query."""
 
@@ -125,10 +134,7 @@ class _Report:
         self.run, self.store, self.split = run, store, split
         self.queries = store.splits[split]
         settings = run.config.evaluate
-        # The same queries for every seed, so that runs can be compared by query.
-        self.rows_Q = np.sort(lists_lib.subset(len(self.queries.ids), settings.queries, 0))
-        # Those that are re-ranked, as positions among the queries.
-        self.reranked_R = np.sort(lists_lib.subset(len(self.rows_Q), settings.rerank_queries, 0))
+        self.rows_Q, self.reranked_R = _asked(settings, self.queries)
         self._measured = _measure(run, store, split)
         self.rows, self.values, self.asked = [], {}, {}
         hosts.from_first(lambda: (run.workdir / "runs").mkdir(exist_ok=True))
@@ -278,9 +284,13 @@ def evaluate_candidates(
 
 def check_metrics(run: Run, store: tokens.Store, split: str):
     """Raises InputError unless the labels of a split can give the metrics of the config."""
-    settings, qrels_3xN = run.config.evaluate, store.splits[split].qrels_3xN
+    settings, queries = run.config.evaluate, store.splits[split]
     names = metrics.at_relevance(settings.metrics, settings.min_relevance)
-    metrics.check_measurable(names, qrels_3xN[2] if qrels_3xN.size else None)
+    relevance_N = None
+    if queries.qrels_3xN.size:
+        rows_Q, reranked_R = _asked(settings, queries)
+        *_, relevance_N = _qrels_of(queries, rows_Q[reranked_R])
+    metrics.check_measurable(names, relevance_N)
 
 
 def _measure(run: Run, store: tokens.Store, split: str):
@@ -360,7 +370,8 @@ def _search(run: Run, store: tokens.Store, split: str, rows_Q: np.ndarray, state
     found = cached("exact", source)
     if name == "exact":
         return found, {}
-    approximate = cached("scann", f"{source} {settings.scann.to_json()}")
+    built_by = json.dumps(settings.scann.to_dict(), sort_keys=True)
+    approximate = cached("scann", f"{source} {built_by}")
     recalls = {
         f"recall@{depth} against exact": index.recall(
             approximate["passages"][:, :depth], found["passages"][:, :depth]

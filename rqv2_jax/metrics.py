@@ -189,7 +189,8 @@ def check_measurable(names: Sequence[str], relevance_N: np.ndarray | None):
             )
         if least > 1 and (relevance_N is None or not (relevance_N >= least).any()):
             raise InputError(
-                f"{name}: the labels hold no passage of relevance {least} or more; lower min_relevance"
+                f"{name}: the labels hold no passage of relevance {least} or more; lower "
+                "min_relevance, or take another metric"
             )
 
 

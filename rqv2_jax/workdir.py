@@ -26,8 +26,8 @@ from rqv2_jax.data.inputs import Inputs
 from rqv2_jax.errors import InputError
 from rqv2_jax.retrieval.stream import Forward, make_forward
 
-# Settings that change where numbers are computed, and when, but not which; and those of evaluation,
-# whose files say what they were made by.
+# Settings that change where numbers are computed, and when, but not which, unless it be what dropout
+# draws; and those of evaluation, whose files say what they were made by.
 FREE = ("mesh.", "model.remat:", "reranker.accumulate:", "joint.accumulate:", "evaluate.")
 
 # In a stage's folder: what it is trained on, and a name of its own; and that it has come to its end.
@@ -223,6 +223,8 @@ def open_workdir(workdir: pathlib.Path) -> Run:
     asked, devices = config.mesh.data * config.mesh.fsdp, jax.device_count()
     if asked > devices or (jax.process_count() > 1 and asked != devices):
         config.mesh.update({"data": devices, "fsdp": 1})
+    if config.model.attention == "cudnn" and jax.default_backend() != "gpu":
+        config.model.attention = "plain"
     run = open_run(config, workdir)
     for stage in ("retriever", "reranker", "joint"):
         folder = workdir / stage

@@ -141,7 +141,8 @@ def test_any_unicode_comes_back(tmp_path_factory, rows):
 
 
 def test_a_character_written_in_two_halves_is_one(tmp_path):
-    line = r'{"_id": "p1", "text": "\ud83d\ude00 \\ud83d"}'
+    # Nobody reads the last.
+    line = r'{"_id": "p1", "text": "\ud83d\ude00 \\ud83d", "metadata": "\ud83d"}'
     passages, _ = read(write(tmp_path, {"corpus.jsonl": [line, *CORPUS[1:]]}))
     assert passages[0].text == "\N{GRINNING FACE} \\ud83d"
 
@@ -243,7 +244,7 @@ BAD_LINES = [
     ('{"_id": "x"}', "without `text`"),
     ('{"_id": "x", "text": ["t"]}', "`text` is ['t']"),
     (r'{"_id": "x", "text": "cut \ud83d"}', "half a character"),
-    (r'{"_id": "\uDE00", "text": "t"}', "half a character"),
+    (r'{"_id": "\uDE00", "text": "t"}', r"half a character (\ude00 alone)"),
 ]
 
 
@@ -277,6 +278,11 @@ def test_duplicate_id(tmp_path, name, key):
 def test_id_with_white_space_is_refused_before_a_run_file_cannot_hold_it(tmp_path, name):
     text = message(write(tmp_path, {name: ['{"_id": "Barack Obama", "text": "t"}']}))
     assert text.startswith(f"{tmp_path / name}:1: id 'Barack Obama' has white space")
+
+
+def test_a_title_cut_inside_a_character(tmp_path):
+    line = r'{"_id": "x", "title": "cut \ud83d", "text": "t"}'
+    assert "half a character" in message(write(tmp_path, {"corpus.jsonl": [*CORPUS, line]}))
 
 
 def test_title_and_answers_must_be_text(tmp_path):

@@ -277,10 +277,6 @@ def labels(file: Path) -> Iterator[Qrel]:
             )
 
 
-# Half of a character beyond U+FFFF, as texts that are cut in UTF-16 end with.
-_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
-
-
 def objects(file: Path, id_field: str) -> Iterator[tuple[str, str, dict]]:
     """(`path:line`, id, object) of a JSON-lines file whose objects each have an id of their own.
 
@@ -294,10 +290,6 @@ def objects(file: Path, id_field: str) -> Iterator[tuple[str, str, dict]]:
             value = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise InputError(f"{source}: not JSON ({error}); write one object per line") from None
-        if _SURROGATE.search(line) and not _whole(value):
-            raise InputError(
-                f"{source}: holds half a character (one of \\ud800 to \\udfff alone); remove it"
-            )
         if not isinstance(value, dict):
             raise InputError(f'{source}: no JSON object; write {{"{id_field}": "...", ...}}')
         key = value.get(id_field)
@@ -313,17 +305,18 @@ def objects(file: Path, id_field: str) -> Iterator[tuple[str, str, dict]]:
         yield source, key, value
 
 
-def _whole(value) -> bool:
-    """Can what JSON says be written as UTF-8?"""
+def check_whole(source: str, text: str):
+    """Raises `InputError` for a text with half a character in it, as JSON's \\u may write them."""
     try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+        text.encode()
+    except UnicodeEncodeError as e:
+        half = text[e.start : e.end].encode("ascii", "backslashreplace").decode()
+        raise InputError(f"{source}: holds half a character ({half} alone); remove it") from None
 
 
 def check_id(source: str, key: str):
     """Raises `InputError` for an id that no TREC run file could hold."""
+    check_whole(source, key)
     if key.split() != [key]:
         raise InputError(
             f"{source}: id {key!r} has white space, which separates the columns of a TREC run file; "
@@ -340,6 +333,7 @@ def text_of(source: str, value: dict, what: str, field: str = "text") -> str:
         raise InputError(f"{source}: `{field}` is {text!r}; make it a string")
     if not text.strip():
         raise InputError(f"{source}: empty {what}; give it text or remove the line")
+    check_whole(source, text)
     return text
 
 
@@ -359,6 +353,7 @@ def read_passages(file: Path, id_field: str) -> Iterator[Passage]:
         title = value.get("title")
         if not isinstance(title, str | None):
             raise InputError(f"{source}: `title` is {title!r}; make it a string or leave it out")
+        check_whole(source, title or "")
         yield Passage(key, title or "", text_of(source, value, "passage"))
 
 
