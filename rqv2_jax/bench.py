@@ -31,8 +31,8 @@ _LENGTHS = flags.DEFINE_enum(
     "lengths", "data", ["data", "msmarco"], "Texts of the config's data, or as long as MS MARCO's."
 )
 _VERSUS = flags.DEFINE_enum("vs", None, ["torch"], "What to compare with, in turn.")
-_JSON = flags.DEFINE_string("json", None, "File that the lines are added to.")
-_PLOT = flags.DEFINE_string("plot", None, "PNG file for the figure of scaling.")
+flags.DEFINE_string("json", None, "File that the lines are added to.")
+flags.DEFINE_string("plot", None, "PNG file for the figure of scaling.")
 _STEPS = flags.DEFINE_integer(
     "steps", 10, "Steps of joint and input that are timed, at least.", lower_bound=1
 )
@@ -50,9 +50,7 @@ def main(benchmark: str = ""):
         raise InputError(
             f"no benchmark {benchmark!r}; choose one of {', '.join(BENCHMARKS)}, scaling, all"
         )
-    to, plot = (
-        program.file_to_write(f) if flags.FLAGS[f].value else None for f in ("json", "plot")
-    )
+    to, plot = program.file_to_write("json"), program.file_to_write("plot")
 
     from rqv2_jax import benchmarks
     from rqv2_jax.report import draw_scaling

@@ -141,17 +141,15 @@ def joint(run: Run, texts: Texts, steps: int, versus: bool) -> dict:
     that went to the other in between has to be got back, which can cost as much as the step itself.
     """
     config = config_lib.loads(config_lib.dumps(run.config))
-    joint = config.joint
-    other = (
-        joint.in_batch_weight or joint.loss.reranker_loss != "listwise" or not joint.train_reranker
-    )
-    if versus and other:
+    settings = config.joint
+    alike = settings.train_reranker and settings.loss.reranker_loss == "listwise"
+    if versus and (settings.in_batch_weight or not alike):
         raise InputError(
             "--vs torch: the rival trains both models, listwise and without in-batch negatives; leave "
             "config.joint.{in_batch_weight,train_reranker,loss.reranker_loss} as they are"
         )
-    config.joint.update({"schedule": "constant", "warmup_steps": 0})
-    settings, stage = config.joint, train.make_stage(config, run.models, "joint")
+    settings.update({"schedule": "constant", "warmup_steps": 0})
+    stage = train.make_stage(config, run.models, "joint")
     # Alone, ours is never interrupted.
     turn = 1 + (min(TURN, steps) if versus else steps)
     total = turn * -(-steps // (turn - 1))

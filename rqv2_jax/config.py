@@ -9,7 +9,7 @@ import math
 
 import ml_collections
 
-from rqv2_jax import losses, metrics
+from rqv2_jax import losses
 from rqv2_jax.errors import InputError
 
 # The two readings of the joint loss: equations 4 to 6, and what the authors' release computes.
@@ -273,6 +273,9 @@ def _flat(config, prefix=""):
 
 def check(config: ml_collections.ConfigDict):
     """Raises InputError unless the config has the keys of `default()`, with usable values."""
+    # Imports scipy.stats, which takes longer than all that loading a config needs.
+    from rqv2_jax import metrics
+
     known, given = dict(_flat(default())), dict(_flat(config))
     for key in given:
         if key not in known:

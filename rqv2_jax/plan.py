@@ -17,7 +17,7 @@ from absl import flags
 from rqv2_jax import program
 
 _TOPOLOGY = flags.DEFINE_string("topology", None, "v4, v5e, v5p or v6e with a shape, or cpu:N.")
-_OVERLAY = flags.DEFINE_string("overlay", None, "File for the chosen settings, for --flagfile.")
+flags.DEFINE_string("overlay", None, "File for the chosen settings, for --flagfile.")
 _LENGTHS = flags.DEFINE_enum(
     "lengths", "full", ["full", "msmarco"], "All that is admitted, or those of MS MARCO."
 )
@@ -27,7 +27,7 @@ _PASSAGES = flags.DEFINE_integer("passages", None, "Passages; known for publishe
 
 def main():
     """Prints the plan."""
-    overlay = program.file_to_write("overlay") if _OVERLAY.value else None
+    overlay = program.file_to_write("overlay")
     topology = _TOPOLOGY.value
     if topology.startswith("cpu:"):
         # Read when jax is first imported.

@@ -89,8 +89,14 @@ def run(
             os._exit(1)
 
 
-def file_to_write(flag: str) -> pathlib.Path:
-    """The file that a flag names; `InputError` if its folder is not there or it is a folder itself."""
+def file_to_write(flag: str) -> pathlib.Path | None:
+    """The file that a flag names, None if it names none.
+
+    Raises:
+      InputError: the file's folder is not there, or it is a folder itself.
+    """
+    if not flags.FLAGS[flag].value:
+        return None
     path = pathlib.Path(flags.FLAGS[flag].value)
     if not path.parent.is_dir():
         raise InputError(f"--{flag} {path}: there is no folder {path.parent}; make it first")

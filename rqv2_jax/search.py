@@ -38,7 +38,7 @@ def main(*question: str):
         raise InputError("give a question or --topics FILE, not both; --help shows an example")
     if question and not question[0].strip():
         raise InputError("the question is empty; --help shows an example")
-    to = program.file_to_write("to") if _TO.value else None
+    to = program.file_to_write("to")
 
     from rqv2_jax import score
     from rqv2_jax.data import tokens

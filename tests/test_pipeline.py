@@ -677,9 +677,7 @@ def test_a_workdir_opens_on_other_devices_than_it_was_made_on(finished, tmp_path
         open_workdir(tmp_path / "w")
 
 
-def test_killed_before_its_word_that_it_was_the_end_a_stage_has_no_more_to_do(
-    finished, tmp_path, capsys
-):
+def test_killed_before_its_word_that_it_was_the_end_a_stage_has_no_more_to_do(finished, tmp_path):
     config, workdir = finished
     shutil.copytree(workdir, tmp_path / "w")
     (tmp_path / "w" / "joint" / "finished.txt").unlink()
