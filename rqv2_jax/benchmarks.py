@@ -9,15 +9,14 @@ import pathlib
 import resource
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from rqv2_jax import bert, hlo, pipeline, planning, rivals, train
+from rqv2_jax import bert, hlo, pipeline, planning, random_model, rivals, train
 from rqv2_jax import config as config_lib
 from rqv2_jax.data import lists as lists_lib
 from rqv2_jax.data import packing, tokens
@@ -25,9 +24,6 @@ from rqv2_jax.data.batches import KINDS, ListBatches
 from rqv2_jax.errors import InputError
 from rqv2_jax.retrieval import encode, index, rerank, stream
 from rqv2_jax.workdir import Run, open_collection, open_run
-
-# Each a token of its own to BERT.
-WORDS = [str(number) for number in (*range(10, 100), *range(1900, 2015))]
 
 # Steps in a row that are timed before it is the rival's turn.
 TURN = 3
@@ -51,11 +47,23 @@ class Texts(NamedTuple):
 
 
 def read(run: Run, lengths: str, passages: int, queries: int) -> Texts:
-    """The first texts of the config's collection; or made up ones as long as MS MARCO's."""
-    if lengths == "msmarco":
-        rng = np.random.default_rng(0)
-        found = [("", text) for text in _made_up(rng, "passages", passages)]
-        asked = _made_up(rng, "queries", queries)
+    """Returns the first texts of the config's collection; or made up ones.
+
+    Args:
+      lengths: "data", "msmarco" (as long as MS MARCO's) or "full" (all that the config admits).
+    """
+    if lengths != "data":
+        rng, data = np.random.default_rng(0), run.config.data
+        longest = {"passages": data.passage_length, "queries": data.query_length}
+
+        def made_up(kind, count):
+            lengths_N = planning.msmarco_lengths(rng, kind, count)
+            lengths_N = lengths_N if lengths == "msmarco" else np.full(count, longest[kind])
+            # Two tokens are special ones.
+            return [" ".join(rng.choice(random_model.WORDS, length - 2)) for length in lengths_N]
+
+        found = [("", text) for text in made_up("passages", passages)]
+        asked = made_up("queries", queries)
     else:
         with tempfile.TemporaryDirectory() as folder:
             collection = open_collection(run.config.data, pathlib.Path(folder))
@@ -68,12 +76,6 @@ def read(run: Run, lengths: str, passages: int, queries: int) -> Texts:
     ids = [str(i) for i in range(len(found))]
     store = tokens.Store(titles, bodies, ids, {"train": split}, "")
     return Texts(found, asked, store, seconds)
-
-
-def _made_up(rng, kind, count):
-    lengths_N = planning.msmarco_lengths(rng, kind, count)
-    # Two tokens are special ones.
-    return [" ".join(rng.choice(WORDS, length - 2)) for length in lengths_N]
 
 
 def _lists(texts: Texts, count: int, size: int) -> lists_lib.Lists:
@@ -92,21 +94,22 @@ def _lists(texts: Texts, count: int, size: int) -> lists_lib.Lists:
     return lists_lib.Lists(np.arange(count) % len(texts.queries), passages_LxP, provenance_LxP)
 
 
-def _batches(run: Run, texts: Texts, steps: int) -> ListBatches:
+def joint_batches(run: Run, texts: Texts, steps: int) -> ListBatches:
+    """Returns the batches of so many joint steps, of lists of random passages."""
     joint, stage = run.config.joint, train.make_stage(run.config, run.models, "joint")
     lists = _lists(texts, steps * joint.batch, joint.list_size)
     return pipeline.stage_batches(run, texts.store, "joint", stage, lists)
 
 
 def peak(dtype: str) -> float:
-    """Operations a second of matrix products of one device, best of 5.
+    """Returns operations a second of matrix products of one device, best of 5.
 
     Of 2,048 x 2,048 on a CPU; of 8,192 x 8,192, several in a row, where one small one would take less
-    time than to start it.
+    time than to start it. The factors are random: some chips are faster on constant ones.
     """
     size, times = (2048, 1) if jax.default_backend() == "cpu" else (8192, 8)
-    x = jnp.ones((size, size), dtype)
-    product = jax.jit(lambda x: jax.lax.fori_loop(0, times, lambda _, y: (x @ y) / size, x))
+    x = jax.random.normal(jax.random.key(0), (size, size)).astype(dtype)
+    product = jax.jit(lambda x: jax.lax.fori_loop(0, times, lambda _, y: (x @ y) * size**-0.5, x))
     return times * 2 * size**3 / min(_seconds(lambda: product(x).block_until_ready(), 6)[1:])
 
 
@@ -128,17 +131,60 @@ def _memory() -> float:
 
 
 def _compiled_over_model(run: Run, compiled, formula: float) -> float | None:
-    """None on GPUs, whose libraries' products the compiled text does not tell."""
-    if jax.default_backend() == "gpu":
+    """None on GPUs and for their kernel, whose products the compiled text does not tell."""
+    if jax.default_backend() == "gpu" or run.models.config.attention == "ragged":
         return None
     return run.sharding.shards * hlo.cost(compiled.as_text()).flops / formula
 
 
-def joint(run: Run, texts: Texts, steps: int, versus: bool) -> dict:
-    """Steps of joint training on lists of random passages, at a constant learning rate.
+class _Taker(NamedTuple):
+    """One way to take steps: makes a step's batch on the device; takes the step, returns the loss."""
 
-    The rival takes the same steps, some in a row by turns. The first of a turn is not counted: memory
-    that went to the other in between has to be got back, which can cost as much as the step itself.
+    prepare: Callable
+    take: Callable
+
+
+def _take_turns(takers: dict[str, _Taker], total: int, turn: int):
+    """Returns the seconds and the losses of each taker's steps, `turn` in a row by turns.
+
+    Batches are made before the clock starts, as training makes them ahead. The first step of a turn is
+    not counted: memory that went to another in between has to be got back, which can cost as much as
+    the step itself; the very first compiles, and comes back apart.
+    """
+    seconds, losses = ({name: [] for name in takers} for _ in range(2))
+    first_seconds = {}
+    with tqdm.tqdm(desc="joint", total=total * len(takers), unit="step") as bar:
+        for first in range(0, total, turn):
+            for name, taker in takers.items():
+                made = [taker.prepare(step) for step in range(first, first + turn)]
+                for number, batch in enumerate(made):
+                    started = time.perf_counter()
+                    losses[name].append(taker.take(batch))
+                    taken = time.perf_counter() - started
+                    if number:
+                        seconds[name].append(taken)
+                    first_seconds.setdefault(name, taken)
+                    bar.update()
+    return seconds, losses, first_seconds
+
+
+def compiled_joint(run: Run, config, batches: ListBatches, steps: int):
+    """Returns the compiled joint step, its first state, and the seconds that compiling took."""
+    stage = train.make_stage(config, run.models, "joint")
+    optimizer = train.make_optimizer(config.optimizer, config.joint, steps, stage.rates)
+    initial = {model: run.initial(model) for model in stage.models}
+    state = train.init_state(initial, optimizer, run.sharding)
+    step_fn = train.make_step(stage.loss_fn, optimizer, run.sharding)
+    example = run.sharding.put_batch(batches.make(0))
+    started = time.perf_counter()
+    compiled = step_fn.lower(state, example, jax.random.key(config.seed)).compile()
+    return compiled, state, time.perf_counter() - started
+
+
+def joint(run: Run, texts: Texts, steps: int, versus: bool) -> Iterator[dict]:
+    """Measures steps of joint training on lists of random passages, at a constant learning rate.
+
+    Yields one result, or one for each rival, which takes the same steps, some in a row by turns.
     """
     config = config_lib.loads(config_lib.dumps(run.config))
     settings = config.joint
@@ -149,73 +195,81 @@ def joint(run: Run, texts: Texts, steps: int, versus: bool) -> dict:
             "config.joint.{in_batch_weight,train_reranker,loss.reranker_loss} as they are"
         )
     settings.update({"schedule": "constant", "warmup_steps": 0})
-    stage = train.make_stage(config, run.models, "joint")
     # Alone, ours is never interrupted.
     turn = 1 + (min(TURN, steps) if versus else steps)
     total = turn * -(-steps // (turn - 1))
-    batches = _batches(run, texts, total)
+    batches = joint_batches(run, texts, total)
     sequences = [{kind: batches.ragged(kind, step) for kind in KINDS} for step in range(total)]
-    optimizer = train.make_optimizer(config.optimizer, settings, total, stage.rates)
-    initial = {model: run.initial(model) for model in stage.models}
-    rival = rivals.Joint(run, initial["reranker"]["head"]) if versus else None
-    state = train.init_state(initial, optimizer, run.sharding)
-    del initial
-    step_fn = train.make_step(stage.loss_fn, optimizer, run.sharding)
-    key = jax.random.key(run.config.seed)
-    example = run.sharding.put_batch(batches.make(0))
-    started = time.perf_counter()
-    compiled = step_fn.lower(state, example, key).compile()
-    compile_seconds = time.perf_counter() - started
-    del example
+    compiled, state, compile_seconds = compiled_joint(run, config, batches, total)
+    key = jax.random.key(config.seed)
 
-    def ours(step):
+    def prepare(step):
+        return jax.block_until_ready(run.sharding.put_batch(batches.make(step)))
+
+    def ours(batch):
         nonlocal state
-        state, terms = compiled(state, run.sharding.put_batch(batches.make(step)), key)
+        state, terms = compiled(state, batch, key)
         return float(terms["loss"])
 
-    takers = [ours] if rival is None else [ours, lambda step: rival.step(sequences[step])]
-    taken, losses = [[] for _ in takers], [[] for _ in takers]
-    with tqdm.tqdm(desc="joint", total=total * len(takers), unit="step") as bar:
-        for first in range(0, total, turn):
-            for take, times, loss_of_each in zip(takers, taken, losses):
-                for step in range(first, first + turn):
-                    started = time.perf_counter()
-                    loss_of_each.append(take(step))
-                    if step > first:
-                        times.append(time.perf_counter() - started)
-                    bar.update()
+    others = rivals.joint(run, run.initial("reranker")["head"]) if versus else {}
+    for name, make in others.items() if versus else [(None, None)]:
+        takers = {"ours": _Taker(prepare, ours)}
+        if name is not None:
+            rival = make()
+            takers[name] = _Taker(lambda step, r=rival: r.prepare(sequences[step]), rival.step)
+        taken, losses, first_seconds = _take_turns(takers, total, turn)
+        found = _work_of_a_step(run, config, batches, sequences, float(np.median(taken["ours"])))
+        model_flop = found["model_gflop"] * 1e9
+        found |= {
+            "step_seconds_slowest": max(taken["ours"]),
+            "compile_seconds": compile_seconds,
+            "step_memory_gib": planning.program_memory(compiled) / planning.GIB,
+            "peak_memory_gib": _memory(),
+            "compiled_over_model_flop": _compiled_over_model(run, compiled, model_flop),
+            "losses": losses["ours"],
+        }
+        if name is not None:
+            found |= {"rival": name} | _against(name, "step_seconds", taken[name], taken["ours"])
+            found |= {f"{name}_first_step_seconds": first_seconds[name]}
+            found |= {f"{name}_losses": losses[name]}
+        yield found
+
+
+def _work_of_a_step(run: Run, config, batches: ListBatches, sequences, seconds: float) -> dict:
+    """Returns what a step computes and how fast that is, the mean over all steps."""
+    settings, steps = config.joint, len(sequences)
     ragged = [x for each in sequences for x in each.values()]
-    real = sum(len(x.tokens) for x in ragged) / total
-    padded = sum(len(x.lengths_N) * x.lengths_N.max() for x in ragged) / total
-    formula = sum(
+    real = sum(len(x.tokens) for x in ragged) / steps
+    padded = sum(len(x.lengths_N) * x.lengths_N.max() for x in ragged) / steps
+    flops = sum(
         planning.training_flops(config, run.models.config, "joint", kind, x.lengths_N)
         for each in sequences
         for kind, x in each.items()
     )
-    formula /= total
-    seconds = float(np.median(taken[0]))
-    computed = len(batches.slots_SxB) * sum(map(packing.size, batches.shapes.values()))
-    pairs = settings.batch * settings.list_size
-    best = peak(run.config.model.dtype)
-    found = {
+    flops /= steps
+    shards = len(batches.slots_SxB)
+    computed = shards * sum(map(packing.size, batches.shapes.values()))
+    return {
         "step_seconds": seconds,
-        "step_seconds_slowest": max(taken[0]),
-        "pairs_per_second": pairs / seconds,
+        "lists_per_second": settings.batch / seconds,
+        "pairs_per_second": settings.batch * settings.list_size / seconds,
+        "real_tokens": real,
         "real_tokens_per_second": real / seconds,
         "computed_over_real_tokens": computed / real,
-        "model_gflop": formula / 1e9,
-        "compiled_over_model_flop": _compiled_over_model(run, compiled, formula),
-        "share_of_peak": formula / seconds / best / run.sharding.shards,
-        "peak_gflop_per_second": best / 1e9,
-        "parts": stage.accumulate,
-        "compile_seconds": compile_seconds,
-        "step_memory_gib": planning.program_memory(compiled) / planning.GIB,
-        "peak_memory_gib": _memory(),
+        "padded_over_real_tokens": padded / real,
+        "model_gflop": flops / 1e9,
+        **_shares_of_peak(run, flops / seconds),
+        "parts": shards // run.sharding.shards,
     }
-    if rival is not None:
-        found |= _against("torch_step_seconds", taken[1], taken[0])
-        found |= {"torch_padded_over_real_tokens": padded / real}
-        found |= dict(zip(("losses", "torch_losses"), losses))
+
+
+def _shares_of_peak(run: Run, rate: float) -> dict:
+    """Returns model FLOPs a second over the measured peak, and over the maker's if that is known."""
+    best, chip = peak(run.config.model.dtype), planning.chip(jax.devices()[0])
+    rate /= run.sharding.shards
+    found = {"peak_gflop_per_second": best / 1e9, "share_of_peak": rate / best}
+    if chip is not None:
+        found["share_of_makers_peak"] = rate / planning.CHIPS[chip][1]
     return found
 
 
@@ -234,8 +288,10 @@ def _in_turn(texts: Texts, ours: Callable, theirs: Callable | None, rounds: int)
     return own, other
 
 
-def _against(name: str, theirs: list[float], ours: list[float]) -> dict:
-    return {name: float(np.median(theirs)), "ratio": float(np.median(theirs) / np.median(ours))}
+def _against(name: str, what: str, theirs: list[float], ours: list[float]) -> dict:
+    """Returns the seconds that `name` takes, and how many times ours they are."""
+    seconds = float(np.median(theirs))
+    return {f"{name}_{what}": seconds, f"{name}_ratio": seconds / float(np.median(ours))}
 
 
 def encode_and_rerank(run: Run, texts: Texts, rounds: int, versus: bool) -> list[dict]:
@@ -255,7 +311,9 @@ def encode_and_rerank(run: Run, texts: Texts, rounds: int, versus: bool) -> list
     passages = [_joined(passage) for passage in texts.passages]
     pairs = [(texts.queries[row], passage) for row, passage in zip(query_rows_N, passages)]
     rival = rivals.SentenceTransformers(run) if versus else None
-    found, best = [], peak(run.config.model.dtype)
+    if versus and rivals.device() == "cuda":
+        rival.tune(passages, pairs)
+    found = []
     for name, ours, lengths_N, layout, theirs in (
         (
             "encode",
@@ -288,12 +346,12 @@ def encode_and_rerank(run: Run, texts: Texts, rounds: int, versus: bool) -> list
             "real_tokens_per_second": float(lengths_N.sum()) / seconds,
             "computed_over_real_tokens": computed / float(lengths_N.sum()),
             "model_gflop_per_second": float(flops.sum()) / seconds / 1e9,
-            "share_of_peak": float(flops.sum()) / seconds / best / run.sharding.shards,
+            **_shares_of_peak(run, float(flops.sum()) / seconds),
             "first_round_seconds": first_seconds,
             "peak_memory_gib": _memory(),
         }
         if rival is not None:
-            result |= _against("sentence_transformers_seconds", other, own)
+            result |= _against("sentence_transformers", "seconds", other, own)
         found.append(result)
     return found
 
@@ -336,14 +394,14 @@ def mine(run: Run, texts: Texts, rounds: int, versus: bool) -> dict:
         "peak_memory_gib": _memory(),
     }
     if rival is not None:
-        result |= _against("sentence_transformers_seconds", other, own)
+        result |= _against("sentence_transformers", "seconds", other, own)
         result["candidates_in_common"] = index.recall(found_QxK, theirs_QxK)
     return result
 
 
 def inputs(run: Run, texts: Texts, steps: int, step_seconds: float | None) -> dict:
     """Batches alone, as the training loop gets them."""
-    batches = _batches(run, texts, steps + 2)
+    batches = joint_batches(run, texts, steps + 2)
     stream = batches.stream(0)
     next(stream)
     started = time.perf_counter()
@@ -351,7 +409,7 @@ def inputs(run: Run, texts: Texts, steps: int, step_seconds: float | None) -> di
         next(stream)
     rate = steps * run.config.joint.batch / (time.perf_counter() - started)
     base = bert.BertConfig(
-        **planning.BASE,
+        **random_model.BASE,
         num_layers=12,
         dropout=0.1,
         dtype="bfloat16",
@@ -375,24 +433,52 @@ def inputs(run: Run, texts: Texts, steps: int, step_seconds: float | None) -> di
     return found
 
 
-def search(vectors: int, size: int, queries: int, depth: int, settings, versus: bool) -> list[dict]:
-    """Exact search, ScaNN and rivals on random vectors, the queries drawn as the passages are.
+def _clustered(vectors: int, queries: int, size: int):
+    """Returns random passage and query vectors [N, D] and [Q, D], drawn alike.
 
     A vector comes from one of overlapping clusters of about 200 in `INTRINSIC` dimensions, which is
     turned into the space of all, where every coordinate gets noise of its own.
     """
     rng = np.random.default_rng(0)
-    centres = rng.normal(size=(max(vectors // 200, 1), INTRINSIC))
-    turn = rng.normal(size=(INTRINSIC, size)) / INTRINSIC**0.5
+    centres = rng.normal(size=(max(vectors // 200, 1), INTRINSIC)).astype(np.float32)
+    turn = (rng.normal(size=(INTRINSIC, size)) / INTRINSIC**0.5).astype(np.float32)
     found_NxD = np.empty((vectors + queries, size), np.float32)
     for first in range(0, len(found_NxD), 2**16):
         part = found_NxD[first : first + 2**16]
         place = centres[rng.integers(0, len(centres), len(part))]
-        part[:] = (place + 0.7 * rng.normal(size=place.shape)) @ turn
-        part += 0.2 * rng.normal(size=part.shape)
+        place += 0.7 * rng.standard_normal(place.shape, np.float32)
+        part[:] = place @ turn + 0.2 * rng.standard_normal(part.shape, np.float32)
         part /= np.linalg.norm(part, axis=1, keepdims=True)
-    passages_NxD, queries_QxD = np.split(found_NxD, [vectors])
+    return np.split(found_NxD, [vectors])
 
+
+def exact(vectors: int, size: int, queries: int, depth: int, rounds: int, versus: bool) -> dict:
+    """Exact search over random vectors in this host's memory, against torch's product and topk."""
+    passages_NxD, queries_QxD = _clustered(vectors, queries, size)
+
+    def ours():
+        return index.exact(queries_QxD, [passages_NxD], depth)[0]
+
+    rows_QxK = ours()
+    found = {"benchmark": "exact", "vectors": vectors, "dimensions": size, "depth": depth}
+    own, other = [], []
+    theirs = rivals.exact_search(passages_NxD, queries_QxD, depth) if versus else None
+    common = index.recall(theirs(), rows_QxK) if versus else None
+    for _ in range(rounds):
+        own += _seconds(ours, 1)
+        if versus:
+            other += _seconds(theirs, 1)
+    seconds = float(np.median(own))
+    bytes_read = passages_NxD.nbytes
+    found |= {"queries": queries, "seconds": seconds, "gb_per_second": bytes_read / seconds / 1e9}
+    if versus:
+        found |= _against("torch", "seconds", other, own) | {"found_in_common": common}
+    return found
+
+
+def search(vectors: int, size: int, queries: int, depth: int, settings, versus: bool) -> list[dict]:
+    """Exact search, ScaNN and rivals on random vectors, the queries drawn as the passages are."""
+    passages_NxD, queries_QxD = _clustered(vectors, queries, size)
     index.exact(queries_QxD, [passages_NxD[: index.PASSAGES_PER_TILE]], depth)
     started = time.perf_counter()
     exact_QxK, _ = index.exact(queries_QxD, [passages_NxD], depth)
@@ -443,7 +529,7 @@ def scaling(run: Run, texts: Texts, steps: int) -> list[dict]:
     def step_seconds(batch, size):
         config = config_lib.loads(config_lib.dumps(run.config))
         config.joint.update({"batch": batch, "list_size": size})
-        found = joint(open_run(config, run.workdir), texts, steps, versus=False)
+        (found,) = joint(open_run(config, run.workdir), texts, steps, versus=False)
         return found["step_seconds"], found["real_tokens_per_second"]
 
     work = [("list size", size, (2, size)) for size in (8, 16, 32, 64, 128)]

@@ -1,33 +1,33 @@
-"""The BERT encoder (Devlin et al. 2019), the only room that imports Linen.
+"""The BERT encoder (Devlin et al. 2019), the only module that imports Linen.
 
 Layers are scanned, so every layer weight carries a leading layer axis `L` and compile time does not
 grow with depth. All dense work is done on the tokens of all blocks at once; only attention sees rows.
-Rows may hold several sequences: attention stays inside a sequence number.
 
 Shape suffixes: R rows of a block, T tokens of a row, S sequences of a row, N tokens of all blocks,
-A tokens that ask, D hidden size, F intermediate size, H heads, K head size, L layers.
+A tokens that ask, D hidden size, E projections side by side, F intermediate size, L layers.
 """
 
 import dataclasses
-import functools
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
+from rqv2_jax import attention, ragged_attention
 from rqv2_jax.data.packing import Block
 
-# What a layer keeps for its gradient: everything, what its dense products gave, or its input alone;
-# the rest is computed again.
+# Dense products with their biases, which libraries add on the way.
+KEPT = "dense"
+
+# What a layer keeps for its gradient: everything, what its dense products and the attention kernel
+# gave, or its input alone; the rest is computed again.
 REMAT = {
     "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names(KEPT, ragged_attention.KEPT),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-
-# Finite: -inf gives NaN gradients in a softmax row that is masked throughout.
-MASKED = -1e9
 
 ACTIVATIONS = {
     "gelu": lambda x: nn.gelu(x, approximate=False),
@@ -41,8 +41,8 @@ ACTIVATIONS = {
 class BertConfig:
     """The shape of an encoder; field meanings are those of a Hugging Face `config.json`.
 
-    `remat` is one of `REMAT`; `unrolled` says whether the loop over layers is. `attention` is "plain",
-    or an implementation of `jax.nn.dot_product_attention`, which does not drop out its weights.
+    `remat` is one of `REMAT`, `attention` one of `attention.IMPLEMENTATIONS`; `unrolled` says whether
+    the layer loop is unrolled.
     """
 
     vocab_size: int
@@ -113,20 +113,11 @@ class Embeddings(nn.Module):
         return Dropout(c.dropout, deterministic)(x_NxD).astype(c.dtype)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _exp(x, dtype):
-    """exp of float32, handed on in `dtype`: the gradient keeps no float32 copy of its own."""
-    return jnp.exp(x).astype(dtype)
-
-
-@_exp.defjvp
-def _exp_jvp(dtype, primals, tangents):
-    y = _exp(*primals, dtype)
-    return y, y * tangents[0].astype(dtype)
-
-
 class Projections(nn.Module):
-    """Queries [A, D] of the asking tokens, keys and values [N, D] of all, from one weight."""
+    """Queries, keys and values from one weight: ([N, 3 D],) of all tokens; or ([A, D], [N, 2 D]).
+
+    The latter where only the tokens `asking_AxD` ask.
+    """
 
     config: BertConfig
 
@@ -138,31 +129,31 @@ class Projections(nn.Module):
         kernel_DxE = self.param("kernel", init, (size, 3 * size)).astype(c.dtype)
         bias_E = self.param("bias", nn.initializers.zeros, (3 * size,)).astype(c.dtype)
         if asking_AxD is x_NxD:
-            qkv_NxE = x_NxD @ kernel_DxE + bias_E
-            return jnp.split(qkv_NxE, 3, axis=1)
+            return (checkpoint_name(x_NxD @ kernel_DxE + bias_E, KEPT),)
         q_AxD = asking_AxD @ kernel_DxE[:, :size] + bias_E[:size]
         kv_NxE = x_NxD @ kernel_DxE[:, size:] + bias_E[size:]
-        return q_AxD, *jnp.split(kv_NxE, 2, axis=1)
+        return checkpoint_name(q_AxD, KEPT), checkpoint_name(kv_NxE, KEPT)
 
 
 class Layer(nn.Module):
     """One post-norm transformer layer: [N, D] -> [N, D]; softmax and norms in float32.
 
-    If only some tokens `asking_AxD` ask and go on, [A, D] -> [A, D]. A block's rows, what each token
-    may see and how many ask are told by its bias: [R, 1, asking tokens of a row, T].
+    With `asking_AxD`, only those tokens are queries and outputs: [A, D]. `views` are those of
+    `attention.views`, or then of `attention.first_views`.
     """
 
     config: BertConfig
     deterministic: bool
 
     @nn.compact
-    def __call__(self, x_NxD, biases: tuple[jax.Array, ...], asking_AxD=None):
+    def __call__(self, x_NxD, views, asking_AxD=None):
         c = self.config
         asking_AxD = x_NxD if asking_AxD is None else asking_AxD
 
-        def dense(features, name):
+        def dense(x, features, name):
             init = nn.initializers.normal(c.initializer_range)
-            return nn.Dense(features, dtype=c.dtype, kernel_init=init, name=name)
+            layer = nn.Dense(features, dtype=c.dtype, kernel_init=init, name=name)
+            return checkpoint_name(layer(x), KEPT)
 
         def dropout(x):
             return Dropout(c.dropout, self.deterministic)(x)
@@ -171,47 +162,21 @@ class Layer(nn.Module):
             norm = nn.LayerNorm(epsilon=c.layer_norm_eps, name=name)
             return norm((x + dropout(y)).astype(jnp.float32)).astype(c.dtype)
 
-        def attend(q_AxD, k_NxD, v_NxD, bias_Rx1xAxT):
-            rows, _, asking, length = bias_Rx1xAxT.shape
-            heads, size = c.num_heads, c.hidden_size // c.num_heads
-            # First tokens alone are little work, and cuDNN takes no odd number of them.
-            if c.attention != "plain" and asking == length:
-                q_RxAxHxK = q_AxD.reshape(rows, asking, heads, size)
-                k_RxTxHxK, v_RxTxHxK = (
-                    x.reshape(rows, length, heads, size) for x in (k_NxD, v_NxD)
-                )
-                y_RxAxHxK = jax.nn.dot_product_attention(
-                    *(q_RxAxHxK, k_RxTxHxK, v_RxTxHxK),
-                    bias=bias_Rx1xAxT.astype(c.dtype),
-                    implementation=c.attention,
-                )
-                return y_RxAxHxK.reshape(rows * asking, c.hidden_size)
-            # Heads in front of tokens and keys already transposed: plain batched products, which
-            # XLA's CPU backend runs faster than any other order of the axes.
-            q_RxHxAxK = q_AxD.reshape(rows, asking, heads, size).transpose(0, 2, 1, 3) * size**-0.5
-            k_RxHxKxT = k_NxD.reshape(rows, length, heads, size).transpose(0, 2, 3, 1)
-            v_RxHxTxK = v_NxD.reshape(rows, length, heads, size).transpose(0, 2, 1, 3)
-            logits_RxHxAxT = jnp.matmul(q_RxHxAxK, k_RxHxKxT).astype(jnp.float32) + bias_Rx1xAxT
-            # Softmax, divided by its sum behind the product with the values: so the largest arrays
-            # of a layer are written in `dtype` and once.
-            top_RxHxAx1 = jax.lax.stop_gradient(logits_RxHxAxT.max(axis=-1, keepdims=True))
-            e_RxHxAxT = _exp(logits_RxHxAxT - top_RxHxAx1, c.dtype)
-            sum_RxHxAx1 = e_RxHxAxT.astype(jnp.float32).sum(axis=-1, keepdims=True)
-            y_RxHxAxK = jnp.matmul(dropout(e_RxHxAxT), v_RxHxTxK).astype(jnp.float32)
-            y_RxHxAxK = (y_RxHxAxK / sum_RxHxAx1).astype(c.dtype)
-            return y_RxHxAxK.transpose(0, 2, 1, 3).reshape(rows * asking, c.hidden_size)
+        projections = Projections(c, name="qkv")(x_NxD, asking_AxD)
+        if c.attention == "ragged":
+            rate = 0.0 if self.deterministic else c.dropout
+            seed_2 = jnp.zeros(2, jnp.uint32)
+            if rate:
+                seed_2 = jax.random.bits(self.make_rng("dropout"), (2,), jnp.uint32)
+            y_AxD = ragged_attention.attend(
+                projections, views, seed_2, c.num_heads, rate, c.max_positions
+            )
+        else:
+            y_AxD = attention.by_rows(c.attention, projections, views, c.num_heads, dropout)
+        x_AxD = add_norm(asking_AxD, dense(y_AxD, c.hidden_size, "attention_output"), "norm_1")
 
-        q_AxD, k_NxD, v_NxD = Projections(c, name="qkv")(x_NxD, asking_AxD)
-        shapes = [bias.shape for bias in biases]
-        asking_ends = np.cumsum([rows * asking for rows, _, asking, _ in shapes])[:-1]
-        ends = np.cumsum([rows * length for rows, _, _, length in shapes])[:-1]
-        keys_and_values = (jnp.split(x, ends) for x in (k_NxD, v_NxD))
-        parts = zip(jnp.split(q_AxD, asking_ends), *keys_and_values, biases)
-        y_AxD = jnp.concatenate([attend(*part) for part in parts])
-        x_AxD = add_norm(asking_AxD, dense(c.hidden_size, "attention_output")(y_AxD), "norm_1")
-
-        y_AxF = ACTIVATIONS[c.activation](dense(c.intermediate_size, "intermediate")(x_AxD))
-        return add_norm(x_AxD, dense(c.hidden_size, "output")(y_AxF), "norm_2"), None
+        y_AxF = ACTIVATIONS[c.activation](dense(x_AxD, c.intermediate_size, "intermediate"))
+        return add_norm(x_AxD, dense(y_AxF, c.hidden_size, "output"), "norm_2"), None
 
 
 class Encoder(nn.Module):
@@ -240,7 +205,7 @@ class Encoder(nn.Module):
             unroll=c.num_layers if c.unrolled else 1,
         )
         x_NxD, _ = layers(c, deterministic, name="layers")(
-            x_NxD, tuple(_bias(block, block.sequence_RxT) for block in blocks)
+            x_NxD, attention.views(c.attention, blocks)
         )
         return x_NxD
 
@@ -251,12 +216,6 @@ def _remat(policy: str, *, in_loop: bool):
         return Layer
     # Outside a loop XLA would find what is computed twice, and keep it.
     return nn.remat(Layer, policy=REMAT[policy], prevent_cse=not in_loop)
-
-
-def _bias(block: Block, asking_RxA):
-    """What keeps attention inside a sequence [R, 1, A, T], by the number of each asking token's."""
-    same_RxAxT = asking_RxA[:, :, None] == block.sequence_RxT[:, None, :]
-    return jnp.where(same_RxAxT, 0.0, MASKED)[:, None]
 
 
 def by_block(x_NxD, blocks: tuple[Block, ...]) -> list[jax.Array]:
@@ -283,16 +242,14 @@ def first_states(config: BertConfig, params, blocks: tuple[Block, ...], key):
         deterministic=off,
         rngs={} if off else {"dropout": key},
     )
-    first, biases = [], []
+    first = []
     for block, part_RxTxD in zip(blocks, by_block(x_NxD, blocks)):
         found = jnp.take_along_axis(part_RxTxD, block.first_RxS[..., None], axis=1)
         first.append(found.reshape(-1, config.hidden_size))
-        biases.append(
-            _bias(block, jnp.take_along_axis(block.sequence_RxT, block.first_RxS, axis=1))
-        )
+    views = attention.first_views(config.attention, blocks)
     x_AxD, _ = _remat(config.remat, in_loop=False)(config, off).apply(
         {"params": last_params},
-        *(x_NxD, tuple(biases), jnp.concatenate(first)),
+        *(x_NxD, views, jnp.concatenate(first)),
         # Another key than that of the layers below, so that its masks are its own.
         rngs={} if off else {"dropout": jax.random.fold_in(key, config.num_layers)},
     )

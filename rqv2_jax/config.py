@@ -41,7 +41,7 @@ CHOICES = {
     "model.passage_format": ("title_sep_text", "title_text"),
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "dots", "full"),
-    "model.attention": ("plain", "xla", "cudnn"),
+    "model.attention": ("auto", "plain", "ragged", "xla", "cudnn"),
     "retriever.schedule": ("constant", "linear"),
     "reranker.schedule": ("constant", "linear"),
     "joint.schedule": ("constant", "linear"),
@@ -64,7 +64,6 @@ RANGES = {
     "reranker.accumulate": (0, 10**6),
     "joint.accumulate": (0, 10**6),
     "joint.list_size": (2, 10**6),
-    "packing.row_width": (0, 2**16),
     "joint.denoised_share": (0.0, 1.0),
     "joint.refresh_every": (0, 10**9),
     "joint.kl_weight": (0.0, 1e6),
@@ -116,18 +115,15 @@ def default() -> ml_collections.ConfigDict:
                 "passage_format": "title_sep_text",  # or "title_text" (sentence-transformers)
                 "dropout": 0.1,
                 "dtype": "float32",  # of activations; params and losses stay float32
-                # "xla" or "cudnn" (half precision on a GPU) name implementations of
-                # jax.nn.dot_product_attention; they do not drop out attention weights.
-                "attention": "plain",
+                # "ragged" is a kernel of ours for GPUs, "plain" serves all others; "auto" goes by the
+                # device. "xla" or "cudnn" (half precision on a GPU) name implementations of
+                # jax.nn.dot_product_attention, which do not drop out attention weights.
+                "attention": "auto",
                 "remat": "none",  # of each layer's activations; "dots" or "full" save memory
             },
             "mesh": {"data": 1, "fsdp": 1},  # devices
-            "packing": {
-                "blocks": 12,  # most widths of rows in a batch, a row for each sequence
-                # Tokens of a row that sequences share instead, for attention that skips what it masks;
-                # 0 gives every sequence a row of its own.
-                "row_width": 0,
-            },
+            # Most widths of rows in a batch, a row for each sequence; "ragged" attention needs none.
+            "packing": {"blocks": 12},
             "optimizer": {"weight_decay": 0.01, "clip_norm": 1.0, "b1": 0.9, "b2": 0.999},
             # Warm-up of the retriever with in-batch negatives; 0 epochs skip it.
             "retriever": _training(epochs=30.0, learning_rate=3e-5),
@@ -340,12 +336,6 @@ def check(config: ml_collections.ConfigDict):
     if given["data.pair_length"] < given["data.query_length"] + 8:
         raise InputError(
             "config.data.pair_length must exceed config.data.query_length by 8 or more"
-        )
-    longest = max(given[f"data.{kind}_length"] for kind in ("query", "passage", "pair"))
-    if 0 < given["packing.row_width"] < longest:
-        raise InputError(
-            f"config.packing.row_width is {given['packing.row_width']}, but a sequence may have "
-            f"{longest} tokens; make it as wide, or 0"
         )
     if given["data.query_length"] < 3 or given["data.passage_length"] < 8:
         raise InputError("config.data: query_length must be 3 or more, passage_length 8 or more")

@@ -10,6 +10,7 @@ Shape suffixes: N sequences, D hidden size, B lists, P passages of a list.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +40,10 @@ class Models:
             deterministic=key is None,
             rngs={} if key is None else {"dropout": key},
         )
-        parts = zip(packed.blocks, bert.by_block(states.astype(jnp.float32), packed.blocks))
+        states = states.astype(jnp.float32)
+        if packed.blocks[0].first_RxS.shape[1] > 1:
+            return _flat_means(packed, states)
+        parts = zip(packed.blocks, bert.by_block(states, packed.blocks))
         return jnp.concatenate([_means(*part) for part in parts])[packed.slot_N]
 
     def _first_states(self, params, packed: Packed, key):
@@ -64,6 +68,15 @@ def _means(block: Block, states_RxTxD):
     # TPUs round the factors of a product to bfloat16 unless told otherwise.
     sums_RxSxD = jnp.einsum("rst,rtd->rsd", own_RxSxT, states_RxTxD, precision="highest")
     return (sums_RxSxD / own_RxSxT.sum(-1, keepdims=True)).reshape(-1, states_RxTxD.shape[-1])
+
+
+def _flat_means(packed: Packed, states_TxD):
+    """Returns the mean state of each sequence [N, D] of a flat row."""
+    count, sequence_T = len(packed.slot_N), packed.blocks[0].sequence_RxT[0]
+    # Padding's number is out of range, and dropped.
+    total = functools.partial(jax.ops.segment_sum, segment_ids=sequence_T, num_segments=count)
+    lengths_N = total(jnp.ones(len(sequence_T)))
+    return total(states_TxD) / jnp.maximum(lengths_N, 1)[:, None]
 
 
 def retriever_scores(query_BxD, passage_BPxD):

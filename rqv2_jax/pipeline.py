@@ -12,10 +12,9 @@ import shutil
 import jax
 import ml_collections
 import numpy as np
-import tensorflow as tf
 import tqdm
 
-from rqv2_jax import artifacts, evaluation, hosts, mining, train
+from rqv2_jax import artifacts, evaluation, hosts, mining, optional, train
 from rqv2_jax.checkpoint import Checkpoints, best_step
 from rqv2_jax.data import collection, denoise, joint_tsv, tokens
 from rqv2_jax.data import lists as lists_lib
@@ -130,7 +129,7 @@ def stage_batches(
         accumulate=stage.accumulate,
         own=run.sharding.own_parts(shards * stage.accumulate),
         max_blocks=run.config.packing.blocks,
-        row_width=run.config.packing.row_width,
+        flat=run.models.config.attention == "ragged",
     )
 
 
@@ -171,6 +170,7 @@ def _train_stage(
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(folder)))
         optimizer = train.make_optimizer(run.config.optimizer, settings, steps, stage.rates)
         state = checkpoints.restore_last(train.init_state(params, optimizer, run.sharding))
+        tf = optional.tensorflow("writing TensorBoard's events")
         events = (
             tf.summary.create_file_writer(str(folder))
             if hosts.first()

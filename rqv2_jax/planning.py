@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from rqv2_jax import bert, hlo, train
+from rqv2_jax import attention, bert, hlo, random_model, train
 from rqv2_jax import config as config_lib
 from rqv2_jax import models as models_lib
 from rqv2_jax import sharding as sharding_lib
@@ -38,6 +38,10 @@ CHIPS = {
     "v5e": (16 * GIB, 197e12, 819e9, 200e9),
     "v5p": (95 * GIB, 459e12, 2765e9, 600e9),
     "v6e": (32 * GIB, 918e12, 1640e9, 448e9),
+    "h100": (80e9, 989e12, 3350e9, 900e9),
+    "h200": (141e9, 989e12, 4800e9, 900e9),
+    "a100": (80e9, 312e12, 2039e9, 600e9),
+    "l4": (24e9, 121e12, 300e9, 64e9),
 }
 USABLE = 0.98  # of a chip's memory; the rest is the runtime's
 
@@ -46,19 +50,6 @@ SCANN_BUILT, SCANN_KEPT = 4.3, 1.1
 # Memory that lists take while they are drawn, in bytes of each candidate, measured with 2,000 queries
 # of 1,000: four arrays of candidates, and what `lists.draw` makes of them.
 DRAWN = 74
-
-# Devlin et al. 2019, and ERNIE 2.0 base: what is planned where the weights are not there yet.
-BASE = {
-    "vocab_size": 30522,
-    "hidden_size": 768,
-    "num_heads": 12,
-    "intermediate_size": 3072,
-    "max_positions": 512,
-    "type_vocab_size": 4,
-    "layer_norm_eps": 1e-12,
-    "activation": "gelu",
-    "initializer_range": 0.02,
-}
 
 # Passages and training queries of the published data.
 PUBLISHED = {"msmarco": (8_841_823, 502_939), "dpr": (21_015_324, 58_880)}
@@ -114,6 +105,12 @@ class Plan:
     steps: dict[str, Step]
     overlay: dict[str, object]
     hidden_size: int
+
+
+def chip(device: jax.Device) -> str | None:
+    """Returns which of `CHIPS` a GPU is, None if it is none."""
+    names = device.device_kind.lower().split()
+    return next((name for name in names if name in CHIPS), None)
 
 
 def machine(topology: str) -> Machine:
@@ -267,8 +264,10 @@ def _shape(config, machine, report) -> bert.BertConfig:
         how = {
             name: model[name] for name in ("num_layers", "dropout", "dtype", "remat", "attention")
         }
-        shape = bert.BertConfig(**BASE, **how, unrolled=False)
-    return dataclasses.replace(shape, unrolled=machine.devices[0].platform == "cpu")
+        shape = bert.BertConfig(**random_model.BASE, **how, unrolled=False)
+    platform = machine.devices[0].platform
+    how = {"attention": attention.implementation(model.attention, platform)}
+    return dataclasses.replace(shape, unrolled=platform == "cpu", **how)
 
 
 def _fitting(config, shape, mesh, name, drawn, remats, machine, report) -> Step:
@@ -311,17 +310,13 @@ def _packed(
 
 def _params(shape: bert.BertConfig, mesh: sharding_lib.Sharding, names: tuple[str, ...]):
     """Abstract params of some models, sharded."""
-
-    def init(key):
-        blocks = (packing.Block(*[jnp.zeros((1, 8), jnp.int32)] * 5),)
-        encoder = bert.Encoder(shape).init(key, blocks, deterministic=True)["params"]
-        made = {
-            "retriever": lambda: {"query": encoder, "passage": encoder},
-            "reranker": lambda: models_lib.init_reranker(encoder, shape, key),
-        }
-        return {name: made[name]() for name in names}
-
-    return _sharded(jax.eval_shape(init, jax.random.key(0)), mesh)
+    encoder = random_model.params_like(shape)
+    made = {"retriever": {"query": encoder, "passage": encoder}}
+    made["reranker"] = jax.eval_shape(
+        lambda encoder, key: models_lib.init_reranker(encoder, shape, key),
+        *(encoder, jax.random.key(0)),
+    )
+    return _sharded({name: made[name] for name in names}, mesh)
 
 
 def _sharded(tree, mesh):
@@ -340,8 +335,9 @@ def _train_step(config, shape, mesh, name, drawn, machine, report) -> Step | Non
     for kind in (kind for model in stage.models for kind in batches_lib.READS[model]):
         lengths_LxN = drawn[kind]
         lengths_BxN = batches_lib.by_part(lengths_LxN, settings.batch, slots_SxB)
-        if config.packing.row_width:
-            shapes[kind] = (packing.plan_shared(lengths_BxN, config.packing.row_width),)
+        if shape.attention == "ragged":
+            tokens = int(lengths_BxN.sum(axis=1).max())
+            shapes[kind] = (packing.plan_flat(tokens, lengths_BxN.shape[1]),)
         else:
             longest_N = np.sort(lengths_BxN, axis=1).max(axis=0)
             shapes[kind] = packing.plan(longest_N, config.packing.blocks)

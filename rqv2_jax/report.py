@@ -13,7 +13,7 @@ import re
 
 from absl import flags
 
-from rqv2_jax import program
+from rqv2_jax import optional, program
 from rqv2_jax.errors import InputError
 
 
@@ -22,8 +22,7 @@ def curves(stage: pathlib.Path) -> dict[str, list[tuple[int, float]]]:
 
     Steps that an interrupted run had to take again count once, with what was recorded last.
     """
-    import tensorflow as tf
-
+    tf = optional.tensorflow("reading TensorBoard's events")
     found: dict[str, dict[int, float]] = {}
 
     def records(path):

@@ -6,47 +6,69 @@ Imports torch, sentence_transformers and faiss (requirements-bench.txt) when it 
 import time
 from collections.abc import Callable
 
+import jax
 import numpy as np
 
 from rqv2_jax.data.packing import Ragged
 from rqv2_jax.workdir import Run
 
+# Sequences of a batch among which the rival's fastest is looked for on a GPU.
+GPU_BATCHES = (64, 256, 1024)
+# Passages that exact search scores at once.
+EXACT_PART = 2**17
+
+
+def device() -> str:
+    """Returns where PyTorch computes: "cuda" if JAX uses a GPU, else "cpu"."""
+    return "cuda" if jax.default_backend() == "gpu" else "cpu"
+
+
+def joint(run: Run, head: dict) -> dict[str, Callable[[], "Joint"]]:
+    """Returns what makes each rival of the joint step: as it is, and on a GPU by torch.compile."""
+    found = {"torch": lambda: Joint(run, head, compiled=False)}
+    if device() == "cuda":
+        found["torch_compiled"] = lambda: Joint(run, head, compiled=True)
+    return found
+
 
 class Joint:
-    """A step of joint training with transformers' BertModel and its default attention, all cores.
+    """A step of joint training with transformers' BertModel and PyTorch's fused attention.
 
     The same weights, lists and loss; batches padded to their longest sequence, each query encoded
-    once, gradients clipped, AdamW.
+    once, gradients clipped, AdamW. Under bfloat16, with automatic mixed precision.
     """
 
-    def __init__(self, run: Run, head: dict):
+    def __init__(self, run: Run, head: dict, *, compiled: bool):
         import torch
         import transformers
 
         self.torch, self.settings, self.pooling = torch, run.config.joint, run.models.pooling
+        self.device, self.half = device(), run.config.model.dtype == "bfloat16"
         torch.manual_seed(0)
 
         def load(folder):
             rate = run.config.model.dropout
-            return transformers.BertModel.from_pretrained(
+            model = transformers.BertModel.from_pretrained(
                 folder,
                 local_files_only=True,
                 add_pooling_layer=False,
+                attn_implementation="sdpa",
                 num_hidden_layers=run.config.model.num_layers,
                 hidden_dropout_prob=rate,
                 attention_probs_dropout_prob=rate,
-            ).train()
+            )
+            return model.train().to(self.device)
 
-        self.query, self.passage = load(run.weights.query), load(run.weights.passage)
-        self.reranker = load(run.weights.reranker)
+        towers = [load(folder) for folder in run.weights[:3]]
         self.head = torch.nn.Linear(len(head["kernel"]), 1)
         with torch.no_grad():
             self.head.weight[0] = torch.tensor(np.asarray(head["kernel"]))
             self.head.bias[0] = float(head["bias"])
+        self.head.to(self.device)
         self.dropout = torch.nn.Dropout(run.config.model.dropout)
         retriever, reranker = (
             [p for module in modules for p in module.parameters()]
-            for modules in ((self.query, self.passage), (self.reranker, self.head))
+            for modules in (towers[:2], (towers[2], self.head))
         )
         self.params = retriever + reranker
         rate = self.settings.learning_rate
@@ -56,67 +78,78 @@ class Joint:
                 {"params": reranker, "lr": rate * self.settings.reranker_rate},
             ],
             weight_decay=run.config.optimizer.weight_decay,
+            fused=self.device == "cuda",
         )
         self.clip_norm = run.config.optimizer.clip_norm
+        if compiled:
+            towers = [torch.compile(tower) for tower in towers]
+        self.query, self.passage, self.reranker = towers
 
-    def _states(self, model, ragged: Ragged):
-        """Hidden states [N, T, D] and the mask [N, T] of sequences padded to the longest."""
-        torch, lengths_N = self.torch, ragged.lengths_N
-        mask_NxT = np.arange(lengths_N.max()) < lengths_N[:, None]
-        tokens_NxT, types_NxT = np.zeros((2, *mask_NxT.shape), np.int64)
-        tokens_NxT[mask_NxT], types_NxT[mask_NxT] = ragged.tokens, ragged.types
-        mask_NxT = torch.tensor(mask_NxT)
+    def prepare(self, sequences: dict[str, Ragged]) -> dict:
+        """Returns tokens, types and mask [N, T] of each kind on the device, padded to its longest."""
+        torch, found = self.torch, {}
+        for kind, ragged in sequences.items():
+            lengths_N = ragged.lengths_N
+            mask_NxT = np.arange(lengths_N.max()) < lengths_N[:, None]
+            tokens_NxT, types_NxT = np.zeros((2, *mask_NxT.shape), np.int64)
+            tokens_NxT[mask_NxT], types_NxT[mask_NxT] = ragged.tokens, ragged.types
+            arrays = (tokens_NxT, types_NxT, mask_NxT)
+            found[kind] = [torch.tensor(array, device=self.device) for array in arrays]
+        return found
+
+    def _states(self, model, padded):
+        """Hidden states [N, T, D] and the mask [N, T] of padded sequences."""
+        tokens_NxT, types_NxT, mask_NxT = padded
         states = model(
-            input_ids=torch.tensor(tokens_NxT),
-            token_type_ids=torch.tensor(types_NxT),
-            attention_mask=mask_NxT.long(),
+            input_ids=tokens_NxT, token_type_ids=types_NxT, attention_mask=mask_NxT.long()
         ).last_hidden_state
         return states, mask_NxT
 
-    def _vectors(self, model, ragged: Ragged):
-        states_NxTxD, mask_NxT = self._states(model, ragged)
+    def _vectors(self, model, padded):
+        states_NxTxD, mask_NxT = self._states(model, padded)
         if self.pooling == "cls":
-            return states_NxTxD[:, 0]
-        weights_NxTx1 = mask_NxT[..., None].float()
+            return states_NxTxD[:, 0].float()
+        states_NxTxD, weights_NxTx1 = states_NxTxD.float(), mask_NxT[..., None].float()
         return (states_NxTxD * weights_NxTx1).sum(1) / weights_NxTx1.sum(1)
 
-    def step(self, sequences: dict[str, Ragged]) -> float:
-        """One update on a batch whose positives come first; returns its loss."""
-        functional, loss = self.torch.nn.functional, self.settings.loss
-        queries_BxD = self._vectors(self.query, sequences["queries"])
-        passages_BxPxD = self._vectors(self.passage, sequences["passages"]).reshape(
-            len(queries_BxD), -1, queries_BxD.shape[1]
-        )
-        first_NxD = self.dropout(self._states(self.reranker, sequences["pairs"])[0][:, 0])
-        scores_BxP = self.head(first_NxD).reshape(passages_BxPxD.shape[:2])
-        student_BxP = (queries_BxD[:, None] * passages_BxPxD).sum(-1) / loss.temperature
-        student_BxP = student_BxP.log_softmax(-1)
-        teacher_BxP = (scores_BxP / loss.temperature).log_softmax(-1)
-        if not loss.teacher_gradient:
-            teacher_BxP = teacher_BxP.detach()
-        pair = (student_BxP, teacher_BxP)
-        if loss.kl_direction == "retriever_to_reranker":
-            pair = pair[::-1]
-        kl = functional.kl_div(*pair, log_target=True, reduction="sum")
-        lists, size = scores_BxP.shape
-        kl = (
-            kl
-            / {"sum": 1, "mean_per_list": lists, "mean_per_candidate": lists * size}[
-                loss.kl_reduction
-            ]
-        )
-        total = self.settings.kl_weight * kl + functional.cross_entropy(
-            scores_BxP, self.torch.zeros(lists, dtype=self.torch.long)
-        )
+    def step(self, padded: dict) -> float:
+        """Takes one step on a batch whose positives come first; returns its loss."""
+        dtype = self.torch.bfloat16
+        with self.torch.autocast(self.device, dtype, enabled=self.half):
+            queries_BxD = self._vectors(self.query, padded["queries"])
+            passages_BxPxD = self._vectors(self.passage, padded["passages"]).reshape(
+                len(queries_BxD), -1, queries_BxD.shape[1]
+            )
+            first_NxD = self.dropout(self._states(self.reranker, padded["pairs"])[0][:, 0])
+            scores_BxP = self.head(first_NxD).float().reshape(passages_BxPxD.shape[:2])
+        total = self._loss((queries_BxD[:, None] * passages_BxPxD).sum(-1), scores_BxP)
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()
         self.torch.nn.utils.clip_grad_norm_(self.params, self.clip_norm)
         self.optimizer.step()
         return total.item()
 
+    def _loss(self, retriever_BxP, reranker_BxP):
+        functional, loss = self.torch.nn.functional, self.settings.loss
+        student_BxP = (retriever_BxP / loss.temperature).log_softmax(-1)
+        teacher_BxP = (reranker_BxP / loss.temperature).log_softmax(-1)
+        if not loss.teacher_gradient:
+            teacher_BxP = teacher_BxP.detach()
+        pair = (student_BxP, teacher_BxP)
+        if loss.kl_direction == "retriever_to_reranker":
+            pair = pair[::-1]
+        lists, size = reranker_BxP.shape
+        over = {"sum": 1, "mean_per_list": lists, "mean_per_candidate": lists * size}
+        kl = functional.kl_div(*pair, log_target=True, reduction="sum") / over[loss.kl_reduction]
+        first_B = self.torch.zeros(lists, dtype=self.torch.long, device=self.device)
+        return self.settings.kl_weight * kl + functional.cross_entropy(reranker_BxP, first_B)
+
 
 class SentenceTransformers:
-    """Encoding and re-ranking by sentence-transformers with its own defaults, from the same weights."""
+    """Encoding and re-ranking by sentence-transformers from the same weights, in the same precision.
+
+    Batches are its own default on a CPU, and on a GPU the best of `GPU_BATCHES`.
+    """
 
     def __init__(self, run: Run):
         from sentence_transformers import CrossEncoder, SentenceTransformer
@@ -128,22 +161,38 @@ class SentenceTransformers:
             str(run.weights.passage), max_seq_length=data.passage_length, config_kwargs=layers
         )
         pooling = Pooling(run.models.config.hidden_size, pooling_mode=run.models.pooling)
-        self.encoder = SentenceTransformer(modules=[encoder, pooling], device="cpu")
+        self.encoder = SentenceTransformer(modules=[encoder, pooling], device=device())
         self.scorer = CrossEncoder(
             str(run.weights.reranker),
             num_labels=1,
             max_length=data.pair_length,
-            device="cpu",
+            device=device(),
             config_kwargs=layers,
         )
+        self.batches = {"encode": {}, "rerank": {}}
+        if run.config.model.dtype == "bfloat16":
+            self.encoder.bfloat16()
+            self.scorer.model.bfloat16()
+
+    def tune(self, passages: list[str], pairs: list[tuple[str, str]]):
+        """Chooses the batch sizes by which some passages and pairs are done soonest."""
+        for name, work in (("encode", passages), ("rerank", pairs)):
+            seconds = {}
+            for size in GPU_BATCHES:
+                self.batches[name] = {"batch_size": size}
+                for _ in range(2):
+                    started = time.perf_counter()
+                    getattr(self, name)(work)
+                    seconds[size] = time.perf_counter() - started
+            self.batches[name] = {"batch_size": min(seconds, key=seconds.get)}
 
     def encode(self, passages: list[str]) -> np.ndarray:
         """The vectors of some passages."""
-        return self.encoder.encode(passages)
+        return self.encoder.encode(passages, **self.batches["encode"])
 
     def rerank(self, pairs: list[tuple[str, str]]) -> np.ndarray:
         """The scores of some pairs."""
-        return self.scorer.predict(pairs)
+        return self.scorer.predict(pairs, **self.batches["rerank"])
 
     def mine(
         self, queries: list[str], passages: list[str], depth: int, scored_depth: int
@@ -152,7 +201,8 @@ class SentenceTransformers:
         from sentence_transformers.util import dot_score, semantic_search
 
         vectors = [
-            self.encoder.encode(texts, convert_to_tensor=True) for texts in (queries, passages)
+            self.encoder.encode(texts, convert_to_tensor=True, **self.batches["encode"])
+            for texts in (queries, passages)
         ]
         found = semantic_search(*vectors, top_k=depth, score_function=dot_score)
         rows_QxK = np.array([[hit["corpus_id"] for hit in hits] for hits in found])
@@ -164,6 +214,29 @@ class SentenceTransformers:
             ]
         )
         return rows_QxK
+
+
+def exact_search(passages_NxD: np.ndarray, queries_QxD: np.ndarray, depth: int) -> Callable:
+    """Returns a search of all passages by torch's product and topk, on the GPU if there is one.
+
+    The passages are sent as they are searched, a part at a time, as ours are.
+    """
+    import torch
+
+    passages, queries = torch.from_numpy(passages_NxD), torch.from_numpy(queries_QxD)
+
+    def search() -> np.ndarray:
+        asked, best, rows = queries.to(device()), None, None
+        for first in range(0, len(passages), EXACT_PART):
+            scores = asked @ passages[first : first + EXACT_PART].to(device()).T
+            found, numbers = scores.topk(min(depth, scores.shape[1]))
+            best = found if best is None else torch.cat([best, found], 1)
+            rows = numbers if rows is None else torch.cat([rows, numbers + first], 1)
+            best, chosen = best.topk(depth)
+            rows = rows.gather(1, chosen)
+        return rows.cpu().numpy()
+
+    return search
 
 
 def faiss_indexes(

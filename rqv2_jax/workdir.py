@@ -16,12 +16,12 @@ import jax
 import ml_collections
 import tqdm
 
-from rqv2_jax import artifacts, bert, hosts, weights
+from rqv2_jax import artifacts, attention, bert, hosts, optional, weights
 from rqv2_jax import config as config_lib
 from rqv2_jax import models as models_lib
 from rqv2_jax import sharding as sharding_lib
 from rqv2_jax.checkpoint import best_step, restore_best
-from rqv2_jax.data import builders, collection, docstrings, dpr, tables, tevatron, tokens
+from rqv2_jax.data import collection, tables, tevatron, tokens
 from rqv2_jax.data.inputs import Inputs
 from rqv2_jax.errors import InputError
 from rqv2_jax.retrieval.stream import Forward, make_forward
@@ -164,13 +164,15 @@ def open_run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Run:
     Raises:
       InputError: one of them cannot be used.
     """
+    config = config_lib.loads(config_lib.dumps(config))
+    config.model.attention = attention.implementation(config.model.attention, jax.default_backend())
     sources, bert_config, tokenizer, inputs = open_inputs(config)
     if jax.config.jax_compilation_cache_dir is None:
         compiled = workdir.resolve().parent / ".compiled"
         jax.config.update("jax_compilation_cache_dir", str(compiled))
     # A rolled loop stacks all activations kept for the gradient; copying them costs a CPU a quarter of
-    # the step and an accelerator next to nothing.
-    bert_config = dataclasses.replace(bert_config, unrolled=jax.default_backend() == "cpu")
+    # the step, a GPU an eighth and a TPU next to nothing.
+    bert_config = dataclasses.replace(bert_config, unrolled=jax.default_backend() != "tpu")
     models = models_lib.Models(bert_config, config.model.pooling)
     sharding = sharding_lib.make(config.mesh.data, config.mesh.fsdp)
     return Run(
@@ -223,7 +225,8 @@ def open_workdir(workdir: pathlib.Path) -> Run:
     asked, devices = config.mesh.data * config.mesh.fsdp, jax.device_count()
     if asked > devices or (jax.process_count() > 1 and asked != devices):
         config.mesh.update({"data": devices, "fsdp": 1})
-    if config.model.attention == "cudnn" and jax.default_backend() != "gpu":
+    if jax.default_backend() != "gpu":
+        # Without dropout all give the same scores.
         config.model.attention = "plain"
     run = open_run(config, workdir)
     for stage in ("retriever", "reranker", "joint"):
@@ -394,10 +397,10 @@ def branch(run: Run, warm: Run):
 def open_collection(data: ml_collections.ConfigDict, folder: pathlib.Path) -> collection.Collection:
     """The texts and labels that `config.data` names; the embedded ones are extracted into a folder."""
     if data.dataset != "docstrings" and not data.path:
-        return builders.fetched(data.dataset)
+        return _prepared("builders").fetched(data.dataset)
     match data.dataset.split("_")[0]:
         case "docstrings":
-            return docstrings.docstrings(folder, preset=data.preset)
+            return _prepared("docstrings").docstrings(folder, preset=data.preset)
         case "beir":
             return collection.beir(
                 pathlib.Path(data.path), train_qrels=data.train_qrels, eval_qrels=data.eval_qrels
@@ -407,9 +410,14 @@ def open_collection(data: ml_collections.ConfigDict, folder: pathlib.Path) -> co
         case "rocketqa":
             return tables.rocketqa(data.path)
         case "dpr":
-            return dpr.dpr(data.path)
+            return optional.load("rqv2_jax.data.dpr", "data in DPR's layout").dpr(data.path)
         case "tevatron":
             return tevatron.tevatron(data.path)
+
+
+def _prepared(module: str):
+    """Returns one of the modules that keep texts as tensorflow-datasets."""
+    return optional.load(f"rqv2_jax.data.{module}", "data that is not read from a folder")
 
 
 def texts_of(run: Run, store: tokens.Store) -> collection.Collection:

@@ -102,9 +102,7 @@ class World:
     torch_models: dict  # "query", "passage", "encoder": transformers' BertModel
     folders: dict
 
-    def batches(
-        self, *, models, in_batch, shards, accumulate=1, batch=8, max_blocks=1, row_width=0
-    ):
+    def batches(self, *, models, in_batch, shards, accumulate=1, batch=8, max_blocks=1, flat=False):
         from rqv2_jax.data.batches import ListBatches
 
         return ListBatches(
@@ -119,7 +117,7 @@ class World:
             accumulate=accumulate,
             own=range(shards * accumulate),
             max_blocks=max_blocks,
-            row_width=row_width,
+            flat=flat,
         )
 
     def loss(self, name, models=None, accumulate=1):

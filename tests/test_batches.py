@@ -56,7 +56,7 @@ def batches_of(store, queries, lists, **changed):
     given = dict(
         batch=BATCH, models=("retriever", "reranker"), in_batch=False, shards=1, accumulate=1
     )
-    given |= {"max_blocks": 3, "row_width": 0} | changed
+    given |= {"max_blocks": 3, "flat": False} | changed
     own = range(given["shards"] * given["accumulate"])
     return ListBatches(store, queries, INPUTS, lists, **{"own": own, **given})
 
@@ -118,11 +118,11 @@ def expected_sequences(store, queries, query, passages):
     }
 
 
-@pytest.mark.parametrize("row_width", [0, 64])
+@pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("parts", [1, 2, 4])
-def test_every_passage_of_a_list_is_at_its_place(parts, row_width):
+def test_every_passage_of_a_list_is_at_its_place(parts, flat):
     store, queries, lists = world()
-    batches = batches_of(store, queries, lists, shards=parts, row_width=row_width)
+    batches = batches_of(store, queries, lists, shards=parts, flat=flat)
     assert batches.steps == 4
     # The lists of the first four batches, in another order.
     lists, given = batches.lists, lists

@@ -41,10 +41,12 @@ def test_the_joint_step_and_its_rival_do_the_same_work(run, texts, pooling):
     own.model.pooling = pooling
     # Large enough that the third loss tells whether both were updated alike.
     own.joint.learning_rate = 3e-3
-    found = benchmarks.joint(workdir.open_run(own, run.workdir), texts, 2, versus=True)
+    (found,) = benchmarks.joint(workdir.open_run(own, run.workdir), texts, 2, versus=True)
     assert found["losses"] == pytest.approx(found["torch_losses"], rel=1e-3)
-    assert found["ratio"] == pytest.approx(found["torch_step_seconds"] / found["step_seconds"])
-    assert 1 < found["computed_over_real_tokens"] < found["torch_padded_over_real_tokens"] * 1.2
+    assert found["torch_ratio"] == pytest.approx(
+        found["torch_step_seconds"] / found["step_seconds"]
+    )
+    assert 1 < found["computed_over_real_tokens"] < found["padded_over_real_tokens"] * 1.2
     # With cls pooling the only layer is the last, of which first tokens alone go on.
     assert 0.1 < found["compiled_over_model_flop"] < 1.5
     assert found["pairs_per_second"] == pytest.approx(16 / found["step_seconds"])
@@ -63,12 +65,12 @@ def test_what_cannot_be_compared_is_one_line(run, texts, changes, versus, messag
     own = config_lib.loads(config_lib.dumps(run.config))
     own.update_from_flattened_dict(changes)
     with pytest.raises(InputError, match=message):
-        benchmarks.joint(workdir.open_run(own, run.workdir), texts, 2, versus=versus)
+        list(benchmarks.joint(workdir.open_run(own, run.workdir), texts, 2, versus=versus))
 
 
 def test_model_flops_are_those_of_real_tokens(run, texts):
     """By the formula in the planner's docstring, of each sequence at its own length, three times."""
-    batches = benchmarks._batches(run, texts, 1)
+    batches = benchmarks.joint_batches(run, texts, 1)
     d, f = 384, 1536
     expected = 0
     for kind in KINDS:

@@ -33,7 +33,7 @@ def sequences(vocab_size, seed=0):
 
 def lay_out(seqs, starts, pad_token=0):
     """Sequence i starts at (row, column) `starts[i]`; all else is padding."""
-    pads = (pad_token, 0, 0, len(seqs))
+    pads = (pad_token, 0, 0, -1)
     first_RxS = np.zeros((ROWS, 2), np.int32)
     block = Block(*(np.full((ROWS, WIDTH), pad, np.int32) for pad in pads), first_RxS)
     for number, ((row, start), (tokens, types)) in enumerate(zip(starts, seqs)):
@@ -85,7 +85,7 @@ def transformers_states(model, seqs, layer=-1):
         states = model(
             input_ids=torch.tensor(block.tokens_RxT).long(),
             token_type_ids=torch.tensor(block.types_RxT).long(),
-            attention_mask=torch.tensor(block.sequence_RxT < len(seqs)).long(),
+            attention_mask=torch.tensor(block.sequence_RxT >= 0).long(),
             output_hidden_states=True,
         ).hidden_states[layer]
     return [state[: len(tokens)].numpy() for state, (tokens, _) in zip(states, seqs)]
@@ -115,7 +115,7 @@ def test_gradients_are_those_of_transformers(tiny):
     """Those of the embeddings, behind everything, and of queries and keys, behind the softmax alone."""
     config, params, model, seqs = tiny
     block = one_row_each(seqs)
-    real_RxT = block.sequence_RxT < len(seqs)
+    real_RxT = block.sequence_RxT >= 0
     directions_NxD = np.random.default_rng(3).normal(size=(ROWS * WIDTH, 32)).astype(np.float32)
     directions_NxD *= real_RxT.reshape(-1, 1)
     _, ours = pull_back(config, params, block, directions_NxD)
@@ -229,7 +229,7 @@ def test_jaxs_own_attention_gives_the_same(tiny, monkeypatch):
     config, params, _, seqs = tiny
     block = shared_rows(seqs)
     directions = np.random.default_rng(0).normal(size=(ROWS * WIDTH, 32)).astype(np.float32)
-    directions *= (block.sequence_RxT < len(seqs)).reshape(-1, 1)
+    directions *= (block.sequence_RxT >= 0).reshape(-1, 1)
     own = dataclasses.replace(config, attention="xla")
     asked, lengths, attention = [], [], jax.nn.dot_product_attention
 

@@ -15,7 +15,7 @@ from rqv2_jax.data.packing import (
     assemble,
     pack,
     plan,
-    plan_shared,
+    plan_flat,
     stack,
 )
 
@@ -65,7 +65,7 @@ def assert_every_sequence_is_at_its_place(packed, ragged):
         assert (sequence[at] == n).all()
         assert padding[at].all(), "no two sequences overlap"
         padding[at] = False
-    assert (sequence[padding] == len(ragged.lengths_N)).all()
+    assert (sequence[padding] == -1).all()
     for rest in (tokens, types, positions):
         assert not rest[padding].any()
 
@@ -121,51 +121,36 @@ def test_every_sequence_comes_back_from_its_place(lengths, max_blocks, slack, se
     assert_every_sequence_is_at_its_place(packed, ragged)
 
 
-@given(
-    st.integers(1, 20).flatmap(
-        lambda n: st.lists(
-            st.lists(st.integers(1, 70), min_size=n, max_size=n), min_size=1, max_size=4
-        )
-    ),
-    st.sampled_from([72, 96, 256]),
-)
-@settings(deadline=None, max_examples=200)
-def test_sequences_share_rows_and_come_back_from_their_places(batches, width):
-    shape = plan_shared(np.array(batches), width)
-    assert shape.width == width
-    assert shape.slots == width // 16
-    needed = []
-    for lengths in batches:
-        ragged = ragged_of(lengths)
-        packed = pack(ragged, [shape])
-        (block,) = packed.blocks
-        assert block.tokens_RxT.shape == shape[:2]
-        assert block.first_RxS.shape == (shape.rows, shape.slots)
-        assert {x.dtype for x in (*block, packed.slot_N)} == {np.dtype(np.int32)}
-        assert len(set(packed.slot_N.tolist())) == len(lengths)
-        assert_every_sequence_is_at_its_place(packed, ragged)
-        needed.append((packed.slot_N // shape.slots).max() + 1)
-        # First fit: two rows that are not full would have been one.
-        fills = np.sort((block.sequence_RxT < len(lengths)).sum(axis=1))
-        counts = np.bincount(packed.slot_N // shape.slots, minlength=shape.rows)
-        if counts.max() < shape.slots and (fills > 0).sum() > 1:
-            assert fills[fills > 0][:2].sum() > width
-    assert max(needed) == shape.rows, "no more rows than the fullest batch needs"
+@given(st.lists(st.integers(0, 70), min_size=1, max_size=40), st.integers(0, 300))
+@settings(deadline=None)
+def test_sequences_lie_end_to_end_in_a_flat_row(lengths, spare):
+    """Those without tokens too; the row may be longer than this batch needs."""
+    ragged, shape = ragged_of(lengths), plan_flat(sum(lengths) + spare + 1, len(lengths))
+    assert shape.rows == 1
+    assert shape.width % 128 == shape.slots % 16 == 0
+    assert shape.width - 128 <= sum(lengths) + spare < shape.width
+    packed = pack(ragged, [shape])
+    (block,) = packed.blocks
+    assert block.tokens_RxT.shape == shape[:2]
+    assert block.first_RxS.shape == (1, shape.slots)
+    assert {x.dtype for x in (*block, packed.slot_N)} == {np.dtype(np.int32)}
+    assert_every_sequence_is_at_its_place(packed, ragged)
+    # In their order, and slots without a sequence stand on padding.
+    first_S = block.first_RxS[0]
+    assert (np.diff(first_S) >= 0).all()
+    assert (block.sequence_RxT[0, first_S[len(lengths) :]] == -1).all()
 
 
-def test_shared_rows_are_nearly_full():
-    """With the lengths of MS MARCO's passages, mean 79 of 128 tokens."""
-    rng = np.random.default_rng(0)
-    lengths_BxN = np.clip(rng.lognormal(np.log(76), 0.36, (1, 384)), 16, 128).astype(int)
-    shape = plan_shared(lengths_BxN, 256)
-    assert shape.rows * shape.width < 1.05 * lengths_BxN.sum()
+def test_a_flat_row_that_is_full_keeps_its_slots_inside():
+    packed = pack(ragged_of([100, 28, 0]), [Shape(1, 128, 16)])
+    assert packed.blocks[0].first_RxS.max() == 127
 
 
-def test_shared_rows_that_do_not_suffice_are_refused():
-    with pytest.raises(ValueError, match="1 rows for sequences that need 2"):
-        pack(ragged_of([20, 20]), [Shape(1, 32, 2)])
-    with pytest.raises(ValueError, match="1 rows for sequences that need 2"):
-        pack(ragged_of([2, 2, 2]), [Shape(1, 32, 2)])
+def test_a_flat_row_that_does_not_suffice_is_refused():
+    with pytest.raises(ValueError, match="for 2 sequences of 129 tokens"):
+        pack(ragged_of([100, 29]), [Shape(1, 128, 16)])
+    with pytest.raises(ValueError, match="for 17 sequences of 34 tokens"):
+        pack(ragged_of([2] * 17), [Shape(1, 128, 16)])
 
 
 def test_rows_of_one_width_keep_the_order_of_the_sequences():

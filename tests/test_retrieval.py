@@ -1,3 +1,4 @@
+import dataclasses
 import types
 
 import jax
@@ -222,6 +223,44 @@ def test_every_sequence_has_one_row_that_holds_it(usual, lengths, shards, tokens
             assert np.all(numbers_R[: len(real)] == real)
     assert sorted(found) == list(range(len(lengths)))
     assert shapes <= {layout.usual, layout.spare}
+
+
+@given(
+    lengths=st.lists(st.integers(1, 96), min_size=1, max_size=300),
+    shards=st.sampled_from([1, 2, 4]),
+    tokens=st.sampled_from([30, 300, 2000]),
+)
+@settings(deadline=None)
+def test_flat_rows_hold_every_sequence_once(lengths, shards, tokens):
+    lengths_N = np.array(lengths)
+    layout, found = stream.plan_flat(lengths_N, 96, tokens), []
+    (shape,) = layout.usual
+    assert shape.rows == 1
+    assert shape.width <= max(tokens, 128)
+    for numbers_SxR, shapes in stream.schedule(lengths_N, layout, shards):
+        assert shapes == (shape,)
+        assert numbers_SxR.shape == (shards, shape.slots)
+        for numbers_R in numbers_SxR:
+            real = numbers_R[numbers_R >= 0]
+            assert lengths_N[real].sum() <= shape.width
+            assert np.all(numbers_R[: len(real)] == real)
+            found += list(real)
+    assert found == list(range(len(lengths)))
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_flat_rows_give_the_same_vectors(world, forward, pooling):
+    """By the kernel, of a store's passages in several batches, some of them not full."""
+    shape = dataclasses.replace(world.models.config, attention="ragged")
+    flat = dataclasses.replace(world.models, config=shape, pooling=pooling)
+    plain = dataclasses.replace(world.models, pooling=pooling)
+    tower, rows_N, found = world.params["retriever"]["passage"], np.arange(24), []
+    for models in (flat, plain):
+        own = stream.make_forward(
+            *(models, world.inputs, sharding_lib.make(1, 1)), batch_tokens=256, max_blocks=3
+        )
+        found.append(encode.passages(own, tower, world.store, rows_N))
+    np.testing.assert_allclose(*found, rtol=0, atol=2e-5)
 
 
 def computed_over_real(lengths_N, layout, shards):

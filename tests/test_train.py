@@ -99,7 +99,7 @@ def gradients_of(model, config, folder):
     return weights.load_encoder(folder, config)
 
 
-@pytest.mark.parametrize("layout", [{"max_blocks": 12}, {"row_width": 32}])
+@pytest.mark.parametrize("layout", [{"max_blocks": 12}, {"flat": True}])
 @pytest.mark.parametrize("name", ["retriever", "paper"])
 def test_packed_batches_give_the_gradients_of_padded_ones(world, name, layout):
     loss_fn, models, in_batch = world.loss(name)
@@ -110,7 +110,7 @@ def test_packed_batches_give_the_gradients_of_padded_ones(world, name, layout):
     for chosen in ({}, layout):
         batches = world.batches(models=models, in_batch=in_batch, shards=1, **chosen)
         found.append(step(params, batches.make(0), jax.random.key(0)))
-    kinds = {"max_blocks": lambda x: len(x) > 1, "row_width": lambda x: x[0].slots > 1}
+    kinds = {"max_blocks": lambda x: len(x) > 1, "flat": lambda x: x[0].slots > 1}
     assert any(kinds[next(iter(layout))](shapes) for shapes in batches.shapes.values())
     ((plain, _), plain_grads), ((packed, _), packed_grads) = found
     assert float(packed) == pytest.approx(float(plain), rel=1e-5)

@@ -8,17 +8,14 @@ training, P passages of a list, B lists of a part (of all parts where it stands 
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-import tensorflow as tf
 
+from rqv2_jax import optional
 from rqv2_jax.data import packing
 from rqv2_jax.data.inputs import Inputs
 from rqv2_jax.data.lists import Lists
 from rqv2_jax.data.packing import Ragged
 from rqv2_jax.data.tokens import Queries, Store
 from rqv2_jax.errors import InputError
-
-# The accelerators belong to JAX.
-tf.config.set_visible_devices([], "GPU")
 
 # Lists that change places, and whose lengths are looked at, at once.
 WINDOW = 2**14
@@ -42,7 +39,7 @@ class ListBatches:
       accumulate: parts of a shard, computed one after the other; must divide `batch`.
       own: the parts to make; the others are made on other hosts.
       max_blocks: most shapes that one kind of input is laid into, a row for each sequence.
-      row_width: tokens of a row that sequences share instead; 0 for none.
+      flat: whether all sequences of a part lie end to end in one row instead.
 
     A batch is a dict: `queries`, `passages`, `pairs` (`packing.Packed`), `positive` and `where`
     [O, B, P], and with `in_batch` the same two over the whole batch, `in_batch_positive` and
@@ -63,7 +60,7 @@ class ListBatches:
         accumulate: int,
         own: Sequence[int],
         max_blocks: int,
-        row_width: int,
+        flat: bool,
     ):
         if batch % accumulate:
             raise InputError(
@@ -86,9 +83,7 @@ class ListBatches:
         if not (self.positive_LxP[:, 0].all() and (self.positive_LxP.sum(axis=1) == 1).all()):
             raise ValueError("a list does not have its one positive first")
         self.shapes = {
-            kind: self._plan(kind, max_blocks, row_width)
-            for model in models
-            for kind in READS[model]
+            kind: self._plan(kind, max_blocks, flat) for model in models for kind in READS[model]
         }
 
     def _lengths(self, kind, queries_L, passages_LxP):
@@ -115,21 +110,20 @@ class ListBatches:
         most = max(WINDOW // self.batch, 1)
         return [(first, min(most, self.steps - first)) for first in range(0, self.steps, most)]
 
-    def _plan(self, kind, max_blocks, row_width):
+    def _plan(self, kind, max_blocks, flat):
         """The shapes that hold this kind of input of all parts."""
-        longest_N, rows = 0, 0
+        longest_N, tokens = 0, 0
         for first, steps in self._windows():
             window = slice(first * self.batch, (first + steps) * self.batch)
             lengths_LxN = self._lengths(
                 kind, self.lists.query_rows_L[window], self.lists.passages_LxP[window]
             )
             lengths_BxN = by_part(lengths_LxN, self.batch, self.slots_SxB)
-            if row_width:
-                shape = packing.plan_shared(lengths_BxN, row_width)
-                rows = max(rows, shape.rows)
-            else:
-                longest_N = np.maximum(longest_N, np.sort(lengths_BxN, axis=1).max(axis=0))
-        return (shape._replace(rows=rows),) if row_width else packing.plan(longest_N, max_blocks)
+            longest_N = np.maximum(longest_N, np.sort(lengths_BxN, axis=1).max(axis=0))
+            tokens = max(tokens, int(lengths_BxN.sum(axis=1).max()))
+        if flat:
+            return (packing.plan_flat(tokens, len(longest_N)),)
+        return packing.plan(longest_N, max_blocks)
 
     def make(self, step: int) -> dict:
         """Batch number `step` as numpy arrays."""
@@ -173,6 +167,7 @@ class ListBatches:
 
     def stream(self, first_step: int) -> Iterator[dict]:
         """Batches from `first_step` to the last, made ahead of time by tf.data threads."""
+        tf = optional.tensorflow("the stream of training batches")
         example = self.make(first_step)
         flat = tf.nest.flatten(example)
 

@@ -11,12 +11,12 @@ import numpy as np
 
 WIDTH_MULTIPLE = 8
 SLACK = 1.01
-# Of a shared row, for each sequence that it may hold.
-TOKENS_PER_SLOT = 16
+# Multiples in which a flat row's tokens and the sequences that it may hold come.
+FLAT_TOKENS, FLAT_SLOTS = 128, 16
 
 
 class Shape(NamedTuple):
-    """Of a block: R, T and S. With S = 1 there is a row for every sequence."""
+    """R, T and S of a block: a row for every sequence (S = 1), or one flat row for all of them."""
 
     rows: int
     width: int
@@ -24,12 +24,12 @@ class Shape(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Rows of one width. A row holds one sequence or several; int32 throughout.
+    """Rows of one width. A row holds one sequence, or a flat one all; int32 throughout.
 
-    `sequence_RxT` is the number of the sequence a token belongs to, or N on padding: it keeps
+    `sequence_RxT` is the number of the sequence a token belongs to, or -1 on padding: it keeps
     attention inside a sequence and tells mean pooling which tokens to average. Positions restart at 0
-    with every sequence. `first_RxS` is the column of each sequence's first token, 0 where a row holds
-    fewer than S.
+    with every sequence. `first_RxS` is the column of each sequence's first token; where a row holds
+    fewer than S, that of padding.
     """
 
     tokens_RxT: np.ndarray
@@ -121,45 +121,28 @@ def size(shapes: Sequence[Shape]) -> int:
     return sum(shape.rows * shape.width for shape in shapes)
 
 
-def plan_shared(lengths_BxN: np.ndarray, width: int) -> Shape:
-    """The shape of shared rows that hold every batch."""
-    shape = Shape(0, width, max(width // TOKENS_PER_SLOT, 1))
-    return shape._replace(rows=int(_share(lengths_BxN, shape)[0].max()) + 1)
-
-
-def _share(lengths_BxN, shape: Shape):
-    """First-fit decreasing: the row, column and slot of every sequence, each [B, N]."""
-    batches, count = lengths_BxN.shape
-    most = min(count, 2 * (lengths_BxN.sum(axis=1).max() // shape.width + count // shape.slots) + 2)
-    free_BxR = np.full((batches, most), shape.width)
-    slots_BxR = np.full((batches, most), shape.slots)
-    each_B = np.arange(batches)
-    found = np.empty((3, batches, count), np.int64)
-    for number_B in np.argsort(-lengths_BxN, axis=1, kind="stable").T:
-        length_B = lengths_BxN[each_B, number_B]
-        row_B = np.argmax((free_BxR >= length_B[:, None]) & (slots_BxR > 0), axis=1)
-        column_B = shape.width - free_BxR[each_B, row_B]
-        slot_B = shape.slots - slots_BxR[each_B, row_B]
-        found[:, each_B, number_B] = row_B, column_B, slot_B
-        free_BxR[each_B, row_B] -= length_B
-        slots_BxR[each_B, row_B] -= 1
-    return found
+def plan_flat(tokens: int, sequences: int) -> Shape:
+    """Returns the shape of one row that holds this many sequences of so many tokens end to end."""
+    width, slots = -(-tokens // FLAT_TOKENS) * FLAT_TOKENS, -(-sequences // FLAT_SLOTS) * FLAT_SLOTS
+    return Shape(1, width, slots)
 
 
 def pack(ragged: Ragged, shapes: Sequence[Shape]) -> Packed:
-    """Lays the sequences into blocks: a row each, shortest first, or into the shared rows of one block.
+    """Lays the sequences into blocks: a row each, shortest first, or end to end into one flat row.
 
     Raises:
       ValueError: the rows are not as many as the sequences, or a sequence is longer than its row; or
-        the sequences need more shared rows.
+        the flat row is too short, or holds fewer sequences.
     """
     count = len(ragged.lengths_N)
     if shapes[0].slots > 1:
-        (shape,) = shapes
-        row_N, column_N, place_N = _share(ragged.lengths_N[None], shape)[:, 0]
-        if row_N.max() >= shape.rows:
-            raise ValueError(f"{shape.rows} rows for sequences that need {row_N.max() + 1}")
-        start_N, slot_N = row_N * shape.width + column_N, row_N * shape.slots + place_N
+        (shape,), ends_N = shapes, np.cumsum(ragged.lengths_N)
+        if ends_N[-1] > shape.width or count > shape.slots:
+            raise ValueError(f"{shape} for {count} sequences of {ends_N[-1]} tokens")
+        start_N, slot_N = ends_N - ragged.lengths_N, np.arange(count)
+        # Those without tokens may stand at the very end; slots without a sequence do.
+        first_S = np.full(shape.slots, min(ends_N[-1], shape.width - 1))
+        first_S[:count] = start_N.clip(max=shape.width - 1)
     else:
         widths = np.repeat([shape.width for shape in shapes], [shape.rows for shape in shapes])
         if len(widths) != count:
@@ -170,17 +153,16 @@ def pack(ragged: Ragged, shapes: Sequence[Shape]) -> Packed:
         start_N, slot_N = np.empty((2, count), np.int64)
         start_N[order_N] = np.cumsum(widths) - widths
         slot_N[order_N] = np.arange(count)
-        column_N = np.zeros(count, np.int64)
+        first_S = np.zeros(count, np.int64)
 
     flat_tokens, flat_types, flat_positions = np.zeros((3, size(shapes)), np.int32)
-    flat_sequence = np.full(size(shapes), count, np.int32)
+    flat_sequence = np.full(size(shapes), -1, np.int32)
     to = _ranges(start_N, ragged.lengths_N)
     flat_tokens[to] = ragged.tokens
     flat_types[to] = ragged.types
     flat_positions[to] = _ranges(np.zeros(count, np.int64), ragged.lengths_N)
     flat_sequence[to] = np.repeat(np.arange(count), ragged.lengths_N)
-    flat_first = np.zeros(sum(shape.rows * shape.slots for shape in shapes), np.int32)
-    flat_first[slot_N] = column_N
+    flat_first = first_S.astype(np.int32)
 
     blocks, start, slot = [], 0, 0
     for rows, width, slots in shapes:

@@ -16,7 +16,7 @@ import tqdm
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from rqv2_jax import hosts
+from rqv2_jax import hosts, optional
 
 QUERIES_PER_TILE = 256
 PASSAGES_PER_TILE = 2**15
@@ -119,8 +119,7 @@ def build_scann(shards: list[np.ndarray], settings, depth: int, folder: pathlib.
     `searched_share` is searched, and enough to see `seen` times the depth; `reorder` times the depth
     is then scored exactly.
     """
-    # Slow to import, and needed by few commands.
-    import scann
+    scann = optional.load("scann", "an index by ScaNN")
 
     total = sum(map(len, shards))
     depth = min(depth, total)

@@ -17,13 +17,16 @@ from rqv2_jax.sharding import Sharding
 
 # Of a usual batch's tokens, a spare one's.
 SPARE_SHARE = 0.25
+# Slots of a flat row relative to the sequences of usual length that it holds.
+SPARE_SLOTS = 1.5
 
 
 class Layout(NamedTuple):
     """The shapes of one device's rows, in the two batches that are compiled.
 
     A `usual` batch has short and long rows in the proportions of the usual lengths; a `spare` one has
-    rows for any length, for the few sequences that usual batches have no room for.
+    rows for any length, for the few sequences that usual batches have no room for. Where sequences lie
+    end to end in one flat row, both are the same.
     """
 
     usual: tuple[packing.Shape, ...]
@@ -43,13 +46,14 @@ class Forward:
 
     `vectors` and `reranker_scores` are those of `Models` over all shards. In one pass a device computes
     at most `batch_tokens` tokens, those of padding included, if they hold a row; the rows have at most
-    `max_blocks` widths.
+    `max_blocks` widths, or are one `flat` row.
     """
 
     inputs: Inputs
     sharding: Sharding
     batch_tokens: int
     max_blocks: int
+    flat: bool
     vectors: Callable
     reranker_scores: Callable
 
@@ -97,6 +101,8 @@ class Forward:
 
     def layout(self, usual_N: np.ndarray, longest: int) -> Layout:
         """`plan` for this pass's tokens."""
+        if self.flat:
+            return plan_flat(usual_N, longest, self.batch_tokens)
         return plan(usual_N, longest, self.batch_tokens, self.max_blocks)
 
 
@@ -120,6 +126,13 @@ def plan(usual_N: np.ndarray, longest: int, tokens: int, max_blocks: int) -> Lay
         rows = max(int(rows * tokens / computed), 1)
 
 
+def plan_flat(usual_N: np.ndarray, longest: int, tokens: int) -> Layout:
+    """Returns one flat row of at most `tokens`, if they hold a sequence, with slots to spare."""
+    tokens = max(tokens // packing.FLAT_TOKENS * packing.FLAT_TOKENS, longest)
+    shape = packing.plan_flat(tokens, int(SPARE_SLOTS * tokens / usual_N.mean()) + 1)
+    return Layout((shape,), (shape,))
+
+
 def make_forward(
     models: Models, inputs: Inputs, sharding: Sharding, *, batch_tokens: int, max_blocks: int
 ) -> Forward:
@@ -129,13 +142,31 @@ def make_forward(
         sharding,
         batch_tokens,
         max_blocks,
+        models.config.attention == "ragged",
         sharding.per_shard(models.vectors),
         sharding.per_shard(models.reranker_scores),
     )
 
 
+def _in_flat_rows(lengths_N: np.ndarray, shape: packing.Shape, shards: int) -> Iterator[Batch]:
+    """Yields batches of flat rows, filled with the sequences in their order."""
+    ends_N, first, rows = np.append(0, np.cumsum(lengths_N)), 0, []
+    while first < len(lengths_N):
+        last = np.searchsorted(ends_N, ends_N[first] + shape.width, side="right") - 1
+        last = min(int(last), first + shape.slots)
+        rows.append(np.full(shape.slots, -1))
+        rows[-1][: last - first] = np.arange(first, last)
+        first = last
+    rows += [np.full(shape.slots, -1)] * (-len(rows) % shards)
+    for numbers_SxR in np.stack(rows).reshape(-1, shards, shape.slots):
+        yield Batch(numbers_SxR, (shape,))
+
+
 def schedule(lengths_N: np.ndarray, layout: Layout, shards: int) -> Iterator[Batch]:
-    """The batches that hold all sequences with the fewest tokens computed."""
+    """Yields the batches that hold all sequences with the fewest tokens computed."""
+    if layout.usual[0].slots > 1:
+        yield from _in_flat_rows(lengths_N, layout.usual[0], shards)
+        return
     widths_K, rows_K = np.array([(shape.width, shape.rows) for shape in layout.usual]).T[:, ::-1]
     order_N = np.argsort(-lengths_N, kind="stable")
     # By the narrowest rows that hold it, widest first.

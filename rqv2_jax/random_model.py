@@ -1,0 +1,75 @@
+"""Model folders with random weights, for measuring speed where no weights lie on disk."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rqv2_jax import bert, weights
+from rqv2_jax.data.packing import Block
+
+# Devlin et al. 2019, and ERNIE 2.0 base.
+BASE = {
+    "vocab_size": 30522,
+    "hidden_size": 768,
+    "num_heads": 12,
+    "intermediate_size": 3072,
+    "max_positions": 512,
+    "type_vocab_size": 4,
+    "layer_norm_eps": 1e-12,
+    "activation": "gelu",
+    "initializer_range": 0.02,
+}
+# The shapes by name, with their number of layers: those of BERT base, of all-MiniLM-L6-v2 and of the
+# smallest BERT of Turc et al. 2019.
+SHAPES = {
+    "bert-base": (BASE, 12),
+    "minilm": (BASE | {"hidden_size": 384, "intermediate_size": 1536, "type_vocab_size": 2}, 6),
+    "bert-tiny": (BASE | {"hidden_size": 128, "num_heads": 2, "intermediate_size": 512}, 2),
+}
+
+# Each a token of its own in the folders made here, and to BERT.
+WORDS = [str(number) for number in (*range(10, 100), *range(1900, 2015))]
+
+
+def params_like(config: bert.BertConfig):
+    """Returns the shapes of an encoder's params, `jax.ShapeDtypeStruct`s."""
+    blocks = (Block(*[jnp.zeros((1, 128), jnp.int32)] * 5),)
+    init = bert.Encoder(config).init
+    return jax.eval_shape(lambda key: init(key, blocks, deterministic=True), jax.random.key(0))[
+        "params"
+    ]
+
+
+def write(name: str, folder: pathlib.Path):
+    """Writes a model folder of one of `SHAPES`: normal weights, and a tokenizer that knows `WORDS`."""
+    # Slow to import.
+    import transformers
+
+    shape, layers = SHAPES[name]
+    config = bert.BertConfig(
+        **shape,
+        num_layers=layers,
+        dropout=0.1,
+        dtype="float32",
+        remat="none",
+        attention="plain",
+        unrolled=False,
+    )
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        kind = path[-1].key
+        if kind in ("bias", "scale"):
+            return np.full(leaf.shape, float(kind == "scale"), np.float32)
+        # Larger than BERT's own, so that what a text says reaches its scores without training.
+        return rng.standard_normal(leaf.shape, np.float32) * leaf.shape[-2] ** -0.5
+
+    params = jax.tree_util.tree_map_with_path(draw, params_like(config))
+    weights.save_encoder(folder, folder, config, params)
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    vocabulary = [*special, *WORDS]
+    vocabulary += [f"[unused{i}]" for i in range(config.vocab_size - len(vocabulary))]
+    vocabulary = {token: number for number, token in enumerate(vocabulary)}
+    transformers.BertTokenizer(vocab=vocabulary).save_pretrained(folder)
