@@ -413,18 +413,20 @@ def run_arrays(
     return passages_QxK, scores_QxK
 
 
-# Which columns of a run file hold passage and score, or rank, by how many there are.
-_RUN_COLUMNS = {6: (2, 4), 3: (1, 2), 4: (1, 3)}
+# Which columns of a run file hold passage, rank and score, by how many there are.
+_RUN_COLUMNS = {6: (2, None, 4), 3: (1, 2, None), 4: (1, 2, 3)}
 
 
 def _parse_run_line(columns: list[str], where: str) -> tuple[str, str, float]:
-    passage, score = _RUN_COLUMNS[len(columns)]
-    text, ranked = columns[score], len(columns) == 3
-    try:
-        value = float(int(text)) if ranked else float(text)
-    except ValueError:
-        value = np.nan
-    if np.isnan(value):
-        what = "rank" if ranked else "score"
-        raise InputError(f"{where}: the {what} {text!r} is not a number: correct it")
-    return columns[0], columns[passage], -value if ranked else value
+    passage, rank, score = _RUN_COLUMNS[len(columns)]
+    value = np.nan
+    for what, column, read in (("rank", rank, lambda text: -int(text)), ("score", score, float)):
+        if column is None:
+            continue
+        try:
+            value = float(read(columns[column]))
+        except ValueError:
+            value = np.nan
+        if np.isnan(value):
+            raise InputError(f"{where}: the {what} {columns[column]!r} is not a number: correct it")
+    return columns[0], columns[passage], value
