@@ -454,14 +454,14 @@ def _read_queries(split: _Split) -> Iterator[Query]:
     positive = {label.query_id for label in labels(split.labels) if label.relevance > 0}
     if not positive:
         raise InputError(f"{split.labels}: no row has a score above 0; add the positive passages")
-    every = max(len(positive) // HELD_OUT, FEWEST_HELD_OUT)
-    every = min(every, HELD_OUT, len(positive))
-    number = 0
-    for query in _read_query_file(split.queries):
-        if query.id in positive and query.text.strip():
-            if takes(number, split.held_out, every):
-                yield query
-            number += 1
+
+    def asked():
+        queries = _read_query_file(split.queries)
+        return (query for query in queries if query.id in positive and query.text.strip())
+
+    count = 0 if split.held_out is None else sum(1 for _ in asked())
+    every = min(max(count // HELD_OUT, FEWEST_HELD_OUT), HELD_OUT, max(count, 1))
+    yield from (q for number, q in enumerate(asked()) if takes(number, split.held_out, every))
 
 
 def _read_qrels(split: _Split) -> Iterator[Qrel]:
