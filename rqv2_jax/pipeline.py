@@ -369,13 +369,15 @@ def denoise_report(run: Run, labels: str, samples: int) -> tuple[dict, list[dict
     positives_2xN = queries.positives()
     fuller_2xN = None
     if labels:
-        fuller = collection.beir(
-            pathlib.Path(data.path), train_qrels=labels, eval_qrels=data.eval_qrels
-        )
+        # All of the file: which queries were held out depends on the labels.
+        folder = pathlib.Path(data.path) / labels
+        if not folder.is_dir():
+            raise InputError(f"{folder}: no such qrels folder; add it or name another one")
+        fuller = collection.labels(collection.required(folder, "qrels", "train.tsv"))
         query_rows, passage_rows = (
             dict(zip(ids, range(len(ids)))) for ids in (queries.ids, store.passage_ids)
         )
-        trained_on = (label for label in fuller.qrels("train") if label.query_id in query_rows)
+        trained_on = (label for label in fuller if label.query_id in query_rows)
         left = collection.Left()
         query_N, passage_N, relevance_N = collection.check_qrels(
             trained_on, query_rows, passage_rows, left

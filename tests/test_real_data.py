@@ -218,6 +218,27 @@ def test_a_loss_that_is_not_finite_stops_before_it_is_saved(messy, tmp_path, sta
     assert "\n" not in messages[0]
 
 
+def test_a_dev_score_that_is_no_number_names_the_stage_and_not_a_passage(
+    messy, tmp_path, monkeypatch
+):
+    config, _, _ = messy
+    config = config_lib.loads(config_lib.dumps(config))
+    config.retriever.epochs = 0.0
+    config.reranker.update({"evaluate_every": 2, "save_every": 1})
+    score_pairs = evaluation.rerank.scores
+
+    def broken(forward, params, *given):
+        scores = score_pairs(forward, params, *given)
+        measured.append(scores.shape)
+        return scores if len(measured) == 1 else scores * np.nan
+
+    measured = []
+    monkeypatch.setattr(evaluation.rerank, "scores", broken)
+    with pytest.raises(InputError, match=r"^reranker, step 2: dev/reranker RR@10 is nan; "):
+        pipeline.main(config, tmp_path / "w")
+    assert [path.name for path in (tmp_path / "w/reranker/last").glob("[0-9]*")] == ["1"]
+
+
 def restored(run, stage):
     """The params of a stage's last checkpoint."""
     import orbax.checkpoint as ocp
