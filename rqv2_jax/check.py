@@ -7,6 +7,7 @@ the data are not usable.
 With --workdir: is the re-ranker to be believed, and where? Prints score histograms, counts by threshold
 and some candidates that were not trusted as negatives; writes the counts to eval/denoise.json. With
 fuller labels than those trained on, in a qrels folder beside them, also how often denoising is right.
+Data or weights that have moved since are given as --data, --weights.
 
 Examples:
   python -m rqv2_jax.check --config configs/beir.py --config.data.path=FOLDER

@@ -490,7 +490,8 @@ def texts_of(run: Run, store: tokens.Store) -> collection.Collection:
       InputError: they have changed since.
     """
     path = run.config.data.path
-    if path and not pathlib.Path(path).exists():
+    embedded = run.config.data.dataset == "docstrings"
+    if path and not embedded and not pathlib.Path(path).exists():
         raise InputError(
             f"{path}: the texts of {run.workdir} are not there any more; give their new place as "
             "--data DIR"
