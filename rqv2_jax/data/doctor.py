@@ -316,7 +316,8 @@ class _Doctor:
         if split == "train" and judged and complete:
             mined = subset(len(queries), self.config.mine.queries, self.config.seed)
             counted_N = np.isin(query_rows_N, mined) & relevant_N
-            found = {"retriever": relevant_N.sum(), "reranker": counted_N.sum()}
+            asked_N = relevant_N & (query_rows_N >= 0)
+            found = {"retriever": asked_N.sum(), "reranker": counted_N.sum()}
             if not self.config.joint.lists:
                 found["joint"] = counted_N.sum()
             self.num_lists |= {stage: int(count) for stage, count in found.items()}
