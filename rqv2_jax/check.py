@@ -7,6 +7,7 @@ the data are not usable.
 With --workdir: is the re-ranker to be believed, and where? Prints score histograms, counts by threshold
 and some candidates that were not trusted as negatives; writes the counts to eval/denoise.json. With
 fuller labels than those trained on, in a qrels folder beside them, also how often denoising is right.
+Data or weights that have moved since are given as --data, --weights.
 
 Examples:
   python -m rqv2_jax.check --config configs/beir.py --config.data.path=FOLDER
@@ -31,7 +32,7 @@ def main():
     given = flags.FLAGS
     if given.config is None:
         return _denoising(pathlib.Path(given.workdir), given.labels, given.samples)
-    for name in ("labels", "samples"):
+    for name in ("labels", "samples", "data", "weights"):
         if given[name].present:
             raise InputError(f"--{name} goes with --workdir; leave it out")
     return _data(given.config)
@@ -58,7 +59,7 @@ def _denoising(workdir: pathlib.Path, labels: str, samples: int):
     from rqv2_jax.data import denoise
     from rqv2_jax.workdir import alone, open_workdir
 
-    run = open_workdir(workdir)
+    run = open_workdir(workdir, **program.places())
     with alone(workdir):
         report, shown = pipeline.denoise_report(run, labels, samples)
         path = run.workdir / "eval" / "denoise.json"
@@ -78,6 +79,7 @@ def _denoising(workdir: pathlib.Path, labels: str, samples: int):
 if __name__ == "__main__":
     program.define_config("Config whose data are examined.")
     flags.DEFINE_string("workdir", None, "A workdir whose candidates have been scored.")
+    program.define_places()
     flags.DEFINE_string(
         "labels", "", "With --workdir: folder with fuller train.tsv, beside the qrels."
     )

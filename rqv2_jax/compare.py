@@ -4,9 +4,10 @@ import pathlib
 from collections.abc import Sequence
 
 import numpy as np
+import tqdm
 
 from rqv2_jax import metrics
-from rqv2_jax.data import collection
+from rqv2_jax.data import collection, own_texts
 from rqv2_jax.errors import InputError
 
 
@@ -37,7 +38,9 @@ def compare(
     A row has the means `a` and `b`, `difference` = a - b with its 95% bootstrap interval from `low`
     to `high`, and the p-value of the two-sided paired randomisation test. All queries with a relevant
     passage count; in a run that does not name one it has 0. `min_relevance` is that of a relevant
-    passage in all metrics but nDCG, as their names then say.
+    passage in all metrics but nDCG, as their names then say. Of a run in which most queries find the
+    passage with their own id first, being in the corpus themselves, these passages are left out, and
+    that is printed.
 
     Raises:
       InputError: a file cannot be used, or a run shares no query with the qrels.
@@ -47,6 +50,7 @@ def compare(
     for path, run in zip((a, b), runs):
         if not run.keys() & set(query_ids):
             raise InputError(f"{path}: holds no query of {qrels}; give the qrels of its queries")
+    runs = [_without_own(path, run) for path, run in zip((a, b), runs)]
     listed = {passage for run in runs for found in run.values() for passage, _ in found}
     passage_ids = sorted(listed | {passage for _, passage in judged})
     query_rows, passage_rows = (
@@ -70,6 +74,18 @@ def compare(
         rows.append({**row, "difference": difference, "low": low, "high": high, "p_value": p_value})
     relevant = {query_ids[row] for row in metrics.judged_queries(qrels_3xN)}
     return rows, len(a_J), tuple(len(relevant & run.keys()) for run in runs)
+
+
+def _without_own(path: pathlib.Path, run: dict[str, list[tuple[str, float]]]):
+    best = {query: max(found, key=lambda pair: pair[1])[0] for query, found in run.items()}
+    own = sum(query == passage for query, passage in best.items())
+    # Numbers may be ids of both by chance, but then not at the top.
+    if own < own_texts.MOST * len(run):
+        return run
+    tqdm.tqdm.write(
+        f"{path}: {own:,} of {len(run):,} queries find themselves, as passages; these are ignored"
+    )
+    return {q: [pair for pair in found if pair[0] != q] for q, found in run.items()}
 
 
 def render(rows: list[dict], queries: int, named: tuple[int, ...], a: str, b: str) -> str:

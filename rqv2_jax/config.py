@@ -37,6 +37,7 @@ FETCHED = ("msmarco", *_BEIR)
 CHOICES = {
     "data.dataset": ("docstrings", "beir", "msmarco", "rocketqa", "dpr", "tevatron", *_BEIR),
     "data.preset": ("core", "full"),
+    "data.ignore_identical_ids": ("auto", "always", "never"),
     "model.pooling": ("cls", "mean"),
     "model.passage_format": ("title_sep_text", "title_text"),
     "model.dtype": ("float32", "bfloat16"),
@@ -102,6 +103,9 @@ def default() -> ml_collections.ConfigDict:
                 "train_qrels": "qrels",  # beir: folder of the labels to train on
                 "eval_qrels": "qrels",  # beir: folder of the labels of dev and test
                 "titles": True,
+                # A passage with the query's own id is neither a negative nor a hit, as in BEIR:
+                # "always", "never", or "auto" where most such passages have their query's text.
+                "ignore_identical_ids": "auto",
                 "query_length": 32,  # tokens, special tokens included
                 "passage_length": 128,
                 "pair_length": 160,

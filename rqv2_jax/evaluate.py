@@ -1,12 +1,13 @@
 """Evaluates every model state of a workdir, or compares two run files.
 
 The first form retrieves, re-ranks, writes run files and metrics. With --topics and --qrels its queries
-and labels are those of the files (`qid <tab> text` or TREC topics; TREC, MS MARCO or BEIR qrels), the
-passages the workdir's; what it writes is named after the topics file. With --candidates, a TREC run
-file of any system, nothing is retrieved: the re-rankers re-rank the first passages that the file lists.
-With --distributed all these run on several hosts, as rqv2_jax.main does.
-The last form takes any two TREC run files and qrels and prints differences, 95% intervals and paired
-p-values.
+and labels are those of the files (`qid <tab> text`, TREC topics or BEIR's queries.jsonl; TREC, MS MARCO
+or BEIR qrels), the passages the workdir's; what it writes is named after the topics file. With
+--candidates, a run file of any system, nothing is retrieved: the re-rankers re-rank the first passages
+that the file lists. With --distributed all these run on several hosts, as rqv2_jax.main does. Data or
+weights that have moved since are given as --data, --weights.
+The last form takes any two run files and qrels and prints differences, 95% intervals and paired
+p-values. Run files are TREC's, MS MARCO's (qid, pid, rank) or RocketQA's (qid, pid, rank, score).
 
 Examples:
   python -m rqv2_jax.evaluate --workdir workdir/docstrings --split dev --index exact
@@ -25,6 +26,7 @@ from rqv2_jax.errors import InputError
 
 INDEXES = ("exact", "scann")
 
+program.define_places()
 _WORKDIR = flags.DEFINE_string("workdir", None, "A workdir that rqv2_jax.main has finished.")
 _SPLIT = flags.DEFINE_enum("split", "test", ["train", "dev", "test"], "Which queries.")
 _INDEX = flags.DEFINE_enum("index", "exact", INDEXES, "How passages are searched.")
@@ -67,16 +69,16 @@ def _evaluate(workdir: pathlib.Path):
         hosts.start()
     from rqv2_jax.workdir import alone, open_workdir
 
-    run = open_workdir(workdir)
+    run = open_workdir(workdir, **program.places())
     with alone(workdir):
         _report(run)
 
 
 def _report(run):
     from rqv2_jax import evaluation
-    from rqv2_jax.data import tokens
+    from rqv2_jax.workdir import open_store
 
-    store, split = tokens.open_store(run.workdir / "data" / "tokens"), _SPLIT.value
+    store, split = open_store(run), _SPLIT.value
     if _TOPICS.value:
         files = pathlib.Path(_TOPICS.value), pathlib.Path(_QRELS.value)
         store, split = evaluation.with_topics(run, store, *files)

@@ -6,10 +6,11 @@ import pathlib
 import re
 
 import numpy as np
+import tqdm
 
 from rqv2_jax import artifacts, hosts, metrics, mining
 from rqv2_jax.data import answers as answers_lib
-from rqv2_jax.data import collection, tokens, topics
+from rqv2_jax.data import collection, own_texts, tokens, topics
 from rqv2_jax.data import lists as lists_lib
 from rqv2_jax.errors import InputError
 from rqv2_jax.retrieval import encode, index, rerank
@@ -56,6 +57,9 @@ class Dev:
         self.pool_N = np.sort(np.append(pool, others[:fill]))
 
     def _score(self, passages_QxK, scores_QxK) -> float:
+        if np.isnan(scores_QxK).any():
+            # The loop stops at it, and knows the stage and the step.
+            return np.nan
         values = metrics.evaluate(
             passages_QxK, scores_QxK, self.store.passage_ids, self.qrels, [DEV_METRIC]
         )
@@ -66,8 +70,10 @@ class Dev:
         forward = self.run.forward
         passages_NxD = encode.passages(forward, params["passage"], self.store, self.pool_N)
         queries_QxD = encode.queries(forward, params["query"], self.queries.texts, self.rows_Q)
-        rows_QxK, scores_QxK = index.exact(queries_QxD, [passages_NxD], 10)
-        return self._score(self.pool_N[rows_QxK], scores_QxK)
+        own_Q = own_texts.of_rows(self.queries, self.rows_Q)
+        depth = own_texts.deeper(10, own_Q)
+        rows_QxK, scores_QxK = index.exact(queries_QxD, [passages_NxD], depth)
+        return self._score(*own_texts.without(self.pool_N[rows_QxK], scores_QxK, own_Q))
 
     def reranker(self, params) -> float:
         """RR@10 of the re-ranker over each query's candidates."""
@@ -97,23 +103,29 @@ def with_topics(
         )
     qrels = list(collection.labels(collection.open_file(qrels_file)))
     judged = {label.query_id for label in qrels if label.relevance > 0}
-    queries = [query for query in topics.topics(topics_file) if query.id in judged]
+    given, left = list(topics.topics(topics_file)), collection.Left()
+    queries = [query for query in topics.asked(given, left) if query.id in judged]
     ids = [query.id for query in queries]
     query_rows, passage_rows = (
         {key: row for row, key in enumerate(each)} for each in (ids, store.passage_ids)
     )
-    qrels_3xN = np.stack(collection.check_qrels(qrels, query_rows, passage_rows)).astype(np.int64)
+    query_rows = {query.id: -1 for query in given if not query.text.strip()} | query_rows
+    found = collection.check_qrels(qrels, query_rows, passage_rows, left)
+    qrels_3xN = np.stack(found).astype(np.int64)
+    for line in left.lines():
+        tqdm.tqdm.write(f"  {name}: {line}")
     if not ids:
         raise InputError(f"{qrels_file}: no relevance is above 0; give labels of {topics_file}")
     texts = run.tokenizer.texts([query.text for query in queries])
     fingerprint = collection.content_hash([topics_file, qrels_file])
     further = tokens.Queries(texts, ids, qrels_3xN, fingerprint)
+    further = own_texts.of_queries(store, further, run.config.data.ignore_identical_ids)
     return dataclasses.replace(store, splits={**store.splits, name: further}), name
 
 
 def stem(file: pathlib.Path) -> str:
     """The name of a file of topics or candidates without its ending; results are named after it."""
-    return re.sub(r"(\.tsv|\.txt|\.trec|\.run)?(\.gz)?$", "", file.name)
+    return re.sub(r"(\.tsv|\.txt|\.jsonl|\.trec|\.run)?(\.gz)?$", "", file.name)
 
 
 def _asked(settings, queries: tokens.Queries) -> tuple[np.ndarray, np.ndarray]:
@@ -248,7 +260,8 @@ def evaluate_candidates(
     `evaluate`. Writes as that does, with `name` for the index and `<split>.<name>` for the split.
 
     Args:
-      path: TREC run file; queries of the split that it does not name have no candidates and count 0.
+      path: run file, as `metrics.read_trec_run` reads it; queries of the split that it does not name
+        have no candidates and count 0.
 
     Raises:
       InputError: the file cannot be used, or a stage has not been run.
@@ -270,8 +283,10 @@ def evaluate_candidates(
                     f"{path}: passage {passage!r} of query {query!r} is not in the collection; give "
                     "a run over its passages"
                 )
-    arrays = metrics.run_arrays(found, query_ids, passage_rows)
-    passages_RxK, scores_RxK = metrics.sort_run(*arrays, store.passage_ids)
+    passages_RxK, scores_RxK = metrics.run_arrays(found, query_ids, passage_rows)
+    own_R = own_texts.of_rows(report.queries, rows_R)
+    passages_RxK = np.where(passages_RxK == own_R[:, None], -1, passages_RxK)
+    passages_RxK, scores_RxK = metrics.sort_run(passages_RxK, scores_RxK, store.passage_ids)
     scores_RxK = np.where(passages_RxK < 0, 0, scores_RxK)
     given = passages_RxK, scores_RxK
     report.add("candidates", "given", name, rows_R, *given, queries_named=named)
@@ -326,16 +341,25 @@ def _measure(run: Run, store: tokens.Store, split: str):
 
 
 def retrieve(
-    run: Run, store: tokens.Store, texts: tokens.Texts, rows_Q: np.ndarray, state: str, name: str
+    run: Run,
+    store: tokens.Store,
+    texts: tokens.Texts,
+    rows_Q: np.ndarray,
+    state: str,
+    name: str,
+    own_Q: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """What the retriever of a state finds for some of the queries by the index "exact" or "scann".
+
+    Without the passages of `own_Q`, one for each query, or -1.
 
     Returns:
       (passage rows [Q, K], scores [Q, K]), best first, K = `config.evaluate.retrieve_depth`; with
       ScaNN, which searches on the first of several hosts, None on the others.
     """
     settings, stage = run.config.evaluate, run.trained_by(state, "retriever")
-    depth, shards = settings.retrieve_depth, mining.corpus_vectors(run, store, state)
+    shards = mining.corpus_vectors(run, store, state)
+    depth = own_texts.deeper(settings.retrieve_depth, own_Q)
     # All hosts have to ask for this, though the first alone may use it.
     source = f"{run.origin(state, 'retriever')} {store.fingerprint}"
     tower = run.params(state, "retriever")["query"]
@@ -349,7 +373,7 @@ def retrieve(
     else:
         return None
     # By the tie rule, so that the re-ranker's cut does not depend on the order of the corpus.
-    return metrics.sort_run(*found, store.passage_ids)
+    return own_texts.without(*metrics.sort_run(*found, store.passage_ids), own_Q)
 
 
 def _search(run: Run, store: tokens.Store, split: str, rows_Q: np.ndarray, state: str, name: str):
@@ -361,7 +385,8 @@ def _search(run: Run, store: tokens.Store, split: str, rows_Q: np.ndarray, state
 
     def cached(index_name, source):
         def compute():
-            found = retrieve(run, store, queries.texts, rows_Q, state, index_name)
+            own_Q = own_texts.of_rows(queries, rows_Q)
+            found = retrieve(run, store, queries.texts, rows_Q, state, index_name, own_Q)
             return {} if found is None else dict(zip(("passages", "scores"), found))
 
         path = run.workdir / "eval" / f"{split}.{stage}.{index_name}.npz"

@@ -8,6 +8,8 @@ joint-tsv: the hybrid lists of joint training, as the authors' release reads the
 label); the same file can be trained on with --config.joint.lists=FILE --config.joint.epochs=1 and
 --config.joint.list_size as this run has it.
 
+Data or weights that have moved since are given as --data, --weights.
+
 Examples:
   python -m rqv2_jax.export --workdir workdir/docstrings --format huggingface --to models
   python -m rqv2_jax.export --workdir workdir/docstrings --format joint-tsv --to lists.tsv
@@ -22,6 +24,7 @@ from absl import flags
 from rqv2_jax import program
 from rqv2_jax.errors import InputError
 
+program.define_places()
 _WORKDIR = flags.DEFINE_string("workdir", None, "A workdir that rqv2_jax.main has finished.")
 _FORMAT = flags.DEFINE_enum("format", None, ["huggingface", "joint-tsv"], "What to write.")
 _TO = flags.DEFINE_string("to", None, "The folder or file; a file is gzipped if it ends in .gz.")
@@ -37,7 +40,7 @@ def main():
     if _FORMAT.value == "huggingface" and pathlib.Path(_TO.value).exists():
         raise InputError(f"--to {_TO.value}: exists; name a folder that does not")
     path = program.file_to_write("to")
-    run = open_workdir(pathlib.Path(_WORKDIR.value))
+    run = open_workdir(pathlib.Path(_WORKDIR.value), **program.places())
     with alone(run.workdir):
         if _FORMAT.value == "huggingface":
             _models(run, path)

@@ -360,25 +360,35 @@ def write_trec_run(
 
 
 def read_trec_run(path: str | os.PathLike[str]) -> dict[str, list[tuple[str, float]]]:
-    """Returns each query's `(passage id, score)` pairs in the order of a TREC run file, gzipped or not.
+    """Returns each query's `(passage id, score)` pairs in the order of a run file, gzipped or not.
 
-    As float32 the scores are bit for bit those that `write_trec_run` was given.
+    Takes TREC's lines `qid Q0 docid rank score tag`, MS MARCO's `qid docid rank`, in which minus the
+    rank is the score, and RocketQA's `qid docid rank score`; columns are separated by white space. As
+    float32 the scores are bit for bit those that `write_trec_run` was given.
 
-    Ranks and tags are not read, for it is the scores that rank (`sort_run`). Empty lines are
-    skipped.
+    Where there are scores, ranks are not read, for it is the scores that rank (`sort_run`). Empty
+    lines are skipped.
 
     Raises:
-      InputError: a line without six columns, a score that is no number, a passage listed twice for
-        a query, text that is not UTF-8, or a file that cannot be read.
+      InputError: a line that is none of these or not as the first one, a score or rank that is no
+        number, a passage listed twice for a query, text that is not UTF-8, or a file that cannot be
+        read.
     """
     scores_by_query: dict[str, dict[str, float]] = {}
+    width = 0
     for number, line in collection.lines(collection.open_file(Path(path))):
-        query, passage, score = _parse_trec_line(line, f"{path}:{number}")
+        columns, where = line.split(), f"{path}:{number}"
+        width = width or len(columns)
+        if len(columns) != width or width not in _RUN_COLUMNS:
+            raise InputError(
+                f"{where}: {len(columns)} columns, but a line of a run has six, "
+                "`qid Q0 docid rank score tag`, or three or four, `qid docid rank [score]`, all alike"
+            )
+        query, passage, score = _parse_run_line(columns, where)
         scores = scores_by_query.setdefault(query, {})
         if passage in scores:
             raise InputError(
-                f"{path}:{number}: passage {passage} is listed twice for query {query}:"
-                " keep one of them"
+                f"{where}: passage {passage} is listed twice for query {query}: keep one of them"
             )
         scores[passage] = score
     return {query: list(scores.items()) for query, scores in scores_by_query.items()}
@@ -403,18 +413,20 @@ def run_arrays(
     return passages_QxK, scores_QxK
 
 
-def _parse_trec_line(line: str, where: str) -> tuple[str, str, float]:
-    columns = line.split()
-    if len(columns) != 6:
-        raise InputError(
-            f"{where}: {len(columns)} columns, but a line of a TREC run has six:"
-            " `qid Q0 docid rank score tag`"
-        )
-    query, _, passage, _, score_text, _ = columns
-    try:
-        score = float(score_text)
-    except ValueError:
-        score = np.nan
-    if np.isnan(score):
-        raise InputError(f"{where}: the score {score_text!r} is not a number: correct it")
-    return query, passage, score
+# Which columns of a run file hold passage, rank and score, by how many there are.
+_RUN_COLUMNS = {6: (2, None, 4), 3: (1, 2, None), 4: (1, 2, 3)}
+
+
+def _parse_run_line(columns: list[str], where: str) -> tuple[str, str, float]:
+    passage, rank, score = _RUN_COLUMNS[len(columns)]
+    value = np.nan
+    for what, column, read in (("rank", rank, lambda text: -int(text)), ("score", score, float)):
+        if column is None:
+            continue
+        try:
+            value = float(read(columns[column]))
+        except ValueError:
+            value = np.nan
+        if np.isnan(value):
+            raise InputError(f"{where}: the {what} {columns[column]!r} is not a number: correct it")
+    return columns[0], columns[passage], value

@@ -8,7 +8,7 @@ import numpy as np
 import tqdm
 
 from rqv2_jax import artifacts, hosts
-from rqv2_jax.data import joint_tsv, tokens
+from rqv2_jax.data import joint_tsv, own_texts, tokens
 from rqv2_jax.data import lists as lists_lib
 from rqv2_jax.errors import InputError
 from rqv2_jax.retrieval import encode, index, rerank
@@ -43,7 +43,9 @@ def _retrieve(
 
         def compute():
             vectors_QxD = encode.queries(run.forward, tower(), queries.texts, rows_Q)
-            passages_QxN, scores_QxN = index.exact(vectors_QxD, shards(), depth)
+            own_Q = own_texts.of_rows(queries, rows_Q)
+            found = index.exact(vectors_QxD, shards(), own_texts.deeper(depth, own_Q))
+            passages_QxN, scores_QxN = own_texts.without(*found, own_Q)
             return {"query_rows": rows_Q, "passages": passages_QxN, "scores": scores_QxN}
 
         found = artifacts.cached(folder / f"{split}.retrieved.npz", source, compute)
@@ -173,6 +175,7 @@ def draw_lists(
         return lists_lib.draw(
             candidates["train"],
             store.splits["train"].positives(),
+            own_2xN=store.splits["train"].own_2xN,
             list_size=settings.list_size,
             denoised_share=share,
             probability=probability,
@@ -222,6 +225,8 @@ def read_lists(run: Run) -> tuple[tokens.Store, lists_lib.Lists]:
     folder = run.workdir / "lists" / "given"
     hosts.from_first(lambda: tokens.prepare(texts, run.tokenizer, folder))
     store = tokens.open_store(folder)
+    for line in texts.remarks:
+        tqdm.tqdm.write(f"  {settings.lists}: {line}")
     try:
         given = lists_lib.without_known_positives(
             given, num_passages=len(store.passage_ids), seed=run.config.seed

@@ -16,7 +16,7 @@ import tqdm
 
 from rqv2_jax import artifacts, evaluation, hosts, mining, optional, train
 from rqv2_jax.checkpoint import Checkpoints, best_step
-from rqv2_jax.data import collection, denoise, joint_tsv, tokens
+from rqv2_jax.data import collection, denoise, joint_tsv, own_texts, tokens
 from rqv2_jax.data import lists as lists_lib
 from rqv2_jax.data.batches import ListBatches
 from rqv2_jax.errors import InputError
@@ -31,6 +31,7 @@ from rqv2_jax.workdir import (
     finished,
     open_collection,
     open_run,
+    open_store,
     texts_of,
 )
 
@@ -105,10 +106,16 @@ def prepare(run: Run) -> tokens.Store:
         tokens.prepare(texts, run.tokenizer, folder)
 
     hosts.from_first(make)
-    store = tokens.open_store(folder)
+    store = open_store(run)
     evaluation.check_metrics(run, store, "test")
     counts = ", ".join(f"{len(q.ids)} {split}" for split, q in store.splits.items())
     tqdm.tqdm.write(f"  {len(store.passage_ids)} passages; queries: {counts}")
+    for line in (*tokens.remarks(folder), *own_texts.remarks(store)):
+        tqdm.tqdm.write(f"  {line}")
+    empty_N = store.empty(run.config.data.titles)
+    if len(empty_N):
+        first = store.passage_ids[empty_N[0]]
+        tqdm.tqdm.write(f"  {len(empty_N):,} passages have no text; kept, empty (first: {first})")
     return store
 
 
@@ -188,7 +195,9 @@ def _train_stage(
 
         def evaluate(step, params):
             scores = {model: getattr(dev, model)(tree) for model, tree in params.items()}
-            write(step, {f"dev/{model} {DEV_METRIC}": score for model, score in scores.items()})
+            terms = {f"dev/{model} {DEV_METRIC}": score for model, score in scores.items()}
+            train.check_finite(name, step, terms)
+            write(step, terms)
             mean = sum(scores.values()) / len(scores)
             checkpoints.save_best(step, params, f"dev {DEV_METRIC}, mean of models", mean)
 
@@ -307,7 +316,7 @@ def _mined(run: Run) -> tuple[tokens.Store, dict, collection.Collection]:
         raise InputError(
             f"{lists}: holds no candidates yet; run rqv2_jax.main up to joint training"
         )
-    store = tokens.open_store(run.workdir / "data" / "tokens")
+    store = open_store(run)
     texts = texts_of(run, store)
     return store, mining.mine(run, store, mining.retrieve(run, store)), texts
 
@@ -360,16 +369,21 @@ def denoise_report(run: Run, labels: str, samples: int) -> tuple[dict, list[dict
     positives_2xN = queries.positives()
     fuller_2xN = None
     if labels:
-        fuller = collection.beir(
-            pathlib.Path(data.path), train_qrels=labels, eval_qrels=data.eval_qrels
-        )
+        # All of the file: which queries were held out depends on the labels.
+        folder = pathlib.Path(data.path) / labels
+        if not folder.is_dir():
+            raise InputError(f"{folder}: no such qrels folder; add it or name another one")
+        fuller = collection.labels(collection.required(folder, "qrels", "train.tsv"))
         query_rows, passage_rows = (
             dict(zip(ids, range(len(ids)))) for ids in (queries.ids, store.passage_ids)
         )
-        trained_on = (label for label in fuller.qrels("train") if label.query_id in query_rows)
+        trained_on = (label for label in fuller if label.query_id in query_rows)
+        left = collection.Left()
         query_N, passage_N, relevance_N = collection.check_qrels(
-            trained_on, query_rows, passage_rows
+            trained_on, query_rows, passage_rows, left
         )
+        for line in left.lines():
+            tqdm.tqdm.write(f"{labels}: {line}")
         fuller_2xN = np.stack([query_N, passage_N])[:, relevance_N > 0]
     below, above = run.config.mine.negative_below, run.config.mine.positive_above
     known = (training, positives_2xN, probability, len(store.passage_ids))

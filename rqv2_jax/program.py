@@ -24,6 +24,17 @@ def define_config(help_text: str = "Config file, as configs/nq.py[:preset].") ->
         _fail(e, 2)
 
 
+def define_places():
+    """The flags --data and --weights, for a workdir whose data or weights have moved."""
+    flags.DEFINE_string("data", "", "The data's new place, if they have moved since.")
+    flags.DEFINE_string("weights", "", "The weights' new place, if they have moved since.")
+
+
+def places() -> dict[str, str]:
+    """What the flags of `define_places` say, as `workdir.open_workdir` takes it."""
+    return {name: flags.FLAGS[name].value for name in ("data", "weights")}
+
+
 def run(
     main: Callable[..., None],
     doc: str,

@@ -27,13 +27,18 @@ class Scorer:
     reranker: Any
 
     def __call__(
-        self, query: str, passages: Sequence[tuple[str, str]]
+        self, query: str, passages: Sequence[tuple[str | None, str | None]]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Retriever and re-ranker scores [P], float32, of P passages given as (title, text)."""
+        """Retriever and re-ranker scores [P], float32, of P passages given as (title, text).
+
+        A title or text may be None, for there is none.
+        """
+        if not passages:
+            return np.zeros(0, np.float32), np.zeros(0, np.float32)
         encode_texts = self.run.tokenizer.texts
         store = tokens.Store(
-            titles=encode_texts([title for title, _ in passages]),
-            texts=encode_texts([text for _, text in passages]),
+            titles=encode_texts([title or "" for title, _ in passages]),
+            texts=encode_texts([text or "" for _, text in passages]),
             passage_ids=[str(i) for i in range(len(passages))],
             splits={},
             fingerprint="",
@@ -56,12 +61,15 @@ def open_scorer(workdir: str, state: str) -> Scorer:
     return Scorer(run, run.params(state, "retriever"), run.params(state, "reranker"))
 
 
-def search(run: Run, store: tokens.Store, questions: Sequence[str], state: str, index: str):
+def search(
+    run: Run, store: tokens.Store, questions: Sequence[str], state: str, index: str, *, own_Q
+):
     """What both models of a state of a run find for questions.
 
     Args:
       state: "reranker" (both warmed up) or "joint".
       index: "exact" or "scann".
+      own_Q: the row of a passage to ignore for each question, -1 for none.
 
     Returns:
       (passage rows [Q, K], retriever scores [Q, K], re-ranker scores [Q, R]), the best by the
@@ -72,7 +80,9 @@ def search(run: Run, store: tokens.Store, questions: Sequence[str], state: str, 
     """
     texts, rows_Q = run.tokenizer.texts(questions), np.arange(len(questions))
     params = run.params(state, "reranker")
-    passages_QxK, retriever_QxK = evaluation.retrieve(run, store, texts, rows_Q, state, index)
+    passages_QxK, retriever_QxK = evaluation.retrieve(
+        run, store, texts, rows_Q, state, index, np.asarray(own_Q)
+    )
     top_QxR = passages_QxK[:, : run.config.evaluate.rerank_depth]
     reranker_QxR = rerank.scores(run.forward, params, store, texts, rows_Q, top_QxR)
     return passages_QxK, retriever_QxK, reranker_QxR

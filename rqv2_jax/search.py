@@ -1,7 +1,8 @@
 """Searches the passages of a workdir: its retriever finds, its re-ranker orders the first of them.
 
 With a question, prints the best passages with both models' scores. With --topics, writes what is found
-for each query of the file (`qid <tab> text` or TREC topics), which needs no labels, as a TREC run file.
+for each query of the file (`qid <tab> text`, TREC topics or BEIR's queries.jsonl), which needs no
+labels, as a TREC run file. Data or weights that have moved since are given as --data, --weights.
 
 Examples:
   python -m rqv2_jax.search --workdir workdir/quickstart "sort an array"
@@ -17,6 +18,7 @@ from absl import flags
 from rqv2_jax import program
 from rqv2_jax.errors import InputError
 
+program.define_places()
 _WORKDIR = flags.DEFINE_string("workdir", None, "A workdir that rqv2_jax.main has finished.")
 _TOPICS = flags.DEFINE_string("topics", None, "With --to: file of queries, in place of a question.")
 _TO = flags.DEFINE_string("to", None, "With --topics: the run file to write.")
@@ -41,14 +43,13 @@ def main(*question: str):
     to = program.file_to_write("to")
 
     from rqv2_jax import score
-    from rqv2_jax.data import tokens
-    from rqv2_jax.workdir import alone, open_workdir
+    from rqv2_jax.workdir import alone, open_store, open_workdir
 
-    run = open_workdir(pathlib.Path(_WORKDIR.value))
-    store = tokens.open_store(run.workdir / "data" / "tokens")
+    run = open_workdir(pathlib.Path(_WORKDIR.value), **program.places())
+    store = open_store(run)
     with alone(run.workdir):
         if question:
-            found = score.search(run, store, question, _STATE.value, _INDEX.value)
+            found = score.search(run, store, question, _STATE.value, _INDEX.value, own_Q=[-1])
             print(render(run, store, *found, shown=_SHOWN.value))
         else:
             _write_run(run, store, pathlib.Path(_TOPICS.value), to)
@@ -83,21 +84,31 @@ def render(run, store, passages_1xK, retriever_1xK, reranker_1xR, *, shown: int)
 
 
 def _write_run(run, store, topics_file: pathlib.Path, path: pathlib.Path):
+    import numpy as np
+
     from rqv2_jax import metrics, score
-    from rqv2_jax.data import topics
+    from rqv2_jax.data import own_texts, tokens, topics
+    from rqv2_jax.data.collection import Left
     from rqv2_jax.retrieval import rerank
 
-    queries = list(topics.topics(topics_file))
+    left = Left()
+    queries = topics.asked(topics.topics(topics_file), left)
     if not queries:
-        raise InputError(f"{topics_file}: holds no query")
+        raise InputError(f"{topics_file}: holds no query; give one with text")
     state = _STATE.value
     texts = [query.text for query in queries]
-    found = score.search(run, store, texts, state, _INDEX.value)
+    rows_Q, no_labels = np.arange(len(queries)), np.zeros((3, 0), np.int64)
+    asked = tokens.Queries(run.tokenizer.texts(texts), [query.id for query in queries], no_labels)
+    asked = own_texts.of_queries(store, asked, run.config.data.ignore_identical_ids)
+    own_Q = own_texts.of_rows(asked, rows_Q)
+    found = score.search(run, store, texts, state, _INDEX.value, own_Q=own_Q)
     passages_QxK, retriever_QxK, reranker_QxR = found
     scores_QxK = rerank.merge(reranker_QxR, retriever_QxK)
     ids = [query.id for query in queries]
     tag = f"rqv2_jax.{state}.reranker"
     metrics.write_trec_run(path, ids, store.passage_ids, passages_QxK, scores_QxK, tag)
+    for line in left.lines():
+        print(f"{topics_file}: {line}")
     print(f"run: {path}   {len(ids)} queries, {passages_QxK.shape[1]} passages each")
 
 

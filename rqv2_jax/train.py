@@ -17,6 +17,7 @@ import optax
 import tqdm
 
 from rqv2_jax import losses
+from rqv2_jax.errors import InputError
 from rqv2_jax.models import Models, retriever_scores
 from rqv2_jax.sharding import Sharding
 
@@ -224,6 +225,17 @@ class Hooks(NamedTuple):
     log: Callable[[int, dict[str, float]], None]
 
 
+def check_finite(stage: str, step: int, terms: Mapping[str, Any]):
+    """Raises InputError, which names stage, step and terms, if a number of a step is not finite."""
+    wrong = [f"{term} is {float(x):g}" for term, x in terms.items() if not np.isfinite(x)]
+    if wrong:
+        raise InputError(
+            f"{stage}, step {step}: {', '.join(wrong)}; the last checkpoint before it stays, and the "
+            f"same command resumes from there; if it stops here again, lower config.{stage}."
+            "learning_rate, in a new --workdir"
+        )
+
+
 def train(
     state: TrainState,
     *,
@@ -241,12 +253,15 @@ def train(
     With `stop`, it saves there and returns; another call goes on from that state.
 
     Steps are dispatched ahead: the terms of a step are read after the next one was dispatched, so
-    the host never waits for the step it has just started.
+    the host never waits for the step it has just started. Before anything is saved, all are read.
 
     Args:
       batches: `batches(first_step)` gives the device batches from that step on.
       stage: the stage's settings (`log_every`, `evaluate_every`, `save_every`, `batch`).
       name: shown on the progress bar.
+
+    Raises:
+      InputError: a term is not finite; nothing has been saved since.
     """
     first, stop = int(state.step), total_steps if stop is None else stop
     window: list[dict] = []
@@ -260,27 +275,37 @@ def train(
         hooks.log(step, {**means, "lists_per_second": len(terms) * stage.batch / (now - started)})
         started = now
 
+    unread: list[tuple[int, dict]] = []
+
+    def read(*, but: int = 0):
+        while len(unread) > but:
+            number, terms = unread.pop(0)
+            check_finite(name, number, jax.device_get(terms))
+
     pending: tuple[int, list[dict]] | None = None
     stream = batches(first) if first < stop else iter(())
     with tqdm.tqdm(total=total_steps, initial=first, desc=name, unit="step", smoothing=0.1) as bar:
         for step in range(first, stop):
             if step % stage.evaluate_every == 0:
+                read()
                 pause = time.monotonic()
                 hooks.evaluate(step, state.params)
                 started += time.monotonic() - pause
             if step % stage.save_every == 0 and step > first:
+                read()
                 hooks.save(step, state)
             state, terms = step_fn(state, next(stream), dropout_key)
+            unread.append((step + 1, terms))
+            # Bounds, too, how far the host runs ahead of the devices.
+            read(but=1)
             if pending is not None:
                 flush(*pending)
                 pending = None
             window.append(terms)
             if (step + 1) % stage.log_every == 0:
                 pending, window = (step + 1, window), []
-            if len(window) > 1:
-                # Bounds how far the host runs ahead of the devices.
-                jax.block_until_ready(window[-2]["loss"])
             bar.update()
+        read()
         if pending is not None:
             flush(*pending)
         if window:

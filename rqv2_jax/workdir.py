@@ -21,7 +21,7 @@ from rqv2_jax import config as config_lib
 from rqv2_jax import models as models_lib
 from rqv2_jax import sharding as sharding_lib
 from rqv2_jax.checkpoint import best_step, restore_best
-from rqv2_jax.data import collection, tables, tevatron, tokens
+from rqv2_jax.data import collection, own_texts, tables, tevatron, tokens
 from rqv2_jax.data.inputs import Inputs
 from rqv2_jax.errors import InputError
 from rqv2_jax.retrieval.stream import Forward, make_forward
@@ -211,11 +211,14 @@ def read_shape(config, folder: pathlib.Path) -> bert.BertConfig:
     )
 
 
-def open_workdir(workdir: pathlib.Path) -> Run:
+def open_workdir(workdir: pathlib.Path, *, data: str = "", weights: str = "") -> Run:
     """The run a workdir was made by, on the devices there are; says so if a stage is not finished.
 
+    Args:
+      data, weights: new places of what has moved since, of the same content.
+
     Raises:
-      InputError: the folder is no workdir.
+      InputError: the folder is no workdir, or the weights are not those it was made from.
     """
     path = workdir / "config.json"
     if not path.is_file():
@@ -228,12 +231,56 @@ def open_workdir(workdir: pathlib.Path) -> Run:
     if jax.default_backend() != "gpu":
         # Without dropout all give the same scores.
         config.model.attention = "plain"
+    if data:
+        config.data.path = data
+    _place_weights(config, workdir, weights)
     run = open_run(config, workdir)
+    if weights and _made_from(workdir) not in (None, _models_of(run)):
+        raise InputError(
+            f"--weights {weights}: are not the weights that {workdir} was made from; give a copy of "
+            "those"
+        )
     for stage in ("retriever", "reranker", "joint"):
         folder = workdir / stage
         if begun(folder) and not finished(folder):
             tqdm.tqdm.write(f"{folder}: is not finished; its models are the best until now")
     return run
+
+
+def _place_weights(config: ml_collections.ConfigDict, workdir: pathlib.Path, weights: str):
+    """Puts the weights' new place into a config; `InputError` if the old one is gone and none given."""
+    old = pathlib.Path(config.model.weights)
+    if weights:
+        config.model.weights = weights
+    elif len(old.parts) > 1 and not old.exists():
+        raise InputError(
+            f"{old}: the weights that {workdir} was made from are not there any more; give their new "
+            "place as --weights DIR"
+        )
+
+
+def _models_of(run: Run) -> dict[str, str]:
+    """Hashes of the files that a run's models and tokens are made from."""
+    return {"weights": run.weights_hash, "tokenizer": run.tokenizer.fingerprint}
+
+
+def _made_from(workdir: pathlib.Path) -> dict[str, str] | None:
+    """What `_models_of` gave when the workdir was made; None if that has not been written down."""
+    path = workdir / "environment.json"
+    if not path.is_file():
+        return None
+    return json.loads(path.read_text()).get("made_from")
+
+
+def _moved(run: Run, line: str) -> bool:
+    """Whether a changed setting is the place alone of data or weights, their content being the same."""
+    if line.startswith("model.weights:"):
+        return _made_from(run.workdir) == _models_of(run)
+    manifest = run.workdir / "data" / "tokens" / "manifest.json"
+    if not line.startswith("data.path:") or not manifest.is_file():
+        return False
+    texts = open_collection(run.config.data, run.workdir / "data" / "tfds")
+    return texts.fingerprint == json.loads(manifest.read_text())["source"]
 
 
 def _read_config(path: pathlib.Path) -> ml_collections.ConfigDict:
@@ -282,7 +329,8 @@ def alone(workdir: pathlib.Path):
 def claim(run: Run):
     """Writes config.json and environment.json; a workdir belongs to one config.
 
-    Settings of evaluation may change, and until joint training has begun those of `joint`.
+    Settings of evaluation may change, and until joint training has begun those of `joint`. Data and
+    weights may have moved, if their content is the same.
 
     Raises:
       InputError: the workdir was made by another config.
@@ -297,9 +345,12 @@ def claim(run: Run):
             joint = run.workdir / "joint"
             free = FREE if (joint / BEGUN).is_file() else (*FREE, "joint.")
             changed = [line for line in changed if not line.startswith(free)]
+            changed = [line for line in changed if not _moved(run, line)]
             if changed:
                 more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
                 mend = "give another --workdir, or the config it was made by"
+                if all(line.startswith(("data.path:", "model.weights:")) for line in changed):
+                    mend = "the files there are not those it was made from; give a copy of these"
                 if all(line.startswith("joint.") for line in changed):
                     mend += f"; or delete {joint} to train that stage again"
                 raise InputError(
@@ -327,6 +378,7 @@ def claim(run: Run):
         "devices": [str(d) for d in jax.devices()],
         "machine": platform.platform(),
         "commit": _commit() or "unknown",
+        "made_from": _models_of(run),
     }
     text = json.dumps(environment, indent=1) + "\n"
     artifacts.write_text(run.workdir / "environment.json", text)
@@ -420,12 +472,29 @@ def _prepared(module: str):
     return optional.load(f"rqv2_jax.data.{module}", "data that is not read from a folder")
 
 
+def open_store(run: Run) -> tokens.Store:
+    """The workdir's token store, with the passages that are queries themselves marked.
+
+    Raises:
+      InputError: there is none.
+    """
+    store = tokens.open_store(run.workdir / "data" / "tokens")
+    return own_texts.marked(store, run.config.data.ignore_identical_ids)
+
+
 def texts_of(run: Run, store: tokens.Store) -> collection.Collection:
     """The texts and labels that the workdir's token store was made from.
 
     Raises:
       InputError: they have changed since.
     """
+    path = run.config.data.path
+    embedded = run.config.data.dataset == "docstrings"
+    if path and not embedded and not pathlib.Path(path).exists():
+        raise InputError(
+            f"{path}: the texts of {run.workdir} are not there any more; give their new place as "
+            "--data DIR"
+        )
     texts = open_collection(run.config.data, run.workdir / "data" / "tfds")
     if store.fingerprint != f"{texts.fingerprint}-{run.tokenizer.fingerprint}":
         raise InputError(

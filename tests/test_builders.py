@@ -125,6 +125,45 @@ def test_beir_is_fetched_once_and_read_as_from_its_folder(tmp_path, data_dir, pu
     assert publish.asked == ["/fiqa.zip"]
 
 
+def test_holes_of_what_is_fetched_are_counted(tmp_path, data_dir, publish):
+    """As in the archive of FiQA, which holds empty rows."""
+    folder = write_beir(tmp_path / "folder")
+    (folder / "qrels" / "dev.tsv").unlink()
+    with (folder / "corpus.jsonl").open("a") as file:
+        for row in (
+            {"_id": "p5", "title": "", "text": ""},
+            {"_id": "p6", "title": "Six", "text": ""},
+        ):
+            file.write(json.dumps(row) + "\n")
+    with (folder / "queries.jsonl").open("a") as file:
+        file.write('{"_id": "q8", "text": ""}\n')
+    with (folder / "qrels" / "train.tsv").open("a") as file:
+        file.write("q8\tp1\t1\nq0\tp9\t0\nq0\tp1\t-1\n")
+    publish("beir_fiqa", zipped(folder, "fiqa"))
+    found, texts = open_collection("beir_fiqa"), open_collection("beir_fiqa", folder)
+    assert list(found.passages())[-2:] == [
+        collection.Passage("p5", "", ""),
+        collection.Passage("p6", "Six", ""),
+    ]
+    assert everything(found) == everything(texts)
+    left = collection.Left()
+    collection.left_out(texts, left)
+    assert left.lines() == [
+        "1 queries have no text; left out (first: q8)",
+        # Dev had its labels.
+        "1 queries have no positive or answer in any split; left out (first: q1)",
+    ]
+    assert found.remarks == (*texts.remarks, *left.lines())
+    assert found.remarks[0].startswith("dev is held out from the training queries")
+    # Labels of 0 are looked at where there are passages to find.
+    rows = {key: 0 for key in ("p1", "p2", "p3", "p4")}
+    left = collection.Left()
+    collection.check_qrels(found.qrels("dev"), {"q0": 0, "q2": 1}, rows, left)
+    collection.check_qrels(found.qrels("train"), {"q0": 0, "q2": 1}, rows, left)
+    assert len(left.lines()) == 1
+    assert open_collection("beir_fiqa").remarks == found.remarks
+
+
 def test_msmarco_is_fetched(tmp_path, data_dir, publish):
     (tmp_path / "folder").mkdir()
     folder = test_tables.write(tmp_path / "folder", names=test_tables.MSMARCO)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rqv2_jax.data.collection import Passage, Qrel, Query, beir, check_qrels
+from rqv2_jax.data.collection import Left, Passage, Qrel, Query, beir, check_qrels, left_out
 from rqv2_jax.errors import InputError
 
 CORPUS = [
@@ -22,6 +22,7 @@ QUERIES = [
     '{"_id": "q3", "text": "third?"}',
 ]
 TRAIN = ["query-id\tcorpus-id\tscore", "q2\tp2\t1", "q2\tp1\t0", "q1\tp1\t2"]
+DEV = ["q2\tp3\t1"]
 TEST = ["q3\tp3\t1", "q1\tp3\t0"]
 
 
@@ -31,6 +32,7 @@ def write(folder, changed=(), *, suffix=""):
         "corpus.jsonl": CORPUS,
         "queries.jsonl": QUERIES,
         "labels/train.tsv": TRAIN,
+        "labels/dev.tsv": DEV,
         "labels/test.tsv": TEST,
     } | dict(changed)
     for name, lines in files.items():
@@ -43,16 +45,18 @@ def write(folder, changed=(), *, suffix=""):
     return folder
 
 
-def read(folder, train="labels", evaluation="labels"):
-    """Everything, with the labels checked against the rows."""
+def read(folder, train="labels", evaluation="labels", left=None):
+    """Everything, with the labels checked against the rows; `left` counts what is left out."""
     collection = beir(folder, train_qrels=train, eval_qrels=evaluation)
+    left = Left() if left is None else left
+    mute = dict.fromkeys(left_out(collection, left), -1)
     passages = list(collection.passages())
     passage_rows = {passage.id: row for row, passage in enumerate(passages)}
     splits = {}
     for split in collection.splits:
         queries = list(collection.queries(split))
         query_rows = {query.id: row for row, query in enumerate(queries)}
-        labels = check_qrels(collection.qrels(split), query_rows, passage_rows)
+        labels = check_qrels(collection.qrels(split), mute | query_rows, passage_rows, left)
         splits[split] = (queries, [x.tolist() for x in labels])
     return passages, splits
 
@@ -78,6 +82,7 @@ EXPECTED = (
             [Query("q1", "first?", ("1", "one")), Query("q2", "second?", ())],
             [[1, 1, 0], [1, 0, 0], [1, 0, 2]],
         ),
+        "dev": ([Query("q2", "second?", ())], [[0], [2], [1]]),
         "test": ([Query("q3", "third?", ())], [[0], [2], [1]]),
     },
 )
@@ -92,6 +97,7 @@ def test_reads_queries_from_one_file_per_split(tmp_path):
     files = {
         "queries.jsonl": None,
         "queries.train.jsonl": QUERIES[:2],
+        "queries.dev.jsonl": QUERIES[:2],
         # q1 and its label of 0 are known here too.
         "queries.test.jsonl": [QUERIES[2], QUERIES[0]],
     }
@@ -103,9 +109,10 @@ def test_train_and_evaluation_labels_come_from_their_own_folders(tmp_path):
         "labels/test.tsv": ["q1\tp1\t1"],
         "full/train.tsv": ["q3\tp3\t1"],
         "full/dev.tsv": ["q2\tp1\t1"],
+        "full/test.tsv": ["q3\tp1\t1"],
     }
     splits = read(write(tmp_path, files), evaluation="full")[1]
-    assert list(splits) == ["train", "dev"]
+    assert list(splits) == ["train", "dev", "test"]
     assert splits["train"] == EXPECTED[1]["train"]
     assert splits["dev"][0] == [Query("q2", "second?", ())]
 
@@ -219,8 +226,8 @@ def test_missing_train_split(tmp_path):
 def test_unknown_split(tmp_path):
     collection = beir(write(tmp_path), train_qrels="labels", eval_qrels="labels")
     for stream in (collection.queries, collection.qrels):
-        with pytest.raises(InputError, match="no split 'dev'; it has train, test"):
-            list(stream("dev"))
+        with pytest.raises(InputError, match="no split 'eval'; it has train, dev, test"):
+            list(stream("eval"))
 
 
 def test_plain_beside_gzipped(tmp_path):
@@ -258,13 +265,94 @@ def test_bad_line(tmp_path, name, line, wrong):
     assert wrong in text
 
 
-@pytest.mark.parametrize("blank", ["", " ", "\\n\\t\\u00a0"])
+@pytest.mark.parametrize("blank", ['""', '" "', '"\\n\\t\\u00a0"', "null"])
+def test_a_passage_without_text_stays_with_its_title(tmp_path, blank):
+    line = f'{{"_id": "p4", "title": "Stone garden", "text": {blank}}}'
+    passages, splits = read(write(tmp_path, {"corpus.jsonl": [*CORPUS, line]}))
+    assert passages[:3] == EXPECTED[0]
+    assert (passages[3].id, passages[3].title) == ("p4", "Stone garden")
+    assert not passages[3].text.strip()
+    assert splits == EXPECTED[1]
+
+
+@pytest.mark.parametrize("blank", ['""', '" "', "null"])
+def test_a_query_without_text_is_left_out_with_its_labels_and_counted(tmp_path, blank):
+    files = {
+        "queries.jsonl": [*QUERIES, *(f'{{"_id": "q{n}", "text": {blank}}}' for n in (7, 8))],
+        # The other one has no label.
+        "labels/train.tsv": [*TRAIN, "q7\tp1\t1"],
+    }
+    left = Left()
+    assert read(write(tmp_path, files), left=left) == EXPECTED
+    assert left.lines() == ["2 queries have no text; left out (first: q7)"]
+
+
+def test_queries_without_a_positive_are_left_out_and_counted(tmp_path):
+    files = {
+        "queries.jsonl": [*QUERIES, '{"_id": "q4", "text": "?"}', '{"_id": "q5", "text": "?"}'],
+        "labels/train.tsv": [*TRAIN, "q5\tp1\t0"],
+    }
+    left = Left()
+    assert read(write(tmp_path, files), left=left) == EXPECTED
+    assert left.lines() == [
+        "2 queries have no positive or answer in any split; left out (first: q4)"
+    ]
+
+
+def test_labels_that_are_not_positive_may_name_what_is_not_there(tmp_path):
+    labels = [*TRAIN, "q1\tp9\t0", "q2\tp8\t-1", "q9\tp1\t0", "q9\tp1x\t-2"]
+    folder = write(tmp_path, {"labels/train.tsv": labels})
+    left = Left()
+    assert read(folder, left=left) == EXPECTED
+    file = tmp_path / "labels" / "train.tsv"
+    assert left.lines() == [
+        "3 labels that are not positive name a passage that is not there; left out "
+        f"(first: {file}:5, 'p9')"
+    ]
+
+
+@pytest.mark.parametrize("relevance", [-1, -2])
+def test_a_negative_relevance_is_not_relevant(tmp_path, relevance):
+    labels = [*TRAIN, f"q1\tp2\t{relevance}", f"q3\tp2\t{relevance}"]
+    _, splits = read(write(tmp_path, {"labels/train.tsv": labels}))
+    queries, (query_N, passage_N, relevance_N) = splits["train"]
+    assert queries == EXPECTED[1]["train"][0]
+    assert (query_N[-1], passage_N[-1], relevance_N[-1]) == (0, 1, relevance)
+
+
+def numbered(count):
+    queries = [f'{{"_id": "q{n}", "text": "question {n}"}}' for n in range(count)]
+    return {"queries.jsonl": queries, "labels/train.tsv": [f"q{n}\tp1\t1" for n in range(count)]}
+
+
 @pytest.mark.parametrize(
-    ("name", "what"), [("corpus.jsonl", "passage"), ("queries.jsonl", "query")]
+    ("count", "held_out"), [(2, [1]), (32, [9, 19, 29]), (1500, range(14, 1500, 15))]
 )
-def test_empty_text(tmp_path, name, what, blank):
-    text = message(write(tmp_path, {name: [f'{{"_id": "x", "text": "{blank}"}}']}))
-    assert text.startswith(f"{tmp_path / name}:1: empty {what}")
+def test_dev_is_held_out_of_train_where_it_has_no_labels(tmp_path, count, held_out):
+    files = {**numbered(count), "labels/dev.tsv": None, "labels/test.tsv": ["q0\tp3\t1"]}
+    folder = write(tmp_path, files)
+    _, splits = read(folder)
+    assert list(splits) == ["train", "dev", "test"]
+    ids = {split: [query.id for query in queries] for split, (queries, _) in splits.items()}
+    assert ids["dev"] == [f"q{n}" for n in held_out]
+    assert ids["train"] == [f"q{n}" for n in range(count) if n not in held_out]
+    assert ids["test"] == ["q0"]
+    for split in ("train", "dev"):
+        assert splits[split][1][0] == list(range(len(ids[split])))
+    (remark,) = beir(folder, train_qrels="labels", eval_qrels="labels").remarks
+    assert remark.startswith("dev is held out from the training queries")
+
+
+def test_labels_for_dev_alone_are_those_of_test(tmp_path):
+    folder = write(
+        tmp_path, {**numbered(20), "labels/dev.tsv": ["q0\tp3\t1"], "labels/test.tsv": None}
+    )
+    _, splits = read(folder)
+    assert [[query.id for query in queries] for queries, _ in splits.values()][1:] == [
+        ["q9", "q19"],
+        ["q0"],
+    ]
+    assert "test is dev.tsv" in beir(folder, train_qrels="labels", eval_qrels="labels").remarks[0]
 
 
 @pytest.mark.parametrize(("name", "key"), [("corpus.jsonl", "p2"), ("queries.jsonl", "q2")])
@@ -297,19 +385,16 @@ def test_title_and_answers_must_be_text(tmp_path):
 @pytest.mark.parametrize(
     ("line", "wrong"),
     [
-        ("q1\tp1", "2 tab-separated columns instead of 3 in 'q1\\tp1'"),
-        ("q1 p1 1", "1 tab-separated columns instead of 3 in 'q1 p1 1'"),
-        ("q1\t0\tp1\t1", "4 tab-separated columns"),
-        ("q1\tp1\t1.0", "score '1.0' is no integer"),
-        ("q1\tp1\t-1", "score '-1' is no integer"),
-        ("q1\tp1\t", "score '' is no integer"),
-        ("q1\tp1\t2147483648", "score '2147483648' is no integer from 0 to 2147483647"),
-        ("query-id\tcorpus-id\tscore", "score 'score' is no integer"),
-        ("q2\tp2\t3", "score 3 for query 'q2' and passage 'p2', but 1 on line 2"),
+        ("q1\tp1", "2 columns in 'q1\\tp1'; write"),
+        ("q1", "1 columns in 'q1'"),
+        ("q1\t0\tp1\t1", "4 columns"),
+        ("q1\tp1\t1.0", "relevance '1.0' is no integer"),
+        ("q1\tp1\t", "2 columns"),
+        ("q1\tp1\t2147483648", "relevance 2147483648 is beyond 2147483647"),
+        ("query-id\tcorpus-id\tscore", "relevance 'score' is no integer"),
+        ("q2\tp2\t3", "relevance 3 for query 'q2' and passage 'p2', but 1 on line 2"),
         ("q9\tp1\t1", "qrels name query 'q9'"),
-        ("q9\tp1\t0", "qrels name query 'q9'"),
         ("q1\tp9\t1", "qrels name passage 'p9'"),
-        ("q3\tp9\t0", "qrels name passage 'p9'"),
     ],
 )
 def test_bad_label(tmp_path, line, wrong):
@@ -353,13 +438,13 @@ def test_a_gz_file_that_is_not_gzipped(tmp_path):
 
 def test_check_qrels_maps_ids_to_rows():
     qrels = [Qrel("b", "y", 3, "f:1"), Qrel("a", "x", 0, "f:2"), Qrel("c", "x", 0, "f:3")]
-    rows = check_qrels(iter(qrels), {"a": 4, "b": 7}, {"x": 2**33, "y": 5})
+    rows = check_qrels(iter(qrels), {"a": 4, "b": 7}, {"x": 2**33, "y": 5}, Left())
     assert [row.tolist() for row in rows] == [[7, 4], [5, 2**33], [3, 0]]
     assert [row.dtype for row in rows] == [np.int64, np.int64, np.int32]
 
 
 def test_check_qrels_of_nothing_has_its_types():
-    rows = check_qrels([], {}, {})
+    rows = check_qrels([], {}, {}, Left())
     assert [(row.shape, row.dtype) for row in rows] == [
         ((0,), np.int64),
         ((0,), np.int64),
@@ -367,10 +452,17 @@ def test_check_qrels_of_nothing_has_its_types():
     ]
 
 
-def test_check_qrels_names_the_source_of_what_is_unknown():
+def test_check_qrels_names_the_source_of_what_is_unknown_and_counts_it():
     for qrel, wrong in [
-        (Qrel("a", "z", 0, "f:8"), "f:8: qrels name passage 'z'"),
-        (Qrel("z", "x", 1, "f:9"), "f:9: qrels name query 'z'"),
+        (Qrel("a", "z", 1, "f:8"), "f:8: qrels name passage 'z'"),
+        (Qrel("z", "x", 1, "f:8"), "f:8: qrels name query 'z'"),
     ]:
-        with pytest.raises(InputError, match=wrong):
-            check_qrels([qrel], {"a": 0}, {"x": 0})
+        qrels = [qrel, Qrel("a", "x", 1, "f:9"), qrel._replace(source="f:10")]
+        with pytest.raises(InputError, match=rf"{wrong}.*\(such labels: 2\)"):
+            check_qrels(qrels, {"a": 0}, {"x": 0}, Left())
+
+
+def test_labels_of_queries_that_are_left_out_go_with_them():
+    qrels = [Qrel("b", "x", 1, "f:1"), Qrel("a", "x", 1, "f:2")]
+    rows = check_qrels(qrels, {"a": 0, "b": -1}, {"x": 3}, Left())
+    assert [row.tolist() for row in rows] == [[0], [3], [1]]

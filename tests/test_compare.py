@@ -62,6 +62,25 @@ def test_means_are_those_of_ir_measures(files, least):
             assert row[column] == pytest.approx(expected[ir_measures.parse_measure(row["metric"])])
 
 
+def test_queries_that_find_themselves_first_are_measured_without(files, tmp_path, capsys):
+    """As BM25 finds them in ArguAna, where each query is a passage."""
+    plain = compared(files)
+    for name in ("a.trec", "b.trec", "qrels"):
+        (tmp_path / name).write_text((files / name).read_text())
+    with (tmp_path / "b.trec").open("a") as file:
+        file.writelines(f"q{n} Q0 q{n} 0 {1000 if n < 30 else -1} b\n" for n in range(10, 40))
+    assert compared(tmp_path) == plain
+    assert (
+        "b.trec: 20 of 30 queries find themselves, as passages; these are"
+        in capsys.readouterr().out
+    )
+    # Below the top a number may be the id of both.
+    text = (tmp_path / "b.trec").read_text().replace(" 1000 b", " 57.5 b")
+    (tmp_path / "b.trec").write_text(text)
+    assert compared(tmp_path) != plain
+    assert not capsys.readouterr().out
+
+
 def test_differences_lie_in_their_intervals_and_change_sign(files):
     rows, *_ = compared(files)
     swapped, *_ = compared(files, "b.trec", "a.trec")
@@ -103,7 +122,7 @@ def test_every_format_of_qrels(tmp_path, line, header):
         ("q1 0 p1 1\n\nq1 0 p2 yes\n", "qrels:3: relevance 'yes' is no integer"),
         (
             "q1 0 p1 1\nq1 0 p1 2\n",
-            "qrels:2: passage p1 has relevance 2 for query q1, but 1 before",
+            "qrels:2: relevance 2 for query 'q1' and passage 'p1', but 1 on line 1",
         ),
         ("other 0 p1 1\n", "a.trec: holds no query of"),
     ],

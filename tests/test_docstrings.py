@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rqv2_jax.data import docstrings
-from rqv2_jax.data.collection import check_qrels
+from rqv2_jax.data.collection import Left, check_qrels
 from rqv2_jax.data.docstrings import (
     Doc,
     name_key,
@@ -339,7 +339,7 @@ def test_collection_round_trip_and_rebuild(fake, tmp_path, capfd):
         ]
         query_rows = {query.id: row for row, query in enumerate(queries)}
         query_N, passage_N, relevance_N = check_qrels(
-            collection.qrels(split), query_rows, passage_rows
+            collection.qrels(split), query_rows, passage_rows, Left()
         )
         assert query_N.tolist() == list(range(len(queries)))
         assert [passages[row].id for row in passage_N] == [

@@ -129,10 +129,10 @@ ERRORS = {
         "passages",
         r"corpus\.jsonl:13: duplicate id 'p0'",
     ),
-    "empty text": (
-        {"corpus.jsonl": added(passage("p12", "title", " "))},
+    "no text": (
+        {"corpus.jsonl": added(passage("p12", "title", 7))},
         "passages",
-        r"corpus\.jsonl:13: empty passage",
+        r"corpus\.jsonl:13: `text` is 7",
     ),
     "empty corpus": ({"corpus.jsonl": []}, "passages", "the corpus is empty"),
     "query without id": (
@@ -143,24 +143,28 @@ ERRORS = {
     "qrels columns": (
         {"qrels/dev.tsv": replaced(1, "q9\tp9")},
         "dev qrels",
-        r"dev\.tsv:2: 2 tab-separated columns",
+        r"dev\.tsv:2: 2 columns",
     ),
     "unknown passages": (
-        {"qrels/test.tsv": added("q11\tnowhere\t1", "q11\tnor here\t0")},
+        {"qrels/test.tsv": added("q11\tnowhere\t1", "q11\tp1\t0", "q10\tnor_here\t2")},
         "test qrels",
         r"test\.tsv:3: qrels name passage 'nowhere', .* \(such labels: 2\)",
     ),
     "unknown query": (
-        {"qrels/train.tsv": added("nobody\tp1\t1")},
-        "train queries",
-        r"train\.tsv:9: qrels name query 'nobody'",
+        {"qrels/train.tsv": added("nobody\tp1\t1", "nobody\tp2\t0", "no_one\tp2\t1")},
+        "train qrels",
+        r"train\.tsv:9: qrels name query 'nobody', .* \(such labels: 2\)",
     ),
     "no positive": (
         {"qrels/dev.tsv": ["q8\tp8\t0"]},
         "dev queries",
         r"dev\.tsv: no row has a score above 0",
     ),
-    "no split": ({"qrels/dev.tsv": None}, "collection", "has no qrels for dev"),
+    "no split": (
+        {"qrels/dev.tsv": None, "qrels/test.tsv": None},
+        "collection",
+        "has no qrels for test",
+    ),
     "no file": ({"corpus.jsonl": None}, "collection", r"no corpus\.jsonl"),
     "test is train": (
         {"qrels/test.tsv": ["q0\tp0\t1", "q1\tp1\t1", "q10\tp10\t1"]},
@@ -252,6 +256,29 @@ WARNINGS = {
         "joint lists",
         r"1 of 6 lists \(16\.7%\) have a known positive of their query among .*, first list 6",
     ),
+    "passage without text": (
+        {"corpus.jsonl": added(passage("p12", "", " "), passage("p13", "", None))},
+        "passages",
+        r"^2 passages have no text; kept, empty \(first: 'p12'\)",
+    ),
+    "query without text": (
+        {
+            "queries.jsonl": added(query("q12", ""), query("q13", " ")),
+            "qrels/train.tsv": added("q13\tp1\t1"),
+        },
+        "queries",
+        r"^2 queries have no text; left out \(first: 'q12'\)",
+    ),
+    "labels of 0 that name nothing": (
+        {"qrels/test.tsv": added("q11\tnowhere\t0", "q11\tnor_here\t-1", "q99\tp1\t0")},
+        "test qrels",
+        r"^2 labels that are not positive name a passage that is not there; left out \(first: .*test",
+    ),
+    "list without a query": (
+        {"lists.tsv": added(" \t\tnobody asked\t1", " \t\tnor this\t0")},
+        "joint lists",
+        r"^1 lists have no query; left out \(first: .*lists\.tsv:9\)",
+    ),
     "test query in the lists": (
         {"lists.tsv": added(*given_list(10, 0, 1))},
         "test queries",
@@ -272,6 +299,16 @@ NOTES = {
         "test qrels",
         r"1 of 3 positives \(33\.3%\) are positives in train too",
     ),
+    "no labels for dev": (
+        {"qrels/dev.tsv": None},
+        "collection",
+        "^dev is held out from the training queries",
+    ),
+    "queries that are passages": (
+        {"corpus.jsonl": added(passage("q8", "", "question 8"), passage("q9", "x", "Question  9"))},
+        "dev queries",
+        r"^2 of 2 queries \(100\.0%\) stand in the corpus under their own id; .* are ignored for them",
+    ),
     "foreign passage in the lists": (
         {"lists.tsv": added("question 5\ttitle 5\tpassage number 5\t1", "question 5\t\tother\t0")},
         "joint lists",
@@ -291,14 +328,61 @@ def test_each_finding_is_made(tmp_path, kind, case):
     assert report.usable() == (kind != "error")
 
 
+@pytest.mark.parametrize(
+    ("mode", "text", "kind"),
+    [
+        ("auto", "question 10", "note"),
+        ("auto", "another text", None),
+        ("always", "another text", "note"),
+        ("never", "question 10", "warning"),
+        ("never", "another text", None),
+    ],
+)
+def test_ids_that_coincide_are_told_by_their_texts(tmp_path, mode, text, kind):
+    folder = write(tmp_path, {"corpus.jsonl": added(passage("q10", "", text))})
+    report = examine(folder, **{"data.ignore_identical_ids": mode})
+    found = [f.kind for f in report.findings if "under their own id" in f.what]
+    assert found == ([kind] if kind else [])
+
+
+def test_a_title_alone_is_text_where_titles_are_used(tmp_path):
+    folder = write(tmp_path, {"corpus.jsonl": added(passage("p12", "Stone garden", ""))})
+    assert examine(folder).findings == []
+    (found,) = examine(folder, **{"data.titles": False}).findings
+    assert found.what == "1 passages have no text; kept, empty (first: 'p12')"
+
+
+def test_a_language_that_the_vocabulary_lacks_is_a_warning(tmp_path):
+    """As BERT's English one cuts Chinese: most characters are [UNK]."""
+    folder, config = write(tmp_path), config_of()
+    known = {"passage", "question", "title", "number"}
+
+    def examined(unknown):
+        words = Tokenizer(
+            lambda texts: [[5 if w in known else 7 for w in t.split()] for t in texts],
+            *("words", 9, 1, 2, unknown),
+        )
+        found = collection.beir(folder, train_qrels="qrels", eval_qrels="qrels")
+        return doctor.examine(config, lambda: found, words, inputs_of(config)).findings
+
+    assert examined(None) == []
+    assert examined(8) == []
+    passages, queries = examined(7)
+    # `title 1 passage number 1` and `question 1`.
+    assert passages[:2] == ("warning", "passages")
+    assert passages.what.startswith("24 of 60 sampled tokens (40.0%) are [UNK]")
+    assert queries[:2] == ("warning", "queries")
+    assert queries.what.startswith("12 of 24 sampled tokens (50.0%) are [UNK]")
+
+
 def test_every_stream_has_its_say(tmp_path):
     changed = {
         "corpus.jsonl": replaced(5, "{"),
         # A file of labels and the file of their queries.
-        "qrels/train.tsv": replaced(2, "q2 p2 1"),
+        "qrels/train.tsv": replaced(2, "q2 p2"),
         "queries.train.jsonl": [query(*each) for each in QUERIES[:7]] + ["{}"],
         "queries.dev.jsonl": [query(*each) for each in QUERIES[:9]],
-        "qrels/test.tsv": added("q11\tp3\t-1"),
+        "qrels/test.tsv": added("q11\tp3\tx"),
         "lists.tsv": replaced(7, "question"),
     }
     report = examine(write(tmp_path, changed), lists=True)
@@ -307,7 +391,7 @@ def test_every_stream_has_its_say(tmp_path):
         ("passages", "corpus.jsonl:6"),
         ("train qrels", "train.tsv:3"),
         ("train queries", "queries.train.jsonl:8"),
-        ("dev queries", "dev.tsv:2"),
+        ("dev qrels", "dev.tsv:2"),
         ("test qrels", "test.tsv:3"),
         ("joint lists", "lists.tsv:8"),
     ]

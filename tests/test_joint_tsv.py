@@ -71,10 +71,7 @@ def test_the_fingerprint_is_that_of_content_and_list_size(tmp_path):
         (lambda x: [x[0], x[1][:-1] + "2", *x[2:]], r"lists\.tsv:2: label '2'"),
         (lambda x: [x[0], x[1] + "\t", *x[2:]], r"lists\.tsv:2: 5 tab-separated columns"),
         (lambda x: ["query\ttitle\tpara\tlabel", *x], r"lists\.tsv:1: label 'label'"),
-        (
-            lambda x: [x[0], "who wrote it\ttitle\t \t0", *x[2:]],
-            r"lists\.tsv:2: empty query or para",
-        ),
+        (lambda x: [f"\t{line.split(chr(9), 1)[1]}" for line in x], "holds no lists"),
         (lambda x: [], r"lists\.tsv: holds no lists"),
     ],
 )
@@ -82,6 +79,26 @@ def test_bad_files_are_one_line_with_the_place(tmp_path, change, message):
     with pytest.raises(InputError, match=message) as e:
         joint_tsv.read(file_of(tmp_path, change(LINES)), 2)
     assert "\n" not in str(e.value)
+
+
+def test_a_para_may_be_empty_and_a_list_without_a_query_is_left_out(tmp_path):
+    lines = [" \t\tNobody asked.\t1", " \ta book\tIn June.\t0", *LINES]
+    lines[3] = "who wrote it\tStone garden\t\t0"
+    texts, lists = joint_tsv.read(file_of(tmp_path, lines), 2)
+    passages = [(p.title, p.text) for p in texts.passages()]
+    assert passages[:2] == [("a book", "It was written by her."), ("Stone garden", "")]
+    assert ("", "Nobody asked.") not in passages
+    assert [q.text for q in texts.queries("train")] == ["who wrote it", "when"]
+    assert lists.query_rows_L.tolist() == [0, 1, 0]
+    assert texts.remarks == (
+        f"1 lists have no query; left out (first: {tmp_path / 'lists.tsv'}:1)",
+    )
+
+
+def test_a_negative_label_is_not_relevant(tmp_path):
+    lines = [line[:-1] + "-1" if line.endswith("0") else line for line in LINES]
+    _, lists = joint_tsv.read(file_of(tmp_path, lines), 2)
+    assert lists.positive().tolist() == [[True, False]] * 3
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -520,7 +520,8 @@ def test_read_takes_tabs_crlf_blank_lines_and_scattered_queries(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b"q1 Q0 b 2 0.5", "5 columns, but a line of a TREC run has six"),
+        (b"q1 Q0 b 2 0.5", "5 columns, but a line of a run has six"),
+        (b"q1 b 2", "3 columns, but a line of a run has six"),
         (b"q1 Q0 b 2 0.5 my tag", "7 columns"),
         (b"q1 Q0 b 2 high tag", "the score 'high' is not a number"),
         (b"q1 Q0 b 2 nan tag", "the score 'nan' is not a number"),
@@ -534,6 +535,41 @@ def test_bad_lines_are_named(tmp_path, line, message):
     with pytest.raises(InputError, match=f"^{re.escape(str(path))}:3: {message}") as error:
         metrics.read_trec_run(path)
     assert "\n" not in str(error.value)
+
+
+def test_runs_of_msmarco_rank_by_rank(tmp_path):
+    """As anserini's and the leaderboard's: query, passage and rank, in any order."""
+    path = tmp_path / "run.tsv"
+    path.write_text("1\tb\t2\n1\ta\t1\n2\tb\t1\n1\tc\t10\n")
+    listed = metrics.read_trec_run(path)
+    assert listed == {"1": [("b", -2.0), ("a", -1.0), ("c", -10.0)], "2": [("b", -1.0)]}
+    ids = ["a", "b", "c"]
+    arrays = metrics.run_arrays(listed, ["1", "2"], {key: row for row, key in enumerate(ids)})
+    passages_QxK, _ = metrics.sort_run(*arrays, ids)
+    assert passages_QxK.tolist() == [[0, 1, 2], [1, -1, -1]]
+
+
+def test_runs_of_rocketqa_rank_by_score(tmp_path):
+    path = tmp_path / "run.tsv"
+    path.write_text("1\ta\t1\t0.5\n1\tb\t2\t0.75\n")
+    assert metrics.read_trec_run(path) == {"1": [("a", 0.5), ("b", 0.75)]}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("1\ta\tx\n", ":1: the rank 'x' is not a number"),
+        ("1\ta\t1.5\n", ":1: the rank '1.5' is not a number"),
+        ("1\tQ0\ta\t1\n", ":1: the rank 'a' is not a number"),
+        ("1\ta\t1\n1 Q0 b 2 0.5 x\n", ":2: 6 columns"),
+        ("1\ta\t1\n1\ta\t2\n", ":2: passage a is listed twice"),
+    ],
+)
+def test_bad_lines_of_short_runs_are_named(tmp_path, text, message):
+    path = tmp_path / "run.tsv"
+    path.write_text(text)
+    with pytest.raises(InputError, match=re.escape(f"{path}{message}")):
+        metrics.read_trec_run(path)
 
 
 def test_run_file_that_is_not_there(tmp_path):

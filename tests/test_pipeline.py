@@ -348,7 +348,7 @@ def test_further_queries_over_the_runs_passages(deep):
     [
         ("0\ta\n", "0 0 p1 1\n", "test.tsv.gz", "has a split 'test' of its own"),
         ("0\ta\n", "0 0 p1 1\n7 0 p1 1\n", "t.txt", "qrels:2: qrels name query '7'"),
-        ("0\ta\n", "0 0 p1 1\n0 0 x 0\n", "t.tsv", "qrels:2: qrels name passage 'x'"),
+        ("0\ta\n", "0 0 p1 1\n0 0 x 1\n", "t.tsv", "qrels:2: qrels name passage 'x'"),
         ("0\ta\n", "0 0 p1 0\n", "t.tsv", "qrels: no relevance is above 0"),
         ("0\ta\n", None, "t.tsv", "qrels: no such file"),
     ],
@@ -464,7 +464,8 @@ def test_queries_without_candidates_count_0_and_short_lists_stay_short(finished,
             "passage 'nowhere' of query 'q41' is not in the collection",
         ),
         ("b", "q0 Q0 p0 1 2.5 x\n", "holds none of the 8 test queries of .* that are re-ranked"),
-        ("b", "q41 Q0 p0 1\n", "b.trec:1: 4 columns"),
+        ("b", "q41 Q0 p0 1\n", "b.trec:1: the rank 'p0' is not a number"),
+        ("b", "q41 Q0 p0 1 2\n", "b.trec:1: 5 columns"),
         ("exact", "q41 Q0 p0 1 2.5 x\n", "exact.trec: results are named after the file; rename it"),
     ],
 )
@@ -1185,8 +1186,8 @@ def test_dev_pool_holds_positives_and_candidates_and_a_perfect_score_is_one(fini
             r"corpus\.jsonl:49: .*p0",
         ),
         (
-            lambda d: _append(d / "corpus.jsonl", '{"_id": "new", "text": "  "}\n'),
-            r"corpus\.jsonl:49: .*empty",
+            lambda d: _append(d / "corpus.jsonl", '{"_id": "new", "text": 7}\n'),
+            r"corpus\.jsonl:49: `text` is 7",
         ),
         (
             lambda d: _append(d / "qrels" / "dev.tsv", "q33\tnowhere\t1\n"),

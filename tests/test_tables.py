@@ -5,7 +5,7 @@ import gzip
 import pytest
 
 from rqv2_jax.data import tables
-from rqv2_jax.data.collection import Passage, Query
+from rqv2_jax.data.collection import Left, Passage, Query, left_out
 from rqv2_jax.errors import InputError
 
 QUERIES = 250
@@ -110,7 +110,6 @@ def test_the_fingerprint_follows_every_file(tmp_path):
         ({"passages": ["1\ta\tb"]}, "collection.tsv:1: 3 tab-separated columns instead of 2"),
         ({"passages": ["1\ta", "1\tb"], "titles": None}, "collection.tsv:2: duplicate id '1'"),
         ({"passages": ["a b\tt"], "titles": None}, "collection.tsv:1: id 'a b' has white space"),
-        ({"passages": ["1\t "]}, "collection.tsv:1: empty passage"),
         ({"passages": ["\ttext"]}, "collection.tsv:1: no id"),
         ({"titles": ["0\ta", "2\tb"]}, "para.title.txt:2: title of '2', but "),
         ({"titles": ["0\ta"]}, "para.title.txt: ends before "),
@@ -138,10 +137,39 @@ def test_bad_files_are_one_line_with_the_place(tmp_path, changed, message):
     assert "\n" not in str(raised.value)
 
 
-def test_answers_without_an_answer(tmp_path):
+def test_queries_without_an_answer_are_left_out_and_counted(tmp_path):
     folder = write(tmp_path, {"answers": ["t1\tParis", "t2\t "]}, names=NQ)
-    with pytest.raises(InputError, match=r"test\.answers\.txt:2: no answer"):
-        list(tables.rocketqa(str(folder)).queries("test"))
+    found, left = tables.rocketqa(str(folder)), Left()
+    assert [query.id for query in found.queries("test")] == ["t1"]
+    assert not left_out(found, left)
+    # q3 and t3 have no label either.
+    assert left.lines() == [
+        "3 queries have no positive or answer in any split; left out (first: q3)"
+    ]
+
+
+@pytest.mark.parametrize(("reader", "names"), [(tables.msmarco, MSMARCO), (tables.rocketqa, MARCO)])
+def test_empty_rows_are_kept_of_passages_and_left_out_of_queries(tmp_path, reader, names):
+    changed = {
+        "passages": ["0\tfirst", "1\t ", "2\t"],
+        "titles": ["0\t", "1\tStone garden", "2\t"],
+        "train queries": ["a\tquestion", "b\t", "c\t "],
+        "train labels": ["a\t0\t0\t1", "b\t0\t0\t1"],
+    }
+    found, left = reader(str(write(tmp_path, changed, names=names))), Left()
+    assert list(found.passages()) == [
+        Passage("0", "", "first"),
+        Passage("1", "Stone garden", ""),
+        Passage("2", "", ""),
+    ]
+    assert list(found.queries("train")) == [Query("a", "question", ())]
+    assert left_out(found, left) == {"b", "c"}
+    assert left.lines()[0] == "2 queries have no text; left out (first: b)"
+
+
+def test_what_is_held_out_is_said(tmp_path):
+    found = tables.msmarco(str(write(tmp_path, names=MSMARCO)))
+    assert found.remarks == ("dev is every 100th of the training queries, held out",)
 
 
 def test_a_split_that_is_not_there(tmp_path):

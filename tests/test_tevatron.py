@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from rqv2_jax.data.collection import Passage, Query
+from rqv2_jax.data.collection import Left, Passage, Query, check_qrels, left_out
 from rqv2_jax.data.tevatron import tevatron
 from rqv2_jax.errors import InputError
 
@@ -16,6 +16,13 @@ def line(key, positives=(), **more):
     negatives = [{"docid": f"{n}", "title": "-", "text": f"passage {n}"} for n in range(10)]
     value = {"query_id": key, "query": f"question {key}", "positive_passages": passages}
     return json.dumps({**value, "negative_passages": negatives, **more}, ensure_ascii=False)
+
+
+def newer(key, positives=(), **more):
+    """As Tevatron's own scripts write version 2 of a dataset."""
+    value = {"query_id": key, "query_text": f"question {key}", "query_image": None}
+    value |= {"positive_document_ids": positives, "negative_document_ids": ["8"]}
+    return json.dumps({**value, "answer": None, "source": "msmarco", **more})
 
 
 def write(folder, changed=(), *, suffix="", prefix=""):
@@ -40,6 +47,39 @@ def write(folder, changed=(), *, suffix="", prefix=""):
 
 def labels(found, split):
     return [(q.query_id, q.passage_id, q.relevance) for q in found.qrels(split)]
+
+
+def test_version_2_is_read(tmp_path):
+    changed = {
+        "corpus.jsonl": [
+            '{"docid": "0", "text": "the first", "image": null, "source": "msmarco"}',
+            '{"docid": "1", "text": null, "image": {"path": "a.png"}, "source": "colpali"}',
+        ],
+        "train.jsonl": [
+            newer("a", ["1", "0", "1"]),
+            newer("b", []),
+            newer("c", ["0"], query_text=None, query_image={"path": "b.png"}),
+            newer("d", ["0"], answer="x"),
+        ],
+        "dev.jsonl": [newer("e", ["0"], answer=["x", "y"])],
+        "test.jsonl": [newer("f", [], answer="Paris"), newer("g", [])],
+    }
+    found = tevatron(write(tmp_path, changed))
+    assert list(found.passages()) == [Passage("0", "", "the first"), Passage("1", "", "")]
+    assert list(found.queries("train")) == [
+        Query("a", "question a", ()),
+        Query("d", "question d", ("x",)),
+    ]
+    left = Left()
+    assert left_out(found, left) == {"c"}
+    assert left.lines()[1] == (
+        "2 queries have no positive or answer in any split; left out (first: b)"
+    )
+    rows = check_qrels(found.qrels("train"), {"a": 0, "c": -1, "d": 1}, {"0": 0, "1": 1}, left)
+    assert [row.tolist() for row in rows] == [[0, 0, 1], [1, 0, 0], [1, 1, 1]]
+    assert [query.answers for query in found.queries("dev")] == [("x", "y")]
+    assert found.answer_splits == ("test",)
+    assert list(found.queries("test")) == [Query("f", "question f", ("Paris",))]
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz"], ids=["plain", "gzipped"])
@@ -78,6 +118,7 @@ def test_msmarco_as_published(tmp_path):
     assert labels(found, "test") == [("x", "3", 1), ("z", "1", 1), ("z", "2", 0)]
     held_out = ["t99", "t199"]
     assert [query.id for query in found.queries("dev")] == held_out
+    assert found.remarks == ("test is dev; dev is every 100th of the training queries, held out",)
     assert labels(found, "dev") == [(key, "9", 1) for key in held_out]
     training = [query.id for query in found.queries("train")]
     assert training == [f"t{n}" for n in range(250) if f"t{n}" not in held_out]
@@ -124,7 +165,15 @@ def test_the_fingerprint_follows_every_file(tmp_path):
         ({"train.jsonl": [line("a"), '{"query": "x"}']}, "train.jsonl:2: `query_id` is missing"),
         ({"train.jsonl": [line("a"), line("a")]}, "train.jsonl:2: duplicate id 'a'"),
         ({"train.jsonl": ['{"query_id": "a"}']}, "train.jsonl:1: query without `query`"),
-        ({"train.jsonl": [line("a", query=" ")]}, "train.jsonl:1: empty query"),
+        ({"train.jsonl": [line("a", query=7)]}, "train.jsonl:1: `query` is 7"),
+        (
+            {"train.jsonl": [newer("a", [7])]},
+            "train.jsonl:1: `positive_document_ids` is no list of",
+        ),
+        (
+            {"train.jsonl": [newer("a", "7")]},
+            "train.jsonl:1: `positive_document_ids` is no list of",
+        ),
         ({"train.jsonl": [line("a", answers="x")]}, "train.jsonl:1: `answers` is 'x'"),
         ({"train.jsonl": [line("a", positive_passages=3)]}, "train.jsonl:1: `positive_passages`"),
         (

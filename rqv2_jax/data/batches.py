@@ -73,7 +73,7 @@ class ListBatches:
                 "lower the stage's batch or raise its epochs"
             )
         self.store, self.queries, self.inputs = store, queries, inputs
-        self.positives_2xN = queries.positives()
+        self.never_negative_2xN = queries.never_negative()
         self.batch, self.in_batch = batch, in_batch
         self.slots_SxB = slots(batch, shards, accumulate)
         self.own_O = np.array(own)
@@ -141,7 +141,7 @@ class ListBatches:
             passages_NxP = self.lists.passages_LxP[rows_N]
             own_N = np.arange(len(rows_N)).reshape(rows_SxB.shape)[self.own_O].reshape(-1)
             found = in_batch_labels(
-                self.lists.query_rows_L[rows_N], passages_NxP, self.positives_2xN, own_N
+                self.lists.query_rows_L[rows_N], passages_NxP, self.never_negative_2xN, own_N
             )
             real_N = real_SxB.reshape(-1).repeat(passages_NxP.shape[1])
             for name, label_BxN in zip(("in_batch_positive", "in_batch_where"), found):
@@ -260,14 +260,14 @@ def by_part(lengths_LxN: np.ndarray, batch: int, slots_SxB: np.ndarray) -> np.nd
 
 
 def in_batch_labels(
-    queries_B, passages_BxP, positives_2xN, chosen_C
+    queries_B, passages_BxP, never_negative_2xN, chosen_C
 ) -> tuple[np.ndarray, np.ndarray]:
     """Positives and valid passages [C, B*P] when each query ranks every passage of the batch.
 
     Of the batch's B lists only those numbered `chosen_C` get a row.
 
-    The positive is the first passage of the query's own list. Every other passage labelled relevant
-    for the query, or at the head of another of its lists, is left out, wherever it stands.
+    The positive is the first passage of the query's own list. Every other passage that is no negative
+    of the query, or at the head of another of its lists, is left out, wherever it stands.
     """
     passages_N = passages_BxP.reshape(-1)
     heads_C = chosen_C * passages_BxP.shape[1]
@@ -275,8 +275,8 @@ def in_batch_labels(
     positive_CxN[np.arange(len(chosen_C)), heads_C] = True
     where_CxN = np.ones_like(positive_CxN)
     for c, query in enumerate(queries_B[chosen_C]):
-        first, last = np.searchsorted(positives_2xN[0], [query, query + 1])
+        first, last = np.searchsorted(never_negative_2xN[0], [query, query + 1])
         heads = passages_BxP[queries_B == query, 0]
-        relevant = np.append(positives_2xN[1, first:last], heads)
-        where_CxN[c] = ~np.isin(passages_N, relevant)
+        barred = np.append(never_negative_2xN[1, first:last], heads)
+        where_CxN[c] = ~np.isin(passages_N, barred)
     return positive_CxN, where_CxN | positive_CxN

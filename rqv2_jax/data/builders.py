@@ -12,6 +12,7 @@ Records are those of `prepared`. What is fetched and prepared lies in tensorflow
 import dataclasses
 import functools
 import hashlib
+import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -78,7 +79,10 @@ FORMATS = (
 class PassageRanking(prepared.Builder):
     """Passages, queries and relevance labels for passage retrieval and re-ranking."""
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("1.1.0")
+    RELEASE_NOTES = types.MappingProxyType(
+        {"1.1.0": "Passages may be empty; the metadata tell what was left out."}
+    )
     BUILDER_CONFIGS = FORMATS
     MANUAL_DOWNLOAD_INSTRUCTIONS = "A folder in the layout of the format's reader."
 
@@ -88,6 +92,10 @@ class PassageRanking(prepared.Builder):
         texts = config.read(folder)
         self.info.metadata["fingerprint"] = texts.fingerprint
         self.info.metadata["answer_splits"] = list(texts.answer_splits)
+        # Records hold only what takes part.
+        left = collection.Left()
+        collection.left_out(texts, left)
+        self.info.metadata["remarks"] = [*texts.remarks, *left.lines()]
         return {
             split: self._generate_examples(functools.partial(prepared.rows, texts, split))
             for split in ("passages", *texts.splits)
@@ -135,9 +143,11 @@ def fetched(name: str) -> collection.Collection:
             f"{builder.builder_config.source}: cannot be fetched ({reason}); fetch and unpack it by "
             "other means and give the folder as --config.data.path=DIR"
         ) from None
-    return prepared.collection(
+    metadata = builder.info.metadata
+    texts = prepared.collection(
         builder,
         name=name,
-        fingerprint=builder.info.metadata["fingerprint"],
-        answer_splits=tuple(builder.info.metadata["answer_splits"]),
+        fingerprint=metadata["fingerprint"],
+        answer_splits=tuple(metadata["answer_splits"]),
     )
+    return dataclasses.replace(texts, remarks=tuple(metadata["remarks"]))

@@ -1,14 +1,21 @@
 """Readers: a collection is passages, queries and relevance labels, streamed from their files.
 
-Ids are the user's strings here; `check_qrels` turns them into row numbers. Everything wrong with a
-file raises `InputError`, one line with the file, the line number and the mend.
+Ids are the user's strings here; `check_qrels` turns them into row numbers. A file that cannot be
+read as it stands raises `InputError`, one line with the file, the line number and the mend. What real
+data hold and nothing needs is left out and counted, by one rule for all formats:
+
+    a passage without text               kept, empty, for labels and results may name it
+    a query without text                 left out, with its labels
+    a query without a positive           left out
+    a label for a passage not there      left out if it is not positive, else an error
+    a label for a query not there        the same
+    a negative relevance                 not relevant, as 0
 """
 
 import functools
 import gzip
 import hashlib
 import json
-import re
 import zlib
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,8 +29,10 @@ from rqv2_jax.errors import InputError
 T = TypeVar("T")
 QRELS_HEADER = ("query-id", "corpus-id", "score")
 MAX_RELEVANCE = int(np.iinfo(np.int32).max)
-# Of the training queries, where the files have no split to look at during training.
+# Every so many-th training query is dev, where the files have no split to look at during training.
 HELD_OUT = 100
+# The same for few queries, of which about a hundred are wanted.
+FEWEST_HELD_OUT = 10
 
 
 class Passage(NamedTuple):
@@ -55,11 +64,12 @@ class Qrel(NamedTuple):
 class Collection:
     """Passages, queries and qrels as streams that can be opened again and again.
 
-    `queries(split)` yields the queries with at least one positive (relevance > 0) in that split; in
-    one of `answer_splits`, which have no qrels, those with an answer. `query_file(split)` yields
-    every query of the file they are selected from, whatever its labels; nothing where all are taken.
-    `fingerprint` changes whenever the content may have changed. `splits` is the part of
-    train, dev, test that exists; asking for another raises `InputError`.
+    `queries(split)` yields the queries with text and at least one positive (relevance > 0) in that
+    split; in one of `answer_splits`, which have no qrels, those with an answer. `query_file(split)`
+    yields every query of the file they are selected from, whatever its text and labels; nothing
+    where all are taken. `fingerprint` changes whenever the content may have changed. `splits` is the
+    part of train, dev, test that exists; asking for another raises `InputError`. `remarks` are lines
+    for people: how the splits were made, and what was left out before.
     """
 
     name: str
@@ -70,6 +80,7 @@ class Collection:
     qrels: Callable[[str], Iterator[Qrel]]
     answer_splits: tuple[str, ...] = ()
     query_file: Callable[[str], Iterator[Query]] = lambda _split: iter(())
+    remarks: tuple[str, ...] = ()
 
     def shown(self, rows: Container[int]) -> dict[int, str]:
         """The passages of some row numbers as text for people, the title first."""
@@ -80,70 +91,140 @@ class Collection:
         }
 
 
+class Left:
+    """Counts what is left out or kept as it is, by kind, with the first of each."""
+
+    def __init__(self):
+        self._found: dict[str, tuple[int, str]] = {}
+
+    def add(self, what: str, first: str):
+        """Counts one more; `what` has a verb for several, `first` names it."""
+        count, known = self._found.get(what, (0, first))
+        self._found[what] = count + 1, known
+
+    def lines(self) -> list[str]:
+        """A line for each kind: how many, what, and the first."""
+        return [f"{n:,} {what} (first: {first})" for what, (n, first) in self._found.items()]
+
+
+def left_out(texts: Collection, left: Left) -> set[str]:
+    """Counts the queries of the files that take part in no split; returns ids of those without text."""
+    asked = {query.id for split in texts.splits for query in texts.queries(split)}
+    mute, unjudged = {}, {}
+    for query in (query for split in texts.splits for query in texts.query_file(split)):
+        if not query.text.strip():
+            mute[query.id] = None
+        elif query.id not in asked:
+            unjudged[query.id] = None
+    for key in mute:
+        left.add("queries have no text; left out", key)
+    for key in unjudged:
+        left.add("queries have no positive or answer in any split; left out", key)
+    return set(mute)
+
+
+@dataclass(frozen=True)
+class _Split:
+    """A split's files in BEIR layout, and which of its queries it takes, as `takes` has it."""
+
+    queries: Path
+    labels: Path
+    held_out: bool | None = None
+
+
 def beir(path, *, train_qrels: str, eval_qrels: str) -> Collection:
     """The collection in folder `path`, in BEIR layout (github.com/beir-cellar/beir).
 
     Every file may be plain or gzipped: `corpus.jsonl`; `queries.jsonl`, or `queries.<split>.jsonl`
     for each split; the labels of train from `<train_qrels>/train.tsv`, those of dev and test from
-    `<eval_qrels>/{dev,test}.tsv`, with or without the header line `query-id corpus-id score`.
-    A file that is missing raises `InputError` here, a bad line when it is reached.
+    `<eval_qrels>/{dev,test}.tsv`, with or without the header line `query-id corpus-id score`. Where
+    only one of dev and test is there it is test, and of the training queries about a hundred, at most
+    every tenth, are held out as dev. A file that is missing raises `InputError` here, a bad line when
+    it is reached.
     """
     root = open_folder(path, "BEIR")
     corpus = required(root, "BEIR", "corpus.jsonl")
-    qrels = {}
+    files = {}
     for split, folder in (("train", train_qrels), ("dev", eval_qrels), ("test", eval_qrels)):
         if not (root / folder).is_dir():
             raise InputError(f"{root / folder}: no such qrels folder; add it or name another one")
         file = find_file(root / folder, f"{split}.tsv")
         if file is not None:
-            qrels[split] = file
-    if "train" not in qrels:
+            queries = find_file(root, f"queries.{split}.jsonl")
+            queries = queries or required(root, "BEIR", "queries.jsonl")
+            files[split] = _Split(queries, file)
+    if "train" not in files:
         raise InputError(f"{root / train_qrels}: no train.tsv or train.tsv.gz; add the train split")
-    queries = {
-        split: find_file(root, f"queries.{split}.jsonl") or required(root, "BEIR", "queries.jsonl")
-        for split in qrels
-    }
-    of = functools.partial(of_split, root)
+    splits, remarks = _with_dev(files)
+    of = functools.partial(of_split, root, splits)
     return Collection(
         name=root.resolve().name,
-        fingerprint=content_hash([corpus, *queries.values(), *qrels.values()]),
-        splits=tuple(qrels),
+        fingerprint=content_hash(
+            [corpus, *(f.queries for f in files.values()), *(f.labels for f in files.values())]
+        ),
+        splits=tuple(splits),
         passages=functools.partial(read_passages, corpus, "_id"),
-        queries=lambda split: _read_queries(of(queries, split), of(qrels, split)),
-        qrels=lambda split: _read_qrels(of(qrels, split)),
-        query_file=lambda split: _read_query_file(of(queries, split)),
+        queries=lambda split: _read_queries(of(split)),
+        qrels=lambda split: _read_qrels(of(split)),
+        query_file=lambda split: _read_query_file(of(split).queries),
+        remarks=remarks,
     )
+
+
+def _with_dev(files: dict[str, _Split]) -> tuple[dict[str, _Split], tuple[str, ...]]:
+    """The splits train, dev and, if there is one, test, and what there is to say of them."""
+    if {"dev", "test"} <= files.keys():
+        return files, ()
+    train = files["train"]
+    splits = {
+        "train": _Split(train.queries, train.labels, held_out=False),
+        "dev": _Split(train.queries, train.labels, held_out=True),
+    }
+    remarks = ["dev is held out from the training queries, for there are no labels of its own"]
+    if "dev" in files:
+        remarks = [f"test is {files['dev'].labels.name}; {remarks[0]}"]
+    for name in ("dev", "test"):
+        if name in files:
+            splits["test"] = files[name]
+    return splits, tuple(remarks)
 
 
 def check_qrels(
-    qrels: Iterable[Qrel], query_rows: Mapping[str, int], passage_rows: Mapping[str, int]
+    qrels: Iterable[Qrel],
+    query_rows: Mapping[str, int],
+    passage_rows: Mapping[str, int],
+    left: Left,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Labels as (query row int64 [N], passage row int64 [N], relevance int32 [N]), in order.
 
-    Raises `InputError` for a passage or query that `passage_rows` or `query_rows` does not name.
-    A label of relevance 0 whose query is not in `query_rows` is left out: a query without any
-    positive takes part nowhere.
+    Labels of queries whose row is negative are left out, and so are those that are not positive and
+    name a query or passage without a row; `left` counts the latter passages.
+
+    Raises:
+      InputError: a positive names a passage or query that is not in `passage_rows` or `query_rows`;
+        it tells how many do.
     """
-    rows = []
+    rows, wrong = [], {}
     for query_id, passage_id, relevance, source in qrels:
-        if passage_id not in passage_rows:
-            raise InputError(
-                f"{source}: qrels name passage {passage_id!r}, which the corpus does not contain;"
-                " remove the row or add the passage"
-            )
-        if query_id in query_rows:
-            rows.append((query_rows[query_id], passage_rows[passage_id], relevance))
-        elif relevance > 0:
-            raise _unknown_query(source, query_id)
+        row, passage = query_rows.get(query_id), passage_rows.get(passage_id)
+        if passage is None and relevance > 0:
+            wrong.setdefault("passage", []).append((source, passage_id))
+        elif row is None and relevance > 0:
+            wrong.setdefault("query", []).append((source, query_id))
+        elif passage is None:
+            what = "labels that are not positive name a passage that is not there; left out"
+            left.add(what, f"{source}, {passage_id!r}")
+        elif row is not None and row >= 0:
+            rows.append((row, passage, relevance))
+    holders = {"passage": "the corpus does", "query": "the queries do"}
+    for what, found in wrong.items():
+        source, key = found[0]
+        raise InputError(
+            f"{source}: qrels name {what} {key!r}, which {holders[what]} not contain; "
+            f"remove the row or add the {what} (such labels: {len(found):,})"
+        )
     table_Nx3 = np.array(rows, dtype=np.int64).reshape(-1, 3)
     return table_Nx3[:, 0].copy(), table_Nx3[:, 1].copy(), table_Nx3[:, 2].astype(np.int32)
-
-
-def _unknown_query(source: str, query_id: str) -> InputError:
-    return InputError(
-        f"{source}: qrels name query {query_id!r}, which the queries do not contain;"
-        " remove the row or add the query"
-    )
 
 
 def open_file(path: Path) -> Path:
@@ -192,12 +273,12 @@ def of_split(folder: Path, splits: Mapping[str, T], split: str) -> T:
     return splits[split]
 
 
-def takes(number: int, held_out: bool | None) -> bool:
-    """Does a split take the training query of that number? Dev is every hundredth, train the rest.
+def takes(number: int, held_out: bool | None, every: int = HELD_OUT) -> bool:
+    """Does a split take the training query of that number? Dev is every `every`-th, train the rest.
 
     `held_out` says which of the two the split is; None takes every query.
     """
-    return held_out is None or (number % HELD_OUT == HELD_OUT - 1) == held_out
+    return held_out is None or (number % every == every - 1) == held_out
 
 
 def content_hash(files: list[Path]) -> str:
@@ -244,37 +325,42 @@ def labels(file: Path) -> Iterator[Qrel]:
     header line, and RocketQA's `qid docid`; columns are separated by white space.
 
     Raises:
-      InputError: a line is none of these, or a pair is judged twice, and not the same.
+      InputError: a line is none of these or not as the first one, or a pair is judged twice, and not
+        the same.
     """
-    found: dict[tuple[str, str], int] = {}
+    found: dict[tuple[str, str], tuple[int, int]] = {}
+    width = 0
     for number, line in lines(file):
         source = f"{file}:{number}"
         columns = line.split()
         if number == 1 and tuple(columns) == QRELS_HEADER:
+            width = len(columns)
             continue
-        if len(columns) not in _COLUMNS:
-            raise InputError(
-                f"{source}: {len(columns)} columns; write `qid 0 docid rel`, `qid docid rel` or "
-                "`qid docid`"
-            )
-        query, passage, relevance = _COLUMNS[len(columns)]
-        try:
-            value = 1 if relevance is None else int(columns[relevance])
-        except ValueError:
-            raise InputError(
-                f"{source}: relevance {columns[relevance]!r} is no integer; correct it"
-            ) from None
-        if abs(value) > MAX_RELEVANCE:
-            raise InputError(f"{source}: relevance {value} is beyond {MAX_RELEVANCE}; correct it")
+        width = width or len(columns)
+        if len(columns) not in _COLUMNS or len(columns) != width:
+            form = "`qid 0 docid rel`, `qid docid rel` or `qid docid`, all lines alike"
+            raise InputError(f"{source}: {len(columns)} columns in {line[:80]!r}; write {form}")
+        query, passage, relevance = _COLUMNS[width]
+        value = 1 if relevance is None else _relevance(source, columns[relevance])
         pair = columns[query], columns[passage]
-        if pair not in found:
-            found[pair] = value
+        before, first = found.setdefault(pair, (value, number))
+        if first == number:
             yield Qrel(*pair, value, source)
-        elif found[pair] != value:
+        elif before != value:
             raise InputError(
-                f"{source}: passage {pair[1]} has relevance {value} for query {pair[0]}, but "
-                f"{found[pair]} before; keep one of the two"
+                f"{source}: relevance {value} for query {pair[0]!r} and passage {pair[1]!r}, but "
+                f"{before} on line {first}; keep one of the two"
             )
+
+
+def _relevance(source: str, text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise InputError(f"{source}: relevance {text!r} is no integer; correct it") from None
+    if abs(value) > MAX_RELEVANCE:
+        raise InputError(f"{source}: relevance {value} is beyond {MAX_RELEVANCE}; correct it")
+    return value
 
 
 def objects(file: Path, id_field: str) -> Iterator[tuple[str, str, dict]]:
@@ -325,25 +411,27 @@ def check_id(source: str, key: str):
 
 
 def text_of(source: str, value: dict, what: str, field: str = "text") -> str:
-    """The text of a passage or query (`what`) in a JSON object; `InputError` if it has none."""
+    """The text of a passage or query (`what`) in a JSON object, empty where it is null.
+
+    Raises:
+      InputError: the field is missing or no text.
+    """
     if field not in value:
         raise InputError(f"{source}: {what} without `{field}`; add the field or remove the line")
-    text = value[field]
+    text = "" if value[field] is None else value[field]
     if not isinstance(text, str):
         raise InputError(f"{source}: `{field}` is {text!r}; make it a string")
-    if not text.strip():
-        raise InputError(f"{source}: empty {what}; give it text or remove the line")
     check_whole(source, text)
     return text
 
 
-def answers_of(source: str, value: dict) -> tuple[str, ...]:
+def answers_of(source: str, value: dict, field: str = "answers") -> tuple[str, ...]:
     """The strings in `answers` of a JSON object; none where it is absent or null."""
-    answers = value.get("answers")
+    answers = value.get(field)
     if answers is None:
         return ()
     if not isinstance(answers, list) or not all(isinstance(each, str) for each in answers):
-        raise InputError(f"{source}: `answers` is {answers!r}; make it a list of strings")
+        raise InputError(f"{source}: `{field}` is {answers!r}; make it a list of strings")
     return tuple(answers)
 
 
@@ -362,49 +450,23 @@ def _read_query_file(file: Path) -> Iterator[Query]:
         yield Query(key, text_of(source, value, "query"), answers_of(source, value))
 
 
-def _read_queries(file: Path, qrels_file: Path) -> Iterator[Query]:
-    unseen = {}
-    positive = set()
-    for query_id, _, relevance, source in _read_qrels(qrels_file):
-        unseen.setdefault(query_id, source)
-        if relevance > 0:
-            positive.add(query_id)
+def _read_queries(split: _Split) -> Iterator[Query]:
+    positive = {label.query_id for label in labels(split.labels) if label.relevance > 0}
     if not positive:
-        raise InputError(f"{qrels_file}: no row has a score above 0; add the positive passages")
-    for query in _read_query_file(file):
-        unseen.pop(query.id, None)
-        if query.id in positive:
-            yield query
-    for key, source in unseen.items():
-        raise _unknown_query(source, key)
+        raise InputError(f"{split.labels}: no row has a score above 0; add the positive passages")
+
+    def asked():
+        queries = _read_query_file(split.queries)
+        return (query for query in queries if query.id in positive and query.text.strip())
+
+    count = 0 if split.held_out is None else sum(1 for _ in asked())
+    every = min(max(count // HELD_OUT, FEWEST_HELD_OUT), HELD_OUT, max(count, 1))
+    yield from (q for number, q in enumerate(asked()) if takes(number, split.held_out, every))
 
 
-def _read_qrels(file: Path) -> Iterator[Qrel]:
-    seen = {}
-    for number, line in lines(file):
-        source = f"{file}:{number}"
-        columns = tuple(line.split("\t"))
-        if number == 1 and columns == QRELS_HEADER:
-            continue
-        if len(columns) != 3:
-            raise InputError(
-                f"{source}: {len(columns)} tab-separated columns instead of 3 in {line[:80]!r};"
-                " write query id, passage id and score"
-            )
-        query_id, passage_id, score = columns
-        if not re.fullmatch(r"[0-9]{1,10}", score) or int(score) > MAX_RELEVANCE:
-            raise InputError(
-                f"{source}: score {score!r} is no integer from 0 to {MAX_RELEVANCE}; write 1 for a"
-                f" positive (a header reads {' '.join(QRELS_HEADER)!r})"
-            )
-        relevance = int(score)
-        if (query_id, passage_id) in seen:
-            before, first_line = seen[query_id, passage_id]
-            if relevance != before:
-                raise InputError(
-                    f"{source}: score {relevance} for query {query_id!r} and passage"
-                    f" {passage_id!r}, but {before} on line {first_line}; keep one of the two"
-                )
-            continue
-        seen[query_id, passage_id] = relevance, number
-        yield Qrel(query_id, passage_id, relevance, source)
+def _read_qrels(split: _Split) -> Iterator[Qrel]:
+    other = set()
+    if split.held_out is not None:
+        rest = _Split(split.queries, split.labels, not split.held_out)
+        other = {query.id for query in _read_queries(rest)}
+    yield from (label for label in labels(split.labels) if label.query_id not in other)

@@ -5,10 +5,11 @@ and of some texts, drawn at random, the texts themselves. Two texts are the same
 white space differ; titles count where `data.titles` says so.
 
 An error is what a run would stop at, or what would make its results meaningless; a warning is what it
-would bear in silence.
+would bear, and what is left out of it. A note is what there is to know.
 """
 
 import dataclasses
+import functools
 import itertools
 import random
 from array import array
@@ -21,7 +22,7 @@ import numpy as np
 import tqdm
 
 from rqv2_jax import metrics
-from rqv2_jax.data import collection, joint_tsv
+from rqv2_jax.data import collection, joint_tsv, own_texts
 from rqv2_jax.data.inputs import Inputs
 from rqv2_jax.data.lists import subset, training_lists
 from rqv2_jax.data.tokens import Store, Tokenizer
@@ -30,6 +31,8 @@ from rqv2_jax.errors import InputError
 SAMPLED = 20_000
 # Of all tokens; more, lost to truncation, is a warning.
 MUCH_LOST = 0.1
+# Of all tokens; more of [UNK] is a warning, for the models cannot read them.
+MUCH_UNKNOWN = 0.05
 # Of a split's queries; where training knows more, positives included, the split measures memory.
 MOSTLY = 0.5
 LISTS_AT_ONCE = 1 << 16
@@ -196,6 +199,7 @@ def examine(
     if passages and queries:
         lengths = measure(tokenizer, inputs, queries, passages, config.seed)
         doctor.truncation(lengths)
+        doctor.unknown_tokens(tokenizer)
     return Report(
         config.data.dataset if texts is None else texts.name,
         doctor.streams,
@@ -213,6 +217,9 @@ class _Doctor:
         self.streams: list[tuple[str, int, str]] = []
         self.findings: list[Finding] = []
         self.corpus, self.corpus_complete = _Hashes(), False
+        # Of the passages without their titles, to be compared with queries.
+        self.bodies = _Hashes()
+        self.unasked: set[str] = set()
         self.splits: dict[str, _Split] = {}
         self.num_lists: dict[str, int] = {}
         self.passage_sample, self.query_sample = _Sample(config.seed), _Sample(config.seed)
@@ -247,12 +254,16 @@ class _Doctor:
         hashes.add(passage.id, passage.title if self.titles else "", passage.text)
 
     def passages(self, texts: collection.Collection):
-        titled = 0
+        titled, left = 0, collection.Left()
 
         def take(passage):
             nonlocal titled
             titled += bool(passage.title.strip())
             self.add_passage(self.corpus, passage)
+            self.bodies.add(passage.id, passage.text)
+            if not (passage.text.strip() or (self.titles and passage.title.strip())):
+                left.add("passages have no text; kept, empty", repr(passage.id))
+                return
             self.passage_sample.add((passage.title, passage.text))
 
         self.corpus_complete = self.read("passages", texts.passages, take)
@@ -262,6 +273,7 @@ class _Doctor:
             self.found(
                 "error", "passages", f"{texts.name}: the corpus is empty; give at least one passage"
             )
+        self.warn("passages", left)
         mend = "keep one, or copies of a positive become its negatives"
         self.repeats("passages", self.corpus, texts.passages, mend)
 
@@ -275,27 +287,37 @@ class _Doctor:
             queries.add(query.id, query.text)
             self.query_sample.add(query.text)
 
+        def take_any(query):
+            if query.text.strip():
+                file.add(query.id, query.text)
+            else:
+                self.unasked.add(query.id)
+
         where, answered = f"{split} queries", split in texts.answer_splits
         judged = self.read(f"{split} qrels", lambda: texts.qrels(split), take_label)
         # Before the selected ones, which an error in the qrels would hide.
-        self.read(where, lambda: texts.query_file(split), lambda q: file.add(q.id, q.text))
+        self.read(where, lambda: texts.query_file(split), take_any)
         complete = self.read(where, lambda: texts.queries(split), take_query)
         query_N, passage_N, relevance_N = np.asarray(labels).reshape(-1, 3).T
         relevant_N = relevance_N > 0
         query_rows_N, passage_rows_N = queries.rows(query_N), self.corpus.rows(passage_N)
-        if self.corpus_complete:
-            self.unknown(texts, split, passage_rows_N < 0, lambda label: ({label.query_id: 0}, {}))
-        if complete:
-            wrong_N = (query_rows_N < 0) & relevant_N
-            self.unknown(texts, split, wrong_N, lambda label: ({}, {label.passage_id: 0}))
-            if not len(queries):
-                self.found("error", where, f"{texts.name}: {split} is empty; label some queries")
+        unasked_N = np.isin(query_N, np.array([hash(key) for key in self.unasked], np.int64))
+        self.unknown(
+            texts,
+            split,
+            (passage_rows_N < 0) & self.corpus_complete,
+            (query_rows_N < 0) & relevant_N & ~unasked_N & complete,
+        )
+        if complete and not len(queries):
+            self.found("error", where, f"{texts.name}: {split} is empty; label some queries")
+        self.own_texts(split, queries)
         mend = "join them and their labels, or the positives of one become negatives of the other"
         self.repeats(where, queries, lambda: texts.queries(split), mend)
         if split == "train" and judged and complete:
             mined = subset(len(queries), self.config.mine.queries, self.config.seed)
             counted_N = np.isin(query_rows_N, mined) & relevant_N
-            found = {"retriever": relevant_N.sum(), "reranker": counted_N.sum()}
+            asked_N = relevant_N & (query_rows_N >= 0)
+            found = {"retriever": asked_N.sum(), "reranker": counted_N.sum()}
             if not self.config.joint.lists:
                 found["joint"] = counted_N.sum()
             self.num_lists |= {stage: int(count) for stage, count in found.items()}
@@ -325,22 +347,64 @@ class _Doctor:
             )
             self.found("warning", where, what)
 
-    def unknown(
-        self, texts: collection.Collection, split: str, wrong_N: np.ndarray, known: Callable
-    ):
-        """Reports labels that name what there is not; `known(label)` gives rows that it does name."""
+    def warn(self, where: str, left: collection.Left):
+        for line in left.lines():
+            self.found("warning", where, line)
 
-        def check():
-            label = next(itertools.islice(texts.qrels(split), int(wrong_N.argmax()), None))
-            try:
-                collection.check_qrels([label], *known(label))
-            except InputError as error:
-                raise InputError(f"{error} (such labels: {wrong_N.sum():,})") from None
+    def unknown(self, texts: collection.Collection, split: str, *wrong: np.ndarray):
+        """Reports labels that name what there is not, as the run itself would.
 
-        if wrong_N.any():
-            self.attempt(f"{split} qrels", check)
+        `wrong` are those whose passage is not there, and positives whose query is not.
+        """
+        left = collection.Left()
+
+        def check(wrong_N, is_passage):
+            found = list(itertools.compress(texts.qrels(split), wrong_N.tolist()))
+            known = {} if is_passage else {label.passage_id: 0 for label in found}
+            collection.check_qrels(found, {}, known, left)
+
+        for number, wrong_N in enumerate(wrong):
+            if wrong_N.any():
+                self.attempt(f"{split} qrels", functools.partial(check, wrong_N, number == 0))
+        self.warn(f"{split} qrels", left)
+
+    def own_texts(self, split: str, queries: _Hashes):
+        """Reports queries that stand in the corpus under their own ids."""
+        rows_N = self.corpus.rows(queries.ids_N)
+        count = (rows_N >= 0).sum()
+        same = (self.bodies.texts_N[rows_N[rows_N >= 0]] == queries.texts_N[rows_N >= 0]).sum()
+        mode, where = self.config.data.ignore_identical_ids, f"{split} queries"
+        alike = count > 0 and same >= own_texts.MOST * count
+        share = f"{_share(count, len(queries), 'queries')} stand in the corpus under their own id"
+        setting = f"(config.data.ignore_identical_ids is {mode!r})"
+        if mode == "never" and alike:
+            self.found("warning", where, f"{share}, as negatives and wrong hits {setting}")
+        elif alike or (mode == "always" and count):
+            self.found("note", where, f"{share}; such passages are ignored for them {setting}")
+
+    def unknown_tokens(self, tokenizer: Tokenizer):
+        """Reports texts that the tokenizer has no tokens for."""
+        if tokenizer.unknown is None:
+            return
+        passages = [f"{title} {text}" for title, text in self.passage_sample.items]
+        for where, strings in (("passages", passages), ("queries", self.query_sample.items)):
+            tokens = tokenizer.texts(strings).tokens
+            count = (tokens == tokenizer.unknown).sum()
+            if count > MUCH_UNKNOWN * len(tokens):
+                self.found(
+                    "warning",
+                    where,
+                    f"{_share(count, len(tokens), 'sampled tokens')} are [UNK], which says nothing to "
+                    "the models; take weights whose vocabulary has this language",
+                )
 
     def between_splits(self, texts: collection.Collection):
+        left = collection.Left()
+        for remark in texts.remarks:
+            self.found("note", "collection", remark)
+        for key in sorted(self.unasked):
+            left.add("queries have no text; left out", repr(key))
+        self.warn("queries", left)
         missing = {"train", "dev", "test"} - self.splits.keys()
         if missing:
             names = ", ".join(sorted(missing))
@@ -385,6 +449,8 @@ class _Doctor:
         if read is None:
             return
         given, lists = read
+        for remark in given.remarks:
+            self.found("warning", "joint lists", remark)
         corpus, queries = _Hashes(), _Hashes()
         for passage in given.passages():
             self.add_passage(corpus, passage)

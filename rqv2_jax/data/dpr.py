@@ -6,8 +6,9 @@
     <name>-test.qa.csv          question <tab> list of answers, as Python writes it
 
 Each may be gzipped. A question's positive is the first of its `positive_ctxs`, as in DPR's own
-training: the others were found by string match and are not judged. Test is judged by answers. Queries
-have no ids of their own and get `<split>-<number>`, from 0.
+training: the others were found by string match and are not judged. Questions without one are left
+out (a quarter of TriviaQA's), and so are questions of test without an answer, by which test is judged.
+Queries have no ids of their own and get `<split>-<number>`, from 0.
 """
 
 import ast
@@ -24,12 +25,14 @@ from rqv2_jax.data.collection import (
     Passage,
     Qrel,
     Query,
+    answers_of,
     check_id,
     content_hash,
     lines,
     of_split,
     open_folder,
     required,
+    text_of,
 )
 from rqv2_jax.errors import InputError
 
@@ -51,13 +54,19 @@ def dpr(path: str) -> Collection:
         "test": required(folder, "DPR", "*-test.qa.csv"),
     }
 
-    def queries(split: str) -> Iterator[Query]:
+    def read(split: str) -> Iterator[tuple[Query, Qrel | None]]:
         file = of_split(folder, files, split)
-        return _tested(file) if split == "test" else (query for query, _ in _trained(file, split))
+        return _tested(file) if split == "test" else _trained(file, split)
+
+    def queries(split: str) -> Iterator[Query]:
+        judged = (q for q, label in read(split) if (q.answers if split == "test" else label))
+        return (query for query in judged if query.text.strip())
 
     def qrels(split: str) -> Iterator[Qrel]:
-        file = of_split(folder, files, split)
-        return iter(()) if split == "test" else (label for _, label in _trained(file, split))
+        asked = read(split)
+        if split == "test":
+            return iter(())
+        return (label for query, label in asked if label and query.text.strip())
 
     return Collection(
         name=folder.resolve().name,
@@ -67,11 +76,14 @@ def dpr(path: str) -> Collection:
         queries=queries,
         qrels=qrels,
         answer_splits=("test",),
+        query_file=lambda split: (query for query, _ in read(split)),
     )
 
 
 def _rows(file: Path, count: int, what: str) -> Iterator[tuple[str, list[str]]]:
     """(`path:line`, fields) of a tab-separated file with CSV's quotes."""
+    # The limit is Python's, of all readers, and lower than the longest passages.
+    csv.field_size_limit(2**31 - 1)
     for number, line in lines(file):
         try:
             (fields,) = csv.reader([line], delimiter="\t")
@@ -96,14 +108,12 @@ def _passages(file: Path) -> Iterator[Passage]:
             what = f"duplicate id {key!r}" if key else "no id"
             raise InputError(f"{source}: {what}; give every passage an id of its own")
         check_id(source, key)
-        if not text.strip():
-            raise InputError(f"{source}: empty passage; give it text or remove the line")
         seen.add(key)
         yield Passage(key, title, text)
 
 
-def _trained(file: Path, split: str) -> Iterator[tuple[Query, Qrel]]:
-    """Every question with its positive."""
+def _trained(file: Path, split: str) -> Iterator[tuple[Query, Qrel | None]]:
+    """Every question with its positive, if it has one."""
     number = 0
     try:
         with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
@@ -116,32 +126,35 @@ def _trained(file: Path, split: str) -> Iterator[tuple[Query, Qrel]]:
         ) from None
 
 
-def _question(item, source: str, key: str) -> tuple[Query, Qrel]:
+def _question(item, source: str, key: str) -> tuple[Query, Qrel | None]:
     if not isinstance(item, dict):
         raise InputError(f"{source}: no JSON object; write question, answers, positive_ctxs")
-    text, answers, positives = (item.get(k) for k in ("question", "answers", "positive_ctxs"))
-    if not isinstance(text, str) or not text.strip():
-        raise InputError(f"{source}: `question` is {text!r}; give it text")
-    if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
-        raise InputError(f"{source}: `answers` is no list of strings; correct it")
-    if not isinstance(positives, list) or not positives or not isinstance(positives[0], dict):
-        raise InputError(f"{source}: no `positive_ctxs`; give it one or remove the question")
+    query = Query(key, text_of(source, item, "question", "question"), answers_of(source, item))
+    if "positive_ctxs" not in item:
+        raise InputError(f"{source}: no `positive_ctxs`; use the biencoder files")
+    positives = item["positive_ctxs"] or []
+    if not isinstance(positives, list) or not all(isinstance(each, dict) for each in positives[:1]):
+        raise InputError(f"{source}: `positive_ctxs` is no list of objects; correct it")
+    if not positives:
+        return query, None
     # Natural Questions' files write passage_id, the others psg_id.
     passage = positives[0].get("passage_id", positives[0].get("psg_id"))
     if not isinstance(passage, str | int) or not str(passage):
         raise InputError(f"{source}: its positive has no `passage_id`; use the biencoder files")
-    return Query(key, text, tuple(answers)), Qrel(key, str(passage), 1, source)
+    return query, Qrel(key, str(passage), 1, source)
 
 
-def _tested(file: Path) -> Iterator[Query]:
+def _tested(file: Path) -> Iterator[tuple[Query, None]]:
+    """Every question, without a positive."""
     for number, (source, (text, listed)) in enumerate(_rows(file, 2, "question and answers")):
         try:
             answers = ast.literal_eval(listed)
         except (SyntaxError, ValueError, RecursionError, MemoryError):
             answers = None
         strings = isinstance(answers, list) and all(isinstance(each, str) for each in answers)
-        if not text.strip() or not strings or not any(answer.strip() for answer in answers):
+        if not strings:
             raise InputError(
                 f"{source}: needs a question and a list of answers such as ['a', 'b']; correct it"
             )
-        yield Query(f"test-{number}", text, tuple(answers))
+        answers = tuple(answer for answer in answers if answer.strip())
+        yield Query(f"test-{number}", text, answers), None

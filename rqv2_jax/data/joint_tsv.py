@@ -1,12 +1,14 @@
 """Training lists in the format of the authors' release: query, title, para, label.
 
 Tab-separated, no header; `list_size` lines in a row are one list, the positive (label 1) first, then
-the negatives (label 0). Plain or gzipped.
+the negatives (label 0 or below). Plain or gzipped. A para may be empty; a list whose query is empty is
+left out.
 """
 
 import gzip
 import hashlib
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -17,8 +19,8 @@ from rqv2_jax.data.lists import Lists, Provenance
 from rqv2_jax.errors import InputError
 
 
-def _rows(path: Path, list_size: int) -> Iterator[tuple[int, str, str, str]]:
-    """(place in its list, query, title, para) of every line."""
+def _rows(path: Path, list_size: int, left: collection.Left) -> Iterator[tuple[int, str, str, str]]:
+    """(place in its list, query, title, para) of every line; `left` counts lists without a query."""
     place, query, start = 0, "", 0
     for number, line in collection.lines(path):
         source = f"{path}:{number}"
@@ -28,10 +30,8 @@ def _rows(path: Path, list_size: int) -> Iterator[tuple[int, str, str, str]]:
                 f"{source}: {len(columns)} tab-separated columns instead of 4; write query, title, "
                 "para and label"
             )
-        if columns[3] not in ("0", "1"):
+        if not re.fullmatch(r"1|0|-[0-9]+", columns[3]):
             raise InputError(f"{source}: label {columns[3]!r}; write 1 (positive) or 0 (negative)")
-        if not columns[0].strip() or not columns[2].strip():
-            raise InputError(f"{source}: empty query or para; give it text or remove the list")
         if place == 0:
             query, start = columns[0], number
         elif columns[0] != query:
@@ -45,7 +45,10 @@ def _rows(path: Path, list_size: int) -> Iterator[tuple[int, str, str, str]]:
                 f"line {start} begins; give every list one positive, first, or set "
                 "config.joint.list_size to the size of the file's lists"
             )
-        yield place, *columns[:3]
+        if query.strip():
+            yield place, *columns[:3]
+        elif place == 0:
+            left.add("lists have no query; left out", source)
         place = (place + 1) % list_size
     if place:
         raise InputError(
@@ -67,8 +70,8 @@ def read(path: Path, list_size: int) -> tuple[collection.Collection, Lists]:
         raise InputError(f"{path}: no such file; give the path of a joint TSV file")
     passage_rows: dict[bytes, int] = {}
     query_rows: dict[bytes, int] = {}
-    queries, passages = [], []
-    for place, query, title, para in _rows(path, list_size):
+    queries, passages, left = [], [], collection.Left()
+    for place, query, title, para in _rows(path, list_size, left):
         passages.append(passage_rows.setdefault(_digest(title, para), len(passage_rows)))
         if place == 0:
             queries.append(query_rows.setdefault(_digest(query), len(query_rows)))
@@ -79,13 +82,16 @@ def read(path: Path, list_size: int) -> tuple[collection.Collection, Lists]:
     provenance_LxP[:, 0] = Provenance.LABELLED_POSITIVE
     positives = dict.fromkeys(zip(queries, passages_LxP[:, 0].tolist()))
 
+    def rows():
+        return _rows(path, list_size, collection.Left())
+
     def read_passages():
-        texts = ((title, para) for _, _, title, para in _rows(path, list_size))
+        texts = ((title, para) for _, _, title, para in rows())
         for i, (title, para) in enumerate(_unseen(texts)):
             yield collection.Passage(str(i), title, para)
 
     def read_queries(_split):
-        texts = ((query,) for place, query, _, _ in _rows(path, list_size) if place == 0)
+        texts = ((query,) for place, query, _, _ in rows() if place == 0)
         for i, (query,) in enumerate(_unseen(texts)):
             yield collection.Query(str(i), query, ())
 
@@ -100,6 +106,7 @@ def read(path: Path, list_size: int) -> tuple[collection.Collection, Lists]:
         passages=read_passages,
         queries=read_queries,
         qrels=read_qrels,
+        remarks=tuple(left.lines()),
     )
     return texts, Lists(np.array(queries), passages_LxP, provenance_LxP)
 

@@ -137,6 +137,7 @@ def draw(
     candidates: Candidates,
     positives_2xN: np.ndarray,
     *,
+    own_2xN: np.ndarray,
     list_size: int,
     denoised_share: float,
     probability: tuple[float, float],
@@ -155,6 +156,7 @@ def draw(
 
     Args:
       positives_2xN: the labelled pairs of the split: query row, passage row.
+      own_2xN: further pairs that are no negatives either, passages that are the query itself.
       probability: slope and offset of `calibrate`; used only where `denoised_share` > 0.
       negative_below, positive_above: thresholds on the probability of relevance.
       num_passages: of the whole collection, to draw fills from.
@@ -163,8 +165,9 @@ def draw(
       InputError: denoised lists are wanted and the re-ranker has not scored the candidates.
     """
     rng = np.random.default_rng([seed, epoch])
+    never_negative_2xN = np.concatenate([positives_2xN, own_2xN], axis=1)
     known_QxN = known_positive(
-        positives_2xN, candidates.query_rows_Q, candidates.passages_QxN, num_passages
+        never_negative_2xN, candidates.query_rows_Q, candidates.passages_QxN, num_passages
     )
     scored_Q = ~np.isnan(candidates.reranker_QxN).all(axis=1)
     if denoised_share > 0:
@@ -226,7 +229,7 @@ def draw(
     barred_LxN = np.where(denoised_L[:, None], rejected_QxN[query_L], found_QxN[query_L])
     barred_LxN = np.where(barred_LxN, candidates.passages_QxN[query_L], -1)
     query_rows_L = candidates.query_rows_Q[query_L]
-    _fill(passages_LxP, query_rows_L, barred_LxN, positives_2xN, num_passages, rng)
+    _fill(passages_LxP, query_rows_L, barred_LxN, never_negative_2xN, num_passages, rng)
 
     order_L = rng.permutation(len(query_L))
     return Lists(

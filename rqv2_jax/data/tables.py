@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rqv2_jax.data.collection import (
+    HELD_OUT,
     Collection,
     Passage,
     Qrel,
@@ -114,11 +115,12 @@ def _collection(folder: Path, texts: Path, titles: Path | None, splits: dict[str
         qrels=lambda split: _qrels(of(split)),
         query_file=lambda split: (Query(key, text, ()) for key, text in _ids(of(split))),
         answer_splits=tuple(name for name, split in splits.items() if split.answers),
+        remarks=(f"dev is every {HELD_OUT}th of the training queries, held out",),
     )
 
 
-def pairs(file: Path, what: str, *, empty: bool = False) -> Iterator[tuple[str, str, str]]:
-    """(`path:line`, id, text) of a table with two columns; texts may be empty where `empty` says so."""
+def pairs(file: Path, what: str) -> Iterator[tuple[str, str, str]]:
+    """(`path:line`, id, text) of a table with two columns; texts may be empty."""
     for number, line in lines(file):
         source = f"{file}:{number}"
         columns = line.split("\t")
@@ -130,8 +132,6 @@ def pairs(file: Path, what: str, *, empty: bool = False) -> Iterator[tuple[str, 
         key, text = columns[0].strip(), columns[1].strip()
         if not key:
             raise InputError(f"{source}: no id; write id and {what}")
-        if not text and not empty:
-            raise InputError(f"{source}: empty {what}; give it text or remove the line")
         yield source, key, text
 
 
@@ -152,7 +152,7 @@ def _passages(texts: Path, titles: Path | None) -> Iterator[Passage]:
         for _, key, text in rows:
             yield Passage(key, "", text)
         return
-    heads = pairs(titles, "title", empty=True)
+    heads = pairs(titles, "title")
     for source, key, text in rows:
         head = next(heads, None)
         if head is None:
@@ -180,7 +180,7 @@ def _queries(split: _Split) -> Iterator[Query]:
     answers = _answers(split.answers) if split.answers else {}
     positive = {q.query_id for q in labels(split.labels) if q.relevance > 0} if split.labels else ()
     for key, text in _ids(split):
-        if key in answers or key in positive:
+        if text and (key in answers or key in positive):
             yield Query(key, text, answers.get(key, ()))
 
 
@@ -196,13 +196,11 @@ def _qrels(split: _Split) -> Iterator[Qrel]:
 
 
 def _answers(file: Path) -> dict[str, tuple[str, ...]]:
+    """The answers of each query that has one."""
     found = {}
-    for number, line in lines(file):
+    for _, line in lines(file):
         key, *answers = line.split("\t")
         answers = tuple(answer for answer in answers if answer.strip())
-        if not answers:
-            raise InputError(
-                f"{file}:{number}: no answer; write query id and answers, tab-separated"
-            )
-        found[key.strip()] = answers
+        if answers:
+            found[key.strip()] = answers
     return found

@@ -2,7 +2,9 @@
 
 Layout of a store folder:
 
-    manifest.json                                  tokeniser and source hashes, counts, format
+    manifest.json                                  tokeniser and source hashes, counts, format, and
+                                                   remarks: lines about what was left out, and how
+                                                   splits were made
     passages/{titles,texts}.bin, .offsets.npy      token numbers end to end; where each text starts
     passages/ids.json                              the user's ids, one JSON string a line, by row
     <split>/queries.bin, .offsets.npy, ids.json    the queries of a split
@@ -26,7 +28,7 @@ import tqdm
 from rqv2_jax.data import collection as collection_lib
 from rqv2_jax.errors import InputError
 
-FORMAT = 1
+FORMAT = 2
 CHUNK = 4096
 SAMPLE = 2**16  # passages that lengths are measured by
 TOKENIZER_FILES = (
@@ -53,17 +55,24 @@ class Texts:
 class Queries:
     """The queries of one split with their labels: `qrels_3xN` = query row, passage row, relevance.
 
-    `fingerprint` is that of queries which do not belong to the store.
+    `fingerprint` is that of queries which do not belong to the store. `own_2xN` are pairs of a query
+    row and the row of the passage that is this query's own text, sorted: neither a negative nor a hit.
     """
 
     texts: Texts
     ids: list[str]
     qrels_3xN: np.ndarray
     fingerprint: str = ""
+    own_2xN: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((2, 0), np.int64))
 
     def positives(self) -> np.ndarray:
         """The relevant pairs [2, N]: query row, passage row; sorted by query row."""
         pairs_2xN = self.qrels_3xN[:2, self.qrels_3xN[2] > 0]
+        return pairs_2xN[:, np.argsort(pairs_2xN[0], kind="stable")]
+
+    def never_negative(self) -> np.ndarray:
+        """The relevant pairs and those of `own_2xN` [2, N], sorted by query row."""
+        pairs_2xN = np.concatenate([self.positives(), self.own_2xN], axis=1)
         return pairs_2xN[:, np.argsort(pairs_2xN[0], kind="stable")]
 
 
@@ -77,6 +86,11 @@ class Store:
     splits: dict[str, Queries]
     fingerprint: str
 
+    def empty(self, titles: bool) -> np.ndarray:
+        """Row numbers of passages without a token, in the title either where titles are used."""
+        lengths_N = np.diff(self.texts.offsets)
+        return np.flatnonzero(lengths_N + np.diff(self.titles.offsets) * titles == 0)
+
     def sample(self) -> np.ndarray:
         """Row numbers of passages, evenly spread, to measure lengths by."""
         count = len(self.texts)
@@ -87,7 +101,8 @@ class Store:
 class Tokenizer:
     """A fast Hugging Face tokenizer and the hash of the files it was read from.
 
-    `encode` turns texts into token numbers without special tokens, not truncated.
+    `encode` turns texts into token numbers without special tokens, not truncated. `unknown` is the
+    number of [UNK], None where every text can be written in tokens.
     """
 
     encode: Callable[[list[str]], list[list[int]]]
@@ -95,6 +110,7 @@ class Tokenizer:
     vocab_size: int
     cls: int
     sep: int
+    unknown: int | None = None
 
     def texts(self, strings: list[str]) -> Texts:
         """Texts tokenised in memory."""
@@ -145,6 +161,7 @@ def load_tokenizer(folder: pathlib.Path, vocab_size: int) -> Tokenizer:
         len(tokenizer),
         tokenizer.cls_token_id,
         tokenizer.sep_token_id,
+        tokenizer.unk_token_id,
     )
 
 
@@ -202,7 +219,9 @@ def prepare(collection: collection_lib.Collection, tokenizer: Tokenizer, folder:
     path = folder / "manifest.json"
     if path.is_file():
         existing = json.loads(path.read_text())
-        if {**existing, **manifest} == existing:
+        # A folder that has moved may have another name.
+        wanted = {key: value for key, value in manifest.items() if key != "collection"}
+        if {**existing, **wanted} == existing:
             return
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -223,6 +242,8 @@ def prepare(collection: collection_lib.Collection, tokenizer: Tokenizer, folder:
         raise InputError(f"{collection.name}: the corpus is empty; give at least one passage")
     _write_ids(partial / "passages/ids.json", passage_rows)
 
+    left = collection_lib.Left()
+    mute = dict.fromkeys(collection_lib.left_out(collection, left), -1)
     for split in collection.splits:
         (partial / split).mkdir()
         query_rows: dict[str, int] = {}
@@ -237,13 +258,21 @@ def prepare(collection: collection_lib.Collection, tokenizer: Tokenizer, folder:
                 f"(every {collection_lib.HELD_OUT}th training query is dev where the files have none)"
             )
         _write_ids(partial / split / "ids.json", query_rows)
-        rows = collection_lib.check_qrels(collection.qrels(split), query_rows, passage_rows)
+        rows = collection_lib.check_qrels(
+            collection.qrels(split), mute | query_rows, passage_rows, left
+        )
         np.save(partial / split / "qrels.npy", np.stack([np.asarray(r, np.int64) for r in rows]))
         manifest[f"{split}_queries"] = len(query_rows)
     manifest["passages"] = len(passage_rows)
+    manifest["remarks"] = [*collection.remarks, *left.lines()]
     (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
+
+
+def remarks(folder: pathlib.Path) -> list[str]:
+    """Lines for people about a store's collection: what was left out, and how splits were made."""
+    return json.loads((folder / "manifest.json").read_text())["remarks"]
 
 
 def open_store(folder: pathlib.Path) -> Store:

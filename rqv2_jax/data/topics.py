@@ -4,21 +4,26 @@
                                         learning track
     <top> <num> <title> ... </top>      TREC's classic topics (trec.nist.gov/data/topics_eng); the
                                         query is the title, description and narrative are not read
+    {"_id": ..., "text": ...}           BEIR's queries.jsonl
+    {"query_id": ..., "query": ...}     Tevatron's, where the text may be `query_text` too
 
-Gzipped or not.
+Gzipped or not. Texts may be empty: `asked` leaves these out.
 """
 
+import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from rqv2_jax.data.collection import Query, lines, open_file
+from rqv2_jax.data.collection import Left, Query, lines, objects, open_file, text_of
 from rqv2_jax.data.tables import pairs, unique
 from rqv2_jax.errors import InputError
 
 _TAG = re.compile(r"<(/?\w+)>(.*)")
 # What stands before the number and, until 1994, before the title.
 _LABELS = {"num": "Number:", "title": "Topic:"}
+# By the name of the id: what the text may be called.
+_FIELDS = {"_id": ("text",), "query_id": ("query_text", "query", "text")}
 
 
 def topics(file: Path) -> Iterator[Query]:
@@ -28,9 +33,37 @@ def topics(file: Path) -> Iterator[Query]:
       InputError: there is no such file, or a line or a topic is not as it must be.
     """
     _, first = next(lines(open_file(file)), (0, ""))
-    rows = _trec(file) if first.lstrip().lower().startswith("<top>") else pairs(file, "query")
+    if first.lstrip().lower().startswith("<top>"):
+        rows = _trec(file)
+    elif first.lstrip().startswith("{"):
+        rows = _json(file, first)
+    else:
+        rows = pairs(file, "query")
     for _, key, text in unique(rows):
         yield Query(key, text, ())
+
+
+def asked(queries: Iterable[Query], left: Left) -> list[Query]:
+    """The queries that have text; `left` counts the others."""
+    found = []
+    for query in queries:
+        if query.text.strip():
+            found.append(query)
+        else:
+            left.add("queries have no text; left out", query.id)
+    return found
+
+
+def _json(file: Path, first: str) -> Iterator[tuple[str, str, str]]:
+    """(`path:line`, id, text) of every object; the first line tells whose they are."""
+    try:
+        id_field = "query_id" if "query_id" in json.loads(first) else "_id"
+    except (ValueError, RecursionError):
+        id_field = "_id"
+    names = _FIELDS[id_field]
+    for source, key, value in objects(file, id_field):
+        field = next((name for name in names if name in value), names[-1])
+        yield source, key, text_of(source, value, "query", field)
 
 
 def _trec(file: Path) -> Iterator[tuple[str, str, str]]:
@@ -59,6 +92,6 @@ def _trec(file: Path) -> Iterator[tuple[str, str, str]]:
 def _value(source: str, fields: dict[str, list[str]], name: str) -> str:
     text = " ".join(" ".join(fields.get(name, ())).split())
     text = text.removeprefix(_LABELS[name]).strip()
-    if not text:
+    if name not in fields or (name == "num" and not text):
         raise InputError(f"{source}: topic without <{name}>; add it or remove the topic")
     return text
