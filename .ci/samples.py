@@ -67,7 +67,7 @@ def main():
     whole = {passage: f"{titles[passage]} {text}" for passage, text in texts.items()}
     write("bm25.trec", ranking(test, whole, "words"))
     write("A.trec", ranking(test, whole, "words"))
-    write("B.trec", ranking(test, texts, "text"))
+    write("B.trec", ranking(test, titles, "titles"))
 
 
 if __name__ == "__main__":
