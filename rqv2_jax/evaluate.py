@@ -12,7 +12,7 @@ Examples:
   python -m rqv2_jax.evaluate --workdir workdir/docstrings --split dev --index exact
   python -m rqv2_jax.evaluate --workdir workdir/msmarco --topics msmarco-test2019-queries.tsv \\
       --qrels 2019qrels-pass.txt --min_relevance 2
-  python -m rqv2_jax.evaluate --workdir workdir/msmarco --candidates bm25.trec
+  python -m rqv2_jax.evaluate --workdir workdir/msmarco --candidates anserini.trec
   python -m rqv2_jax.evaluate --compare A.trec B.trec --qrels qrels/test.tsv
 """
 
@@ -24,6 +24,8 @@ from rqv2_jax import program
 from rqv2_jax.errors import InputError
 
 INDEXES = ("exact", "scann")
+# What results are named after besides files of candidates.
+RESERVED = (*INDEXES, "bm25")
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "A workdir that rqv2_jax.main has finished.")
 _SPLIT = flags.DEFINE_enum("split", "test", ["train", "dev", "test"], "Which queries.")
@@ -73,10 +75,10 @@ def _evaluate(workdir: pathlib.Path):
 
 
 def _report(run):
-    from rqv2_jax import evaluation
-    from rqv2_jax.data import tokens
+    from rqv2_jax import evaluation, results
+    from rqv2_jax.workdir import open_store
 
-    store, split = tokens.open_store(run.workdir / "data" / "tokens"), _SPLIT.value
+    store, split = open_store(run), _SPLIT.value
     if _TOPICS.value:
         files = pathlib.Path(_TOPICS.value), pathlib.Path(_QRELS.value)
         store, split = evaluation.with_topics(run, store, *files)
@@ -86,12 +88,12 @@ def _report(run):
         run.config.evaluate.rerank_depth = _RERANK_DEPTH.value
     if _CANDIDATES.value:
         path = pathlib.Path(_CANDIDATES.value)
-        if evaluation.stem(path) in INDEXES:
+        if evaluation.stem(path) in RESERVED:
             raise InputError(f"{path}: results are named after the file; rename it")
         report = evaluation.evaluate_candidates(run, store, split, path, evaluation.stem(path))
     else:
         report = evaluation.evaluate(run, store, split, (_INDEX.value,))
-    print(evaluation.render(report))
+    print(results.render(report))
 
 
 def _compare(a: str, b: str):

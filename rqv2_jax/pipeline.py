@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow as tf
 import tqdm
 
-from rqv2_jax import artifacts, evaluation, hosts, mining, train
+from rqv2_jax import artifacts, evaluation, hosts, mining, results, train
 from rqv2_jax.checkpoint import Checkpoints, best_step
 from rqv2_jax.data import collection, denoise, joint_tsv, tokens
 from rqv2_jax.data import lists as lists_lib
@@ -32,6 +32,7 @@ from rqv2_jax.workdir import (
     finished,
     open_collection,
     open_run,
+    open_store,
     texts_of,
 )
 
@@ -46,7 +47,7 @@ def main(config: ml_collections.ConfigDict, workdir: pathlib.Path):
     with alone(workdir):
         claim(run)
         report = finish(run, *warm_up(run), config.evaluate.indexes)
-    tqdm.tqdm.write(evaluation.render(report))
+    tqdm.tqdm.write(results.render(report))
     tqdm.tqdm.write(
         f"results: {workdir / 'results.json'}   run files: {workdir / 'runs'}\n"
         f'next:    python -m rqv2_jax.search --workdir {workdir} "a question"\n'
@@ -267,13 +268,8 @@ def train_joint(run: Run, store: tokens.Store, candidates: dict):
 
     def redraw(step, state, number):
         tqdm.tqdm.write(f"  refresh: candidates by the models of step {step}")
-        complete = run.workdir / "lists" / f"joint.{step:07}" / "complete"
-        if int(state.step) > step and not hosts.from_first(complete.is_file):
-            raise InputError(
-                f"{complete.parent}: the candidates of step {step} are gone, the models have changed; "
-                f"delete {run.workdir / 'joint'} to train this stage again"
-            )
-        found = mining.refresh(run, store, candidates, step, state.params)
+        params = state.params if int(state.step) == step else None
+        found = mining.refresh(run, store, candidates, step, params)
         return mining.draw_lists(run, store, found, "joint", number=number, step=step)
 
     if settings.lists:
@@ -307,7 +303,7 @@ def _mined(run: Run) -> tuple[tokens.Store, dict, collection.Collection]:
         raise InputError(
             f"{lists}: holds no candidates yet; run rqv2_jax.main up to joint training"
         )
-    store = tokens.open_store(run.workdir / "data" / "tokens")
+    store = open_store(run)
     texts = texts_of(run, store)
     return store, mining.mine(run, store, mining.retrieve(run, store)), texts
 

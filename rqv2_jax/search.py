@@ -41,12 +41,11 @@ def main(*question: str):
     to = program.file_to_write("to")
 
     from rqv2_jax import score
-    from rqv2_jax.data import tokens
-    from rqv2_jax.workdir import alone, open_workdir
+    from rqv2_jax.workdir import alone, open_store, open_workdir
 
     run = open_workdir(pathlib.Path(_WORKDIR.value))
-    store = tokens.open_store(run.workdir / "data" / "tokens")
     with alone(run.workdir):
+        store = open_store(run)
         if question:
             found = score.search(run, store, question, _STATE.value, _INDEX.value)
             print(render(run, store, *found, shown=_SHOWN.value))

@@ -23,7 +23,7 @@ from rqv2_jax import sharding as sharding_lib
 from rqv2_jax.checkpoint import best_step, restore_best
 from rqv2_jax.data import builders, collection, docstrings, dpr, tables, tevatron, tokens
 from rqv2_jax.data.inputs import Inputs
-from rqv2_jax.errors import InputError
+from rqv2_jax.errors import DAMAGE, InputError, readable
 from rqv2_jax.retrieval.stream import Forward, make_forward
 
 # Settings that change where numbers are computed, and when, but not which, unless it be what dropout
@@ -237,7 +237,9 @@ def _read_config(path: pathlib.Path) -> ml_collections.ConfigDict:
     try:
         return config_lib.loads(path.read_text())
     except (ValueError, AttributeError) as e:
-        raise InputError(f"{path}: not as rqv2_jax.main wrote it ({e}); bring that back") from e
+        raise InputError(
+            f"{path}: not as rqv2_jax.main wrote it ({e}); give the command of rqv2_jax.main again"
+        ) from e
 
 
 @contextlib.contextmanager
@@ -290,7 +292,8 @@ def claim(run: Run):
 
     def check():
         if path.is_file():
-            changed = config_lib.differences(_read_config(path), run.config)
+            claimed = readable(path, lambda: config_lib.loads(path.read_text())) or run.config
+            changed = config_lib.differences(claimed, run.config)
             joint = run.workdir / "joint"
             free = FREE if (joint / BEGUN).is_file() else (*FREE, "joint.")
             changed = [line for line in changed if not line.startswith(free)]
@@ -397,7 +400,7 @@ def open_collection(data: ml_collections.ConfigDict, folder: pathlib.Path) -> co
         return builders.fetched(data.dataset)
     match data.dataset.split("_")[0]:
         case "docstrings":
-            return docstrings.docstrings(folder, preset=data.preset)
+            return artifacts.kept(folder, lambda: docstrings.docstrings(folder, preset=data.preset))
         case "beir":
             return collection.beir(
                 pathlib.Path(data.path), train_qrels=data.train_qrels, eval_qrels=data.eval_qrels
@@ -418,8 +421,33 @@ def texts_of(run: Run, store: tokens.Store) -> collection.Collection:
     Raises:
       InputError: they have changed since.
     """
+    return _texts(run, store.fingerprint)
+
+
+def open_store(run: Run) -> tokens.Store:
+    """The token store of a workdir, made again if it is damaged.
+
+    Raises:
+      InputError: there is none; or it is damaged, and its texts have changed or are gone.
+    """
+    folder = run.workdir / "data" / "tokens"
+
+    def mend():
+        if folder.is_dir() and readable(folder, lambda: tokens.read_store(folder)) is None:
+            try:
+                made_from = tokens.read_fingerprint(folder)
+            except DAMAGE:
+                made_from = ""
+            tokens.prepare(_texts(run, made_from), run.tokenizer, folder)
+
+    hosts.from_first(mend)
+    return tokens.open_store(folder)
+
+
+def _texts(run: Run, fingerprint: str) -> collection.Collection:
+    """The run's texts and labels, which must have this fingerprint in a token store ("": any)."""
     texts = open_collection(run.config.data, run.workdir / "data" / "tfds")
-    if store.fingerprint != f"{texts.fingerprint}-{run.tokenizer.fingerprint}":
+    if fingerprint not in ("", f"{texts.fingerprint}-{run.tokenizer.fingerprint}"):
         raise InputError(
             f"{run.workdir}: the texts of {texts.name} have changed since this workdir was made; "
             "bring the old ones back, or run in a new workdir"

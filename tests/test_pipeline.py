@@ -20,7 +20,18 @@ from absl import flags
 from absl.testing import flagsaver
 
 from rqv2_jax import config as config_lib
-from rqv2_jax import evaluate, evaluation, metrics, mining, pipeline, report, score, train, weights
+from rqv2_jax import (
+    evaluate,
+    evaluation,
+    metrics,
+    mining,
+    pipeline,
+    report,
+    results,
+    score,
+    train,
+    weights,
+)
 from rqv2_jax.checkpoint import Checkpoints
 from rqv2_jax.data import lists as lists_lib
 from rqv2_jax.data import tokens
@@ -270,7 +281,7 @@ def test_some_queries_are_reranked_and_all_retrieved(evaluated_again):
     assert len(rows) == 5 < every
     counts = {row["model"]: row["queries"] for row in report["rows"]}
     assert counts == {"retriever": every, "reranker": 5}
-    assert f"{every} test queries, 5 of them re-ranked;" in evaluation.render(report)
+    assert f"{every} test queries, 5 of them re-ranked;" in results.render(report)
     for name, values in part.items():
         expected = whole[name][rows] if ".reranker." in name else whole[name]
         np.testing.assert_allclose(values, expected, atol=1e-6)
@@ -440,7 +451,7 @@ def test_queries_without_candidates_count_0_and_short_lists_stay_short(finished,
     assert all(row["queries"] == 8 for row in report["rows"])
     given = values["candidates.given.bm25.RR@10"]
     np.testing.assert_allclose(given, [0, 0.5, 0, 0, 0, 0, 0, 0])
-    assert "8 test queries, 2 of them with candidates" in evaluation.render(report)
+    assert "8 test queries, 2 of them with candidates" in results.render(report)
     found = values["joint.reranker.bm25.RR@10"]
     assert found[1] in (0.5, 1)
     assert not np.delete(found, 1).any()
