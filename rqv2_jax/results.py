@@ -17,9 +17,9 @@ NOTABLE = 0.01
 
 def name(state: str, model: str, index: str) -> str:
     """Returns what a row of the table is called: `joint reranker on bm25`, for example."""
-    if state == model:
-        return state if index == "bm25" else f"{state} {model}"
-    return f"{state} {model}{' on bm25' if index == 'bm25' else ''}"
+    if model == "bm25":
+        return "bm25"
+    return f"{state} {model} on bm25" if index == "bm25" else f"{state} {model}"
 
 
 def told(test: dict) -> str:
@@ -47,12 +47,12 @@ def advice(run: Run, store: tokens.Store, worse: set, reachable: dict[str, float
     """
     models = {model for _, model, _ in worse}
     lines = _truncation(run, store, models) + _training(run, store, worse)
-    for _, model, index in sorted(worse):
-        if model == "reranker":
+    for index in sorted({index for _, model, index in worse if model == "reranker"}):
+        if reachable[index] < 1 - NOTABLE:
             lines.append(
-                f"the {run.config.evaluate.rerank_depth} passages that are re-ranked of {index}'s "
+                f"the {run.config.evaluate.rerank_depth} passages of {index} that are re-ranked "
                 f"(config.evaluate.rerank_depth) hold a relevant one for {reachable[index]:.1%} of the "
-                "queries; more cannot be found"
+                "queries, so the re-ranker cannot find more"
             )
     return [f"look at: {line}" for line in lines]
 

@@ -231,7 +231,7 @@ def test_killed_in_a_row_the_same_command_goes_on(ablated, tmp_path):
         *("rqv2_jax.ablations", f"--config={tmp_path / 'settings.py'}", f"--workdir={workdir}"),
         *("--seeds=1", f"--rows={','.join(only)}"),
     )
-    midway = workdir / "rows" / "refreshed_candidates.0" / "lists" / "joint.0000002" / "complete"
+    midway = workdir / "rows" / "refreshed_candidates.0" / "lists" / "joint.0000002" / "dev.scores"
     with subprocess.Popen([sys.executable, "-m", *command], cwd=ROOT) as process:
         while not midway.exists():
             assert process.poll() is None
