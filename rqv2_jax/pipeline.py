@@ -7,6 +7,7 @@ unfinished one resumes, so running the same command again is always right.
 import contextlib
 import json
 import pathlib
+import shlex
 import shutil
 
 import jax
@@ -48,11 +49,12 @@ def main(config: ml_collections.ConfigDict, workdir: pathlib.Path):
         claim(run)
         report = finish(run, *warm_up(run), config.evaluate.indexes)
     tqdm.tqdm.write(results.render(report))
+    typed = shlex.quote(str(workdir))
     tqdm.tqdm.write(
         f"results: {workdir / 'results.json'}   run files: {workdir / 'runs'}\n"
-        f'next:    python -m rqv2_jax.search --workdir {workdir} "a question"\n'
-        f"         python -m rqv2_jax.evaluate --workdir {workdir} --split dev --index exact\n"
-        f"         tensorboard --logdir {workdir}"
+        f'next:    python -m rqv2_jax.search --workdir {typed} "a question"\n'
+        f"         python -m rqv2_jax.evaluate --workdir {typed} --split dev --index exact\n"
+        f"         tensorboard --logdir {typed}"
     )
 
 

@@ -78,15 +78,19 @@ def cut_by(run: Run, store: tokens.Store) -> dict[str, float]:
 
 def _truncation(run: Run, store: tokens.Store, models: set[str]) -> list[str]:
     read_by = {
-        "query_length": models,
-        "passage_length": models & {"retriever"},
-        "pair_length": models & {"reranker"},
+        "query_length": ("queries", models),
+        "passage_length": ("passages", models & {"retriever"}),
+        "pair_length": ("pairs", models & {"reranker"}),
     }
-    return [
-        f"config.data.{setting} = {run.config.data[setting]} cuts off {share:.1%} of the tokens"
-        for setting, share in cut_by(run, store).items()
-        if read_by[setting] and share >= NOTABLE
-    ]
+    lines = []
+    for setting, share in cut_by(run, store).items():
+        texts, readers = read_by[setting]
+        if readers and share >= NOTABLE:
+            value = run.config.data[setting]
+            lines.append(
+                f"config.data.{setting} = {value} cuts off {share:.1%} of the {texts}' tokens"
+            )
+    return lines
 
 
 def _training(run: Run, store: tokens.Store, worse: set) -> list[str]:

@@ -789,8 +789,9 @@ def test_settings_may_change_until_they_have_been_used(finished, tmp_path):
     ("changes", "found_again"),
     [
         ({"scann.leaves_per_sqrt": 2.0}, {"scann"}),
-        ({"retrieve_depth": 5}, {"exact", "scann", "reranked.scann"}),
-        ({"rerank_depth": 3}, {"reranked.scann"}),
+        ({"retrieve_depth": 5}, {"exact", "scann", "reranked.scann", "reranked.bm25"}),
+        ({"rerank_depth": 3}, {"reranked.scann", "reranked.bm25"}),
+        ({"bm25.k1": 0.01, "bm25.b": 0.0}, {"reranked.bm25"}),
         ({"permutations": 100}, set()),
     ],
 )

@@ -92,13 +92,15 @@ def test_advice_names_the_settings_by_what_the_run_knows(run_and_store):
 
     retriever = advice(("joint", "retriever", "exact"))
     assert retriever == [
-        "look at: config.data.query_length = 8 cuts off 43.5% of the tokens",
-        "look at: config.data.passage_length = 16 cuts off 45.8% of the tokens",
+        "look at: config.data.query_length = 8 cuts off 43.5% of the queries' tokens",
+        "look at: config.data.passage_length = 16 cuts off 45.8% of the passages' tokens",
         "look at: the kept models of stage joint have seen 96 lists, and there are 99 training "
         "queries; raise config.joint.epochs or config.mine.queries",
     ]
     reranker = advice(("joint", "reranker", "bm25"))
-    assert reranker[1] == "look at: config.data.pair_length = 24 cuts off 31.0% of the tokens"
+    assert (
+        reranker[1] == "look at: config.data.pair_length = 24 cuts off 31.0% of the pairs' tokens"
+    )
     assert reranker[3] == (
         "look at: the 7 passages of bm25 that are re-ranked (config.evaluate.rerank_depth) hold a "
         "relevant one for 50.0% of the queries, so the re-ranker cannot find more"
