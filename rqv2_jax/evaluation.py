@@ -329,17 +329,12 @@ def evaluate_candidates(
                     f"{path}: passage {passage!r} of query {query!r} is not in the collection; give "
                     "a run over its passages"
                 )
+    found = {query: found[query] for query in query_ids if query in found}
     every_id = [report.queries.ids[row] for row in report.rows_Q]
     arrays = metrics.run_arrays(found, every_id, passage_rows)
     given = metrics.sort_run(*arrays, store.passage_ids)
-    report.add(
-        "candidates",
-        "given",
-        name,
-        rows_R,
-        *(x[report.reranked_R] for x in given),
-        queries_named=named,
-    )
+    asked = (array[report.reranked_R] for array in given)
+    report.add("candidates", "given", name, rows_R, *asked, queries_named=named)
     for state in states:
         report.add_reranked(state, name, *given)
     joint = ("joint", "reranker", name)

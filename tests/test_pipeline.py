@@ -620,6 +620,32 @@ def test_candidates_that_cannot_be_used(finished, tmp_path, name, text, message)
         rerank_program(tmp_path, name)
 
 
+def test_candidates_of_queries_that_are_not_reranked_do_not_matter(finished, tmp_path):
+    config, workdir = finished
+    shutil.copytree(workdir, tmp_path / "w")
+    own = config_lib.loads(config_lib.dumps(config))
+    own.evaluate.rerank_queries = 5
+    run = open_run(own, tmp_path / "w")
+    store = tokens.open_store(workdir / "data" / "tokens")
+    evaluation.evaluate(run, store, "test", ("exact",), states=("joint",))
+    source = tmp_path / "w" / "runs" / "test.joint.retriever.exact.trec"
+    sample = tmp_path / "w" / "runs" / "test.joint.reranker.exact.trec"
+    asked = {line.split()[0] for line in sample.read_text().splitlines()}
+    assert len(asked) == 5
+    lines = source.read_text().splitlines(keepends=True)
+    others = [line.replace(" p", " unknown") for line in lines if line.split()[0] not in asked]
+    (tmp_path / "some.trec").write_text(
+        "".join([*others, *(line for line in lines if line.split()[0] in asked)])
+    )
+    report = evaluation.evaluate_candidates(run, store, "test", tmp_path / "some.trec", "some")
+    again = metrics.read_trec_run(tmp_path / "w" / "runs" / "test.joint.reranker.some.trec")
+    assert all(row["queries"] == 5 for row in report["rows"])
+    expected = metrics.read_trec_run(sample)
+    assert {query: [p for p, _ in found] for query, found in again.items()} == {
+        query: [p for p, _ in found] for query, found in expected.items()
+    }
+
+
 def test_metrics_without_rr_are_compared_by_their_first(deep):
     run = open_workdir(deep / "w")
     run.config.evaluate.metrics = ("Success@5", "R@1000")
