@@ -6,8 +6,6 @@ import zlib
 from collections.abc import Callable
 from typing import Any
 
-import tqdm
-
 
 class InputError(ValueError):
     """Something the user handed in (file, config, checkpoint, argument) cannot be used.
@@ -28,6 +26,9 @@ def readable(path: pathlib.Path, read: Callable[[], Any]) -> Any:
     try:
         return read()
     except DAMAGE as e:
+        # Reads its settings when it is imported, which is after this module is.
+        import tqdm
+
         reason = " ".join(str(e).split())[:200] or type(e).__name__
         tqdm.tqdm.write(f"{path}: cannot be read ({reason}); it is made again")
         return None
