@@ -35,6 +35,8 @@ def get_config(preset: str = "docstrings"):
     config.joint.denoised_share = 1.0
     # The retriever is cheap to measure on all queries, the re-ranker is not.
     config.evaluate.rerank_queries = 300
+    # Rows are compared with each other.
+    config.evaluate.bm25.most_passages = 0
     if more == ["shallow"]:
         _shallow(config)
     elif more:

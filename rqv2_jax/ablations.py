@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from absl import flags
 
 from rqv2_jax import program
+from rqv2_jax.errors import readable
 
 # What the table compares, as (model, candidates, metric): a re-ranker ranks what its own retriever
 # finds, and what that of the warm start does, where its gain is its own.
@@ -257,11 +258,12 @@ def render(summary: list[dict]) -> str:
 
 def _knows_more(path: pathlib.Path, summary: list[dict]) -> bool:
     """Does the table in a file hold the same rows by more seeds?"""
-    if not path.is_file():
+    known = None
+    if path.is_file():
+        known = readable(path, lambda: json.loads(path.read_text()))
+    if known is None:
         return False
-    names, others = (
-        {row["row"]: row["seeds"] for row in x} for x in (summary, json.loads(path.read_text()))
-    )
+    names, others = ({row["row"]: row["seeds"] for row in x} for x in (summary, known))
     return names.keys() == others.keys() and others["full"] > names["full"]
 
 

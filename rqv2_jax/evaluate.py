@@ -13,7 +13,7 @@ Examples:
   python -m rqv2_jax.evaluate --workdir workdir/docstrings --split dev --index exact
   python -m rqv2_jax.evaluate --workdir workdir/msmarco --topics msmarco-test2019-queries.tsv \\
       --qrels 2019qrels-pass.txt --min_relevance 2
-  python -m rqv2_jax.evaluate --workdir workdir/msmarco --candidates bm25.trec
+  python -m rqv2_jax.evaluate --workdir workdir/msmarco --candidates anserini.trec
   python -m rqv2_jax.evaluate --compare A.trec B.trec --qrels qrels/test.tsv
 """
 
@@ -25,6 +25,8 @@ from rqv2_jax import program
 from rqv2_jax.errors import InputError
 
 INDEXES = ("exact", "scann")
+# What results are named after besides files of candidates.
+RESERVED = (*INDEXES, "bm25")
 
 program.define_places()
 _WORKDIR = flags.DEFINE_string("workdir", None, "A workdir that rqv2_jax.main has finished.")
@@ -75,7 +77,7 @@ def _evaluate(workdir: pathlib.Path):
 
 
 def _report(run):
-    from rqv2_jax import evaluation
+    from rqv2_jax import evaluation, results
     from rqv2_jax.workdir import open_store
 
     store, split = open_store(run), _SPLIT.value
@@ -88,12 +90,12 @@ def _report(run):
         run.config.evaluate.rerank_depth = _RERANK_DEPTH.value
     if _CANDIDATES.value:
         path = pathlib.Path(_CANDIDATES.value)
-        if evaluation.stem(path) in INDEXES:
+        if evaluation.stem(path) in RESERVED:
             raise InputError(f"{path}: results are named after the file; rename it")
         report = evaluation.evaluate_candidates(run, store, split, path, evaluation.stem(path))
     else:
         report = evaluation.evaluate(run, store, split, (_INDEX.value,))
-    print(evaluation.render(report))
+    print(results.render(report))
 
 
 def _compare(a: str, b: str):

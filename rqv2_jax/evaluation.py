@@ -1,6 +1,7 @@
 """What the models are worth: on dev during training, on a split in full after it."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 import re
@@ -8,15 +9,17 @@ import re
 import numpy as np
 import tqdm
 
-from rqv2_jax import artifacts, hosts, metrics, mining
+from rqv2_jax import artifacts, hosts, metrics, mining, results
 from rqv2_jax.data import answers as answers_lib
 from rqv2_jax.data import collection, own_texts, tokens, topics
 from rqv2_jax.data import lists as lists_lib
 from rqv2_jax.errors import InputError
-from rqv2_jax.retrieval import encode, index, rerank
+from rqv2_jax.retrieval import bm25, encode, index, rerank
 from rqv2_jax.workdir import Run, texts_of
 
 STATES = ("zero_shot", "retriever", "reranker", "joint")
+# States that are not trained and that training has to beat.
+FLOORS = ("bm25", "released")
 # The re-ranker is trained from reranker on.
 RERANKED = ("reranker", "joint")
 DEV_METRIC = "RR@10"
@@ -116,9 +119,10 @@ def with_topics(
         tqdm.tqdm.write(f"  {name}: {line}")
     if not ids:
         raise InputError(f"{qrels_file}: no relevance is above 0; give labels of {topics_file}")
-    texts = run.tokenizer.texts([query.text for query in queries])
+    strings = tuple(query.text for query in queries)
+    texts = run.tokenizer.texts(list(strings))
     fingerprint = collection.content_hash([topics_file, qrels_file])
-    further = tokens.Queries(texts, ids, qrels_3xN, fingerprint)
+    further = tokens.Queries(texts, ids, qrels_3xN, fingerprint, strings=strings)
     further = own_texts.of_queries(store, further, run.config.data.ignore_identical_ids)
     return dataclasses.replace(store, splits={**store.splits, name: further}), name
 
@@ -148,7 +152,7 @@ class _Report:
         settings = run.config.evaluate
         self.rows_Q, self.reranked_R = _asked(settings, self.queries)
         self._measured = _measure(run, store, split)
-        self.rows, self.values, self.asked = [], {}, {}
+        self.rows, self.values, self.asked, self.reachable = {}, {}, {}, {}
         hosts.from_first(lambda: (run.workdir / "runs").mkdir(exist_ok=True))
 
     def add(self, state, model, name, rows_Q, passages_QxK, scores_QxK, **extra):
@@ -159,17 +163,22 @@ class _Report:
         hosts.from_first(
             lambda: metrics.write_trec_run(path, query_ids, self.store.passage_ids, *found, tag)
         )
-        values = self._measured(rows_Q, *found)
-        self.values[state, model, name], self.asked[state, model, name] = values, rows_Q
-        row = {"state": state, "model": model, "split": self.split, "index": name}
-        means = {metric: float(value.mean()) for metric, value in values.items()}
-        self.rows.append({**row, "queries": len(query_ids), "metrics": means, **extra})
+        key = state, model, name
+        self.values[key], self.asked[key] = self._measured(rows_Q, *found), rows_Q
+        self.rows[key] = extra
 
-    def add_reranked(self, state, name, passages_RxK, scores_RxK):
-        """Adds what the re-ranker of a state makes of the first candidates of the re-ranked queries."""
+    def add_reranked(self, state, name, passages_QxK, scores_QxK):
+        """Adds what the re-ranker of a state makes of the first candidates of the re-ranked queries.
+
+        Args:
+          passages_QxK: candidates of all queries that are measured, best first, or -1.
+          scores_QxK: their scores by what found them.
+        """
         run, settings = self.run, self.run.config.evaluate
-        rows_R = self.rows_Q[self.reranked_R]
-        top_RxK = passages_RxK[:, : settings.rerank_depth]
+        rows_R, depth = self.rows_Q[self.reranked_R], settings.rerank_depth
+        passages_RxK, scores_RxK = passages_QxK[self.reranked_R], scores_QxK[self.reranked_R]
+        scores_RxK = np.where(passages_RxK < 0, 0, scores_RxK)
+        top_RxK = passages_RxK[:, :depth]
 
         def compute():
             params, texts = run.params(state, "reranker"), self.queries.texts
@@ -184,25 +193,65 @@ class _Report:
         top = artifacts.cached(path, source, compute)["scores"]
         merged_RxK = rerank.merge(top, scores_RxK)
         self.add(state, "reranker", name, rows_R, passages_RxK, merged_RxK)
+        (reached,) = metrics.at_relevance((f"Success@{depth}",), settings.min_relevance)
+        (values_R,) = self._measured(
+            rows_R, top_RxK, scores_RxK[:, :depth], names=(reached,)
+        ).values()
+        self.reachable[name] = float(values_R.mean())
 
-    def write(self, name: str, pairs) -> dict:
-        """Compares pairs of (state, model, index) that were added; writes `eval/<name>.*`."""
-        run, settings = self.run, self.run.config.evaluate
-        compared = metrics.at_relevance(settings.metrics, settings.min_relevance)[0]
-        significance = []
-        for pair in dict.fromkeys(pairs):
-            if not set(pair) <= set(self.values):
-                continue
-            common = np.intersect1d(*(self.asked[key] for key in pair))
-            values = [self.values[key][compared][np.isin(self.asked[key], common)] for key in pair]
-            difference, p_value = metrics.paired_test(
-                *values, permutations=settings.permutations, seed=run.config.seed
-            )
-            names = {side: " ".join(key[:2]) for side, key in zip("ab", pair)}
-            test = {"metric": compared, "difference": difference, "p_value": p_value}
-            significance.append(names | test)
-        titles = run.config.data.titles and len(self.store.titles.tokens) > 0
-        report = {"rows": self.rows, "significance": significance, "titles": titles}
+    def _described(self) -> list[dict]:
+        """The rows of the table, all over the queries that every one of them was measured on."""
+        rows, shared = [], functools.reduce(np.intersect1d, self.asked.values())
+        for (state, model, name), extra in self.rows.items():
+            asked, values = (x[state, model, name] for x in (self.asked, self.values))
+            among = np.isin(asked, shared)
+            row = {"state": state, "model": model, "split": self.split, "index": name}
+            row |= {"queries": len(shared)}
+            row |= {"metrics": {m: float(v[among].mean()) for m, v in values.items()}} | extra
+            if len(asked) > len(shared):
+                every = {m: float(v.mean()) for m, v in values.items()}
+                row["all_queries"] = {"queries": len(asked), "metrics": every}
+            rows.append(row)
+        return rows
+
+    def _compare(self, a, b) -> dict:
+        """The significance test of two keys of `values`, over the queries that both have."""
+        settings = self.run.config.evaluate
+        metric = metrics.at_relevance(settings.metrics, settings.min_relevance)[0]
+        common = np.intersect1d(self.asked[a], self.asked[b])
+        values = (self.values[key][metric][np.isin(self.asked[key], common)] for key in (a, b))
+        difference, p_value = metrics.paired_test(
+            *values, permutations=settings.permutations, seed=self.run.config.seed
+        )
+        names = {"a": results.name(*a), "b": results.name(*b), "metric": metric}
+        return {**names, "queries": len(common), "difference": difference, "p_value": p_value}
+
+    def _against_floors(self, first: str) -> list[tuple]:
+        """Pairs of what a trained state finds, or re-ranks, and what it has to beat."""
+        keys = [key for key in self.values if key[2] in (first, "bm25")]
+        trained, floors = set(STATES) - {"zero_shot"}, set(FLOORS)
+        return [(a, b) for a in keys for b in keys if a[0] in trained and b[0] in floors]
+
+    def write(self, name: str, pairs, first: str) -> dict:
+        """Compares pairs of (state, model, index) that were added; writes `eval/<name>.*`.
+
+        Adds the pairs of what the index `first` finds and the floors, and the verdict of the last
+        state.
+        """
+        run, beaten = self.run, self._against_floors(first)
+        pairs = [pair for pair in (*pairs, *beaten) if set(pair) <= set(self.values)]
+        tests = {pair: self._compare(*pair) for pair in dict.fromkeys(pairs)}
+        last = max((a[0] for a, _ in beaten), key=STATES.index, default=None)
+        verdict = [(pair[0], tests[pair]) for pair in beaten if pair[0][0] == last]
+        report = {
+            "rows": self._described(),
+            "significance": list(tests.values()),
+            "verdict": results.verdict([test for _, test in verdict]),
+            "titles": run.config.data.titles and len(self.store.titles.tokens) > 0,
+        }
+        worse = {key for key, test in verdict if results.told(test) == "worse than"}
+        if worse:
+            report["verdict"] += results.advice(run, self.store, worse, self.reachable)
         arrays = {
             f"{'.'.join(key)}.{m}": v
             for key, found in self.values.items()
@@ -217,17 +266,25 @@ class _Report:
 def evaluate(
     run: Run, store: tokens.Store, split: str, indexes: tuple[str, ...], states=STATES
 ) -> dict:
-    """Retrieval and re-ranking of model states on a split, as `results.json` describes it.
+    """Retrieval and re-ranking of BM25 and of model states on a split, as `results.json` describes it.
 
     Retrieves with exact search and, if asked for, with ScaNN; the re-ranker re-ranks what its own
-    state's retriever found by the first of `indexes`, for all queries or the same subset of them in
-    every state. Writes `runs/*.trec`, `eval/<split>.json` and, as `<state>.<model>.<index>.<metric>`,
-    the value of each query the model was measured on, in their order, in `eval/<split>.per_query.npz`.
+    state's retriever found by the first of `indexes`, and what BM25 found (index "bm25"). Where not
+    all queries are re-ranked, `evaluate.rerank_queries` of them are, one random sample with a fixed
+    seed: the `metrics` of every row are over that sample, and `all_queries` has those of rows that
+    were measured on more. A significance test takes all queries that both sides were measured on.
+
+    Writes `runs/*.trec`, `eval/<split>.json` and, as `<state>.<model>.<index>.<metric>`, the value of
+    each query the model was measured on, in their order, in `eval/<split>.per_query.npz`.
 
     Raises:
       InputError: the split is not there, or a stage has not been run.
     """
     report, first = _Report(run, store, split), indexes[0]
+    floor = _bm25(run, store, split, report.rows_Q)
+    if floor:
+        described = bm25.described(run.config.evaluate.bm25)
+        report.add("bm25", "bm25", "bm25", report.rows_Q, *floor, parameters=described)
     for state in states:
         if state == "retriever" and run.config.retriever.epochs == 0:
             continue
@@ -239,8 +296,9 @@ def evaluate(
             if state != "reranker":
                 report.add(state, "retriever", name, report.rows_Q, *retrieved[name], **extra)
         if state in RERANKED:
-            found = (array[report.reranked_R] for array in retrieved[first])
-            report.add_reranked(state, first, *found)
+            report.add_reranked(state, first, *retrieved[first])
+            if floor:
+                report.add_reranked(state, "bm25", *floor)
     start = "zero_shot" if run.config.retriever.epochs == 0 else "retriever"
     pairs = [
         (("joint", "retriever", first), ("zero_shot", "retriever", first)),
@@ -248,7 +306,7 @@ def evaluate(
         (("joint", "reranker", first), ("reranker", "reranker", first)),
         (("joint", "reranker", first), ("joint", "retriever", first)),
     ]
-    return report.write(split, pairs)
+    return report.write(split, pairs, first)
 
 
 def evaluate_candidates(
@@ -283,18 +341,19 @@ def evaluate_candidates(
                     f"{path}: passage {passage!r} of query {query!r} is not in the collection; give "
                     "a run over its passages"
                 )
-    passages_RxK, scores_RxK = metrics.run_arrays(found, query_ids, passage_rows)
-    own_R = own_texts.of_rows(report.queries, rows_R)
-    passages_RxK = np.where(passages_RxK == own_R[:, None], -1, passages_RxK)
-    passages_RxK, scores_RxK = metrics.sort_run(passages_RxK, scores_RxK, store.passage_ids)
-    scores_RxK = np.where(passages_RxK < 0, 0, scores_RxK)
-    given = passages_RxK, scores_RxK
-    report.add("candidates", "given", name, rows_R, *given, queries_named=named)
+    found = {query: found[query] for query in query_ids if query in found}
+    every_id = [report.queries.ids[row] for row in report.rows_Q]
+    passages_QxK, scores_QxK = metrics.run_arrays(found, every_id, passage_rows)
+    own_Q = own_texts.of_rows(report.queries, report.rows_Q)
+    passages_QxK = np.where(passages_QxK == own_Q[:, None], -1, passages_QxK)
+    given = metrics.sort_run(passages_QxK, scores_QxK, store.passage_ids)
+    asked = (array[report.reranked_R] for array in given)
+    report.add("candidates", "given", name, rows_R, *asked, queries_named=named)
     for state in states:
         report.add_reranked(state, name, *given)
     joint = ("joint", "reranker", name)
     pairs = [(joint, ("reranker", "reranker", name)), (joint, ("candidates", "given", name))]
-    return report.write(f"{split}.{name}", pairs)
+    return report.write(f"{split}.{name}", pairs, name)
 
 
 def check_metrics(run: Run, store: tokens.Store, split: str):
@@ -309,12 +368,15 @@ def check_metrics(run: Run, store: tokens.Store, split: str):
 
 
 def _measure(run: Run, store: tokens.Store, split: str):
-    """`measure(rows_Q, passages_QxK, scores_QxK)`: every metric's values for queries of a split."""
+    """`measure(rows_Q, passages_QxK, scores_QxK)`: every metric's values for queries of a split.
+
+    Or those of other metrics, given as `names`.
+    """
     settings, queries = run.config.evaluate, store.splits[split]
-    names = metrics.at_relevance(settings.metrics, settings.min_relevance)
+    wanted = metrics.at_relevance(settings.metrics, settings.min_relevance)
     if queries.qrels_3xN.size:
 
-        def labelled(rows_Q, *found):
+        def labelled(rows_Q, *found, names=wanted):
             qrels = _qrels_of(queries, rows_Q)
             return metrics.evaluate(*found, store.passage_ids, qrels, names)
 
@@ -322,16 +384,16 @@ def _measure(run: Run, store: tokens.Store, split: str):
 
     texts = texts_of(run, store)
     answers = [query.answers for query in texts.queries(split)]
-    deepest = max(metrics.parse_metric(name)[1] for name in names)
     passages: dict[int, str] = {}
 
-    def measure(rows_Q, passages_QxK, scores_QxK):
+    def measure(rows_Q, passages_QxK, scores_QxK, names=wanted):
+        deepest = max(metrics.parse_metric(name)[1] for name in names)
         found = metrics.sort_run(passages_QxK, scores_QxK, store.passage_ids)
         top_QxK, scores_QxK = (array[:, :deepest] for array in found)
-        wanted = set(top_QxK[top_QxK >= 0].tolist()) - passages.keys()
-        if wanted:
+        unread = set(top_QxK[top_QxK >= 0].tolist()) - passages.keys()
+        if unread:
             for row, passage in enumerate(texts.passages()):
-                if row in wanted:
+                if row in unread:
                     passages[row] = answers_lib.joined(passage.text)
         qrels = answers_lib.judge(top_QxK, [answers[row] for row in rows_Q], passages)
         every_Q = np.arange(len(rows_Q))
@@ -406,31 +468,40 @@ def _search(run: Run, store: tokens.Store, split: str, rows_Q: np.ndarray, state
     return approximate, recalls
 
 
-def render(report: dict) -> str:
-    """The report as a table for people."""
-    names = list(report["rows"][0]["metrics"])
-    width = max(11, *map(len, names))
-    longest = max(6, *(len(row["index"]) for row in report["rows"]))
-    head = f"{'state':10} {'model':10} {'index':{longest}} "
-    head += " ".join(f"{n:>{width}}" for n in names)
-    lines = [head, "-" * len(head)]
-    for row in report["rows"]:
-        cells = " ".join(f"{row['metrics'][n]:{width}.4f}" for n in names)
-        recalls = [f"{k} {v:.3f}" for k, v in row.items() if k.startswith("recall@")]
-        note = f"  {', '.join(recalls)}" if recalls else ""
-        which = f"{row['state']:10} {row['model']:10} {row['index']:{longest}}"
-        lines.append(f"{which} {cells}{note}")
-    fewest, most = (f(row["queries"] for row in report["rows"]) for f in (min, max))
-    counted = f"{most} {report['rows'][0]['split']} queries"
-    if fewest < most:
-        counted += f", {fewest} of them re-ranked"
-    for row in report["rows"]:
-        if row.get("queries_named", most) < most:
-            counted += f", {row['queries_named']} of them with candidates (the others count 0)"
-    titles = "with" if report["titles"] else "without"
-    lines.append(f"{counted}; passages {titles} titles")
-    lines += [
-        f"{s['metric']}: {s['a']} - {s['b']} = {s['difference']:+.4f} (p = {s['p_value']:.4f})"
-        for s in report["significance"]
-    ]
-    return "\n".join(lines)
+def _bm25(run: Run, store: tokens.Store, split: str, rows_Q: np.ndarray):
+    """What BM25 finds for queries of a split, as `retrieve` gives it; None where it is left out.
+
+    A line says so then.
+    """
+    settings, queries = run.config.evaluate, store.splits[split]
+    passages, most = len(store.passage_ids), settings.bm25.most_passages
+    if passages > most:
+        tqdm.tqdm.write(
+            f"  bm25: left out, as {passages} passages are more than "
+            f"config.evaluate.bm25.most_passages, {most}"
+        )
+        return None
+
+    def compute():
+        if not hosts.first():
+            return {}
+        try:
+            texts = texts_of(run, store)
+        except InputError as e:
+            tqdm.tqdm.write(f"  bm25: left out, as the texts cannot be read ({e})")
+            return {}
+        strings = queries.strings or tuple(query.text for query in texts.queries(split))
+        titles = run.config.data.titles
+        read = (f"{p.title} {p.text}" if titles else p.text for p in texts.passages())
+        asked = [strings[row] for row in rows_Q]
+        depth = own_texts.deeper(settings.retrieve_depth, own_Q)
+        found = bm25.search(read, asked, depth, settings.bm25)
+        found = own_texts.without(*found, own_Q)
+        return dict(zip(("passages", "scores"), metrics.sort_run(*found, store.passage_ids)))
+
+    own_Q = own_texts.of_rows(queries, rows_Q)
+    method = json.dumps(bm25.described(settings.bm25), sort_keys=True)
+    source = f"{store.fingerprint} {queries.fingerprint} {method} {run.config.data.titles} "
+    source = artifacts.digest(source + str(settings.retrieve_depth), rows_Q, own_Q)
+    found = artifacts.cached(run.workdir / "eval" / f"{split}.bm25.npz", source, compute)
+    return (found["passages"], found["scores"]) if found else None

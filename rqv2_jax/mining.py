@@ -133,20 +133,30 @@ def mine(run: Run, store: tokens.Store, candidates: dict) -> dict[str, lists_lib
 def refresh(
     run: Run, store: tokens.Store, candidates: dict, step: int, params
 ) -> dict[str, lists_lib.Candidates]:
-    """New candidates of the same queries by both models as they are at a step, in `lists/`."""
+    """New candidates of the same queries by both models as they are at a step, in `lists/`.
+
+    A run that resumes at a later step, and has no `params` of this one (None), reads them there.
+
+    Raises:
+      InputError: then they are not there, or damaged.
+    """
     folder, source = run.workdir / "lists" / f"joint.{step:07}", f"joint {step} {store.fingerprint}"
 
+    def model(name):
+        if params is None:
+            raise InputError(
+                f"{folder}: the candidates of step {step} are gone, the models have changed; delete "
+                f"{run.workdir / 'joint'} to train this stage again"
+            )
+        return params[name]
+
     def shards():
-        tower = params["retriever"]["passage"]
+        tower = model("retriever")["passage"]
         return encode.corpus(run.forward, tower, store, run.workdir / "vectors/refreshed", source)
 
     rows = {split: found.query_rows_Q for split, found in candidates.items()}
-    tower = params["retriever"]["query"]
-    found = _retrieve(run, store, folder, source, rows, lambda: tower, shards)
-    found = _score(run, store, found, folder, source, lambda: params["reranker"])
-    # From here on a run that resumes reads these, whatever its params have become.
-    hosts.from_first((folder / "complete").touch)
-    return found
+    found = _retrieve(run, store, folder, source, rows, lambda: model("retriever")["query"], shards)
+    return _score(run, store, found, folder, source, lambda: model("reranker"))
 
 
 def labelled_scores(store: tokens.Store, dev: lists_lib.Candidates):

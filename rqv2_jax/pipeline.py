@@ -7,6 +7,7 @@ unfinished one resumes, so running the same command again is always right.
 import contextlib
 import json
 import pathlib
+import shlex
 import shutil
 
 import jax
@@ -14,7 +15,7 @@ import ml_collections
 import numpy as np
 import tqdm
 
-from rqv2_jax import artifacts, evaluation, hosts, mining, optional, train
+from rqv2_jax import artifacts, evaluation, hosts, mining, optional, results, train
 from rqv2_jax.checkpoint import Checkpoints, best_step
 from rqv2_jax.data import collection, denoise, joint_tsv, own_texts, tokens
 from rqv2_jax.data import lists as lists_lib
@@ -46,12 +47,13 @@ def main(config: ml_collections.ConfigDict, workdir: pathlib.Path):
     with alone(workdir):
         claim(run)
         report = finish(run, *warm_up(run), config.evaluate.indexes)
-    tqdm.tqdm.write(evaluation.render(report))
+    tqdm.tqdm.write(results.render(report))
+    typed = shlex.quote(str(workdir))
     tqdm.tqdm.write(
         f"results: {workdir / 'results.json'}   run files: {workdir / 'runs'}\n"
-        f'next:    python -m rqv2_jax.search --workdir {workdir} "a question"\n'
-        f"         python -m rqv2_jax.evaluate --workdir {workdir} --split dev --index exact\n"
-        f"         tensorboard --logdir {workdir}"
+        f'next:    python -m rqv2_jax.search --workdir {typed} "a question"\n'
+        f"         python -m rqv2_jax.evaluate --workdir {typed} --split dev --index exact\n"
+        f"         tensorboard --logdir {typed}"
     )
 
 
@@ -276,13 +278,8 @@ def train_joint(run: Run, store: tokens.Store, candidates: dict):
 
     def redraw(step, state, number):
         tqdm.tqdm.write(f"  refresh: candidates by the models of step {step}")
-        complete = run.workdir / "lists" / f"joint.{step:07}" / "complete"
-        if int(state.step) > step and not hosts.from_first(complete.is_file):
-            raise InputError(
-                f"{complete.parent}: the candidates of step {step} are gone, the models have changed; "
-                f"delete {run.workdir / 'joint'} to train this stage again"
-            )
-        found = mining.refresh(run, store, candidates, step, state.params)
+        params = state.params if int(state.step) == step else None
+        found = mining.refresh(run, store, candidates, step, params)
         return mining.draw_lists(run, store, found, "joint", number=number, step=step)
 
     if settings.lists:

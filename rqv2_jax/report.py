@@ -77,8 +77,7 @@ def draw_list_sizes(folder: pathlib.Path, source: pathlib.Path, path: pathlib.Pa
     `source` is a summary that rqv2_jax.ablations wrote in `folder`. Bars reach one standard deviation
     over seeds either way.
     """
-    summary = json.loads(source.read_text())
-    config = json.loads((folder / "warm" / "config.json").read_text())
+    summary, config = (_read(file) for file in (source, folder / "warm" / "config.json"))
     figure, axes = _figure(2)
     for axis, model in zip(axes, ("retriever", "reranker")):
         points = []
@@ -99,6 +98,15 @@ def draw_list_sizes(folder: pathlib.Path, source: pathlib.Path, path: pathlib.Pa
         axis.set_ylabel("RR@10 on test")
         axis.legend()
     _save(figure, path)
+
+
+def _read(file: pathlib.Path):
+    try:
+        return json.loads(file.read_text())
+    except ValueError as e:
+        raise InputError(
+            f"{file}: not as rqv2_jax.ablations wrote it ({e}); give its command again"
+        ) from e
 
 
 def draw_scaling(lines: list[dict], path: pathlib.Path):

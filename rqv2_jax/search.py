@@ -46,8 +46,8 @@ def main(*question: str):
     from rqv2_jax.workdir import alone, open_store, open_workdir
 
     run = open_workdir(pathlib.Path(_WORKDIR.value), **program.places())
-    store = open_store(run)
     with alone(run.workdir):
+        store = open_store(run)
         if question:
             found = score.search(run, store, question, _STATE.value, _INDEX.value, own_Q=[-1])
             print(render(run, store, *found, shown=_SHOWN.value))

@@ -23,7 +23,7 @@ from rqv2_jax import sharding as sharding_lib
 from rqv2_jax.checkpoint import best_step, restore_best
 from rqv2_jax.data import collection, own_texts, tables, tevatron, tokens
 from rqv2_jax.data.inputs import Inputs
-from rqv2_jax.errors import InputError
+from rqv2_jax.errors import DAMAGE, InputError, readable
 from rqv2_jax.retrieval.stream import Forward, make_forward
 
 # Settings that change where numbers are computed, and when, but not which, unless it be what dropout
@@ -287,7 +287,9 @@ def _read_config(path: pathlib.Path) -> ml_collections.ConfigDict:
     try:
         return config_lib.loads(path.read_text())
     except (ValueError, AttributeError) as e:
-        raise InputError(f"{path}: not as rqv2_jax.main wrote it ({e}); bring that back") from e
+        raise InputError(
+            f"{path}: not as rqv2_jax.main wrote it ({e}); give the command of rqv2_jax.main again"
+        ) from e
 
 
 @contextlib.contextmanager
@@ -341,7 +343,8 @@ def claim(run: Run):
 
     def check():
         if path.is_file():
-            changed = config_lib.differences(_read_config(path), run.config)
+            claimed = readable(path, lambda: config_lib.loads(path.read_text())) or run.config
+            changed = config_lib.differences(claimed, run.config)
             joint = run.workdir / "joint"
             free = FREE if (joint / BEGUN).is_file() else (*FREE, "joint.")
             changed = [line for line in changed if not line.startswith(free)]
@@ -452,7 +455,8 @@ def open_collection(data: ml_collections.ConfigDict, folder: pathlib.Path) -> co
         return _prepared("builders").fetched(data.dataset)
     match data.dataset.split("_")[0]:
         case "docstrings":
-            return _prepared("docstrings").docstrings(folder, preset=data.preset)
+            docstrings = _prepared("docstrings").docstrings
+            return artifacts.kept(folder, lambda: docstrings(folder, preset=data.preset))
         case "beir":
             return collection.beir(
                 pathlib.Path(data.path), train_qrels=data.train_qrels, eval_qrels=data.eval_qrels
@@ -473,13 +477,23 @@ def _prepared(module: str):
 
 
 def open_store(run: Run) -> tokens.Store:
-    """The workdir's token store, with the passages that are queries themselves marked.
+    """The token store of a workdir, made again if it is damaged; queries' own texts are marked in it.
 
     Raises:
-      InputError: there is none.
+      InputError: there is none; or it is damaged, and its texts have changed or are gone.
     """
-    store = tokens.open_store(run.workdir / "data" / "tokens")
-    return own_texts.marked(store, run.config.data.ignore_identical_ids)
+    folder = run.workdir / "data" / "tokens"
+
+    def mend():
+        if folder.is_dir() and readable(folder, lambda: tokens.read_store(folder)) is None:
+            try:
+                made_from = tokens.read_fingerprint(folder)
+            except DAMAGE:
+                made_from = ""
+            tokens.prepare(_texts(run, made_from), run.tokenizer, folder)
+
+    hosts.from_first(mend)
+    return own_texts.marked(tokens.open_store(folder), run.config.data.ignore_identical_ids)
 
 
 def texts_of(run: Run, store: tokens.Store) -> collection.Collection:
@@ -488,6 +502,11 @@ def texts_of(run: Run, store: tokens.Store) -> collection.Collection:
     Raises:
       InputError: they have changed since.
     """
+    return _texts(run, store.fingerprint)
+
+
+def _texts(run: Run, fingerprint: str) -> collection.Collection:
+    """The run's texts and labels, which must have this fingerprint in a token store ("": any)."""
     path = run.config.data.path
     embedded = run.config.data.dataset == "docstrings"
     if path and not embedded and not pathlib.Path(path).exists():
@@ -496,7 +515,7 @@ def texts_of(run: Run, store: tokens.Store) -> collection.Collection:
             "--data DIR"
         )
     texts = open_collection(run.config.data, run.workdir / "data" / "tfds")
-    if store.fingerprint != f"{texts.fingerprint}-{run.tokenizer.fingerprint}":
+    if fingerprint not in ("", f"{texts.fingerprint}-{run.tokenizer.fingerprint}"):
         raise InputError(
             f"{run.workdir}: the texts of {texts.name} have changed since this workdir was made; "
             "bring the old ones back, or run in a new workdir"

@@ -152,6 +152,13 @@ def test_a_table_of_more_seeds_stays_until_a_run_has_caught_up(tmp_path, monkeyp
     given.seeds = 2
     ablations.main()
     assert seen[6:] == [3, 2]
+    # A damaged one is made again.
+    path.write_text(path.read_text()[:100])
+    ablations.main()
+    assert seen[8:] == [1, 2]
+    path.write_text(path.read_text()[:100])
+    with pytest.raises(InputError, match=r"ablations\.json: not as rqv2_jax\.ablations wrote it"):
+        report.draw_list_sizes(tmp_path, path, tmp_path / "list_sizes.png")
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +238,7 @@ def test_killed_in_a_row_the_same_command_goes_on(ablated, tmp_path):
         *("rqv2_jax.ablations", f"--config={tmp_path / 'settings.py'}", f"--workdir={workdir}"),
         *("--seeds=1", f"--rows={','.join(only)}"),
     )
-    midway = workdir / "rows" / "refreshed_candidates.0" / "lists" / "joint.0000002" / "complete"
+    midway = workdir / "rows" / "refreshed_candidates.0" / "lists" / "joint.0000002" / "dev.scores"
     with subprocess.Popen([sys.executable, "-m", *command], cwd=ROOT) as process:
         while not midway.exists():
             assert process.poll() is None

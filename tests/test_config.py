@@ -7,6 +7,7 @@ import pathlib
 
 import ml_collections
 import pytest
+import Stemmer
 
 from rqv2_jax import config as config_lib
 from rqv2_jax import losses
@@ -119,6 +120,7 @@ def test_choices_of_the_loss_are_those_the_loss_knows():
     assert config_lib.CHOICES["joint.loss.kl_direction"] == losses.KL_DIRECTIONS
     assert config_lib.CHOICES["joint.loss.kl_reduction"] == losses.KL_REDUCTIONS
     assert config_lib.CHOICES["joint.loss.reranker_loss"] == losses.RERANKER_LOSSES
+    assert ("", *Stemmer.algorithms()) == config_lib.STEMMERS
 
 
 @pytest.mark.parametrize("key", sorted(config_lib.RANGES))

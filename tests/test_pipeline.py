@@ -20,13 +20,24 @@ from absl import flags
 from absl.testing import flagsaver
 
 from rqv2_jax import config as config_lib
-from rqv2_jax import evaluate, evaluation, metrics, mining, pipeline, report, score, train, weights
+from rqv2_jax import (
+    evaluate,
+    evaluation,
+    metrics,
+    mining,
+    pipeline,
+    report,
+    results,
+    score,
+    train,
+    weights,
+)
 from rqv2_jax.checkpoint import Checkpoints
 from rqv2_jax.data import lists as lists_lib
 from rqv2_jax.data import tokens
 from rqv2_jax.errors import InputError
 from rqv2_jax.retrieval import encode
-from rqv2_jax.workdir import alone, branch, claim, open_run, open_workdir
+from rqv2_jax.workdir import alone, branch, claim, open_run, open_store, open_workdir
 
 ROOT = pathlib.Path(__file__).parent.parent
 WORDS = [
@@ -90,19 +101,138 @@ def test_results_have_a_row_for_every_state_model_and_index(finished):
     report = json.loads((workdir / "results.json").read_text())
     rows = [(row["state"], row["model"], row["index"]) for row in report["rows"]]
     assert rows == [
+        ("bm25", "bm25", "bm25"),
         ("zero_shot", "retriever", "exact"),
         ("zero_shot", "retriever", "scann"),
         ("retriever", "retriever", "exact"),
         ("retriever", "retriever", "scann"),
         ("reranker", "reranker", "exact"),
+        ("reranker", "reranker", "bm25"),
         ("joint", "retriever", "exact"),
         ("joint", "retriever", "scann"),
         ("joint", "reranker", "exact"),
+        ("joint", "reranker", "bm25"),
     ]
     assert all(row["queries"] == 8 and row["split"] == "test" for row in report["rows"])
+    parameters = {"variant": "lucene", "k1": 1.2, "b": 0.75, "stemmer": "english"}
+    assert report["rows"][0]["parameters"] == {**parameters, "library": "bm25s 0.3.16"}
     compared = [(s["a"], s["b"]) for s in report["significance"]]
-    assert ("joint retriever", "zero_shot retriever") in compared
-    assert ("joint reranker", "joint retriever") in compared
+    assert compared == [
+        ("joint retriever", "zero_shot retriever"),
+        ("joint retriever", "retriever retriever"),
+        ("joint reranker", "reranker reranker"),
+        ("joint reranker", "joint retriever"),
+        ("retriever retriever", "bm25"),
+        ("reranker reranker", "bm25"),
+        ("reranker reranker on bm25", "bm25"),
+        ("joint retriever", "bm25"),
+        ("joint reranker", "bm25"),
+        ("joint reranker on bm25", "bm25"),
+    ]
+
+
+def test_every_difference_is_that_of_the_values_by_query(finished):
+    _, workdir = finished
+    report = json.loads((workdir / "results.json").read_text())
+    with np.load(workdir / "eval" / "test.per_query.npz") as file:
+        values = dict(file)
+    keys = {
+        results.name(row["state"], row["model"], row["index"]): row
+        for row in report["rows"]
+        if row["index"] != "scann"
+    }
+    for test in report["significance"]:
+        a, b = (values["{state}.{model}.{index}.RR@10".format(**keys[test[side]])] for side in "ab")
+        assert test["difference"] == pytest.approx((a - b).mean(), abs=1e-12)
+        assert test["queries"] == len(a) == 8
+
+
+def test_the_verdict_speaks_of_both_models_after_joint_training(finished):
+    _, workdir = finished
+    report = json.loads((workdir / "results.json").read_text())
+    subjects = ("joint retriever", "joint reranker", "joint reranker on bm25")
+    tests = {test["a"]: test for test in report["significance"] if test["b"] == "bm25"}
+    for subject, said in zip(subjects, report["verdict"]):
+        test = tests[subject]
+        if test["p_value"] >= 0.05:
+            expected = "not told apart from"
+        else:
+            expected = "better than" if test["difference"] > 0 else "worse than"
+        assert said.startswith(f"{subject} is {expected} bm25: RR@10 {test['difference']:+.4f} (p")
+    advice = report["verdict"][3:]
+    assert all(line.startswith("look at: ") for line in advice)
+    assert bool(advice) == any(" worse than " in said for said in report["verdict"][:3])
+    shown = results.render(report)
+    for said in report["verdict"]:
+        assert " ".join(said.split()) in " ".join(shown.split())
+
+
+def test_the_table_fits_into_100_columns(finished):
+    _, workdir = finished
+    shown = results.render(json.loads((workdir / "results.json").read_text()))
+    assert max(map(len, shown.splitlines())) <= 100
+    head, _, bm25_row = shown.splitlines()[:3]
+    assert head.split() == ["state", "model", "index", *config_lib.default().evaluate.metrics]
+    assert bm25_row.split()[:3] == ["bm25", "bm25", "bm25"]
+
+
+def test_bm25_ranks_the_passages_that_share_words_with_the_query(finished):
+    """By an own count over titles and texts; and the re-ranker re-ranks the first of them."""
+    config, workdir = finished
+    data = pathlib.Path(config.data.path)
+    corpus = [json.loads(line) for line in (data / "corpus.jsonl").open()]
+    words = {p["_id"]: f"{p['title']} {p['text']}".split() for p in corpus}
+    mean = np.mean([len(each) for each in words.values()])
+    queries = {
+        q["_id"]: q["text"].split() for q in map(json.loads, (data / "queries.jsonl").open())
+    }
+    found = metrics.read_trec_run(workdir / "runs" / "test.bm25.bm25.bm25.trec")
+    reranked = metrics.read_trec_run(workdir / "runs" / "test.joint.reranker.bm25.trec")
+    assert len(found) == 8
+    for query, ranked in found.items():
+        scores = {}
+        for passage, text in words.items():
+            for word in queries[query]:
+                holding = sum(word in each for each in words.values())
+                idf = np.log(1 + (len(words) - holding + 0.5) / (holding + 0.5))
+                count, length = text.count(word), 1 - 0.75 + 0.75 * len(text) / mean
+                scores[passage] = scores.get(passage, 0) + idf * count / (count + 1.2 * length)
+        ids, given = zip(*ranked)
+        expected = sorted(scores.values(), reverse=True)[:20]
+        np.testing.assert_allclose(given, [score for score in expected if score > 0], rtol=1e-4)
+        np.testing.assert_allclose(given, [scores[passage] for passage in ids], rtol=1e-4)
+        depth = config.evaluate.rerank_depth
+        again = [passage for passage, _ in reranked[query]]
+        assert set(again[:depth]) == set(ids[:depth])
+        assert again[depth:] == list(ids[depth:])
+
+
+def test_bm25_is_left_out_of_larger_collections_and_where_texts_are_gone(
+    finished, tmp_path, capsys, monkeypatch
+):
+    config, workdir = finished
+    own = config_lib.loads(config_lib.dumps(config))
+
+    def states():
+        run = open_run(own, tmp_path / "w")
+        (tmp_path / "w").mkdir(exist_ok=True)
+        store = tokens.open_store(workdir / "data" / "tokens")
+        report = evaluation.evaluate(run, store, "test", ("exact",), states=("zero_shot",))
+        return [row["state"] for row in report["rows"]], report["verdict"]
+
+    own.evaluate.bm25.most_passages = 47
+    assert states() == (["zero_shot"], [])
+    said = "bm25: left out, as 48 passages are more than config.evaluate.bm25.most_passages, 47"
+    assert said in capsys.readouterr().out
+    own.evaluate.bm25.most_passages = 48
+    own.data.path = str(tmp_path / "nowhere")
+    assert states() == (["zero_shot"], [])
+    assert "bm25: left out, as the texts cannot be read" in capsys.readouterr().out
+    # Brought back they are read, and what was found is found again without them.
+    own.data.path = config.data.path
+    assert states() == (["bm25", "zero_shot"], [])
+    own.data.path = str(tmp_path / "nowhere")
+    assert states() == (["bm25", "zero_shot"], [])
 
 
 def test_results_agree_with_ir_measures_on_the_run_files(finished):
@@ -146,8 +276,11 @@ def test_answers_judge_where_there_are_no_labels(finished, bert_folder, tmp_path
     run.workdir.mkdir()
     store = pipeline.prepare(run)
     report = evaluation.evaluate(run, store, "test", ("exact",), states=("zero_shot",))
-    (row,) = report["rows"]
+    floor, row = report["rows"]
     assert (row["queries"], report["titles"]) == (7, False)
+    # The answers are words of the passages, as the queries are.
+    assert floor["state"] == "bm25"
+    assert floor["metrics"]["Success@5"] > 0.5
     ranked = {query: [] for query in answers}
     for line in (run.workdir / "runs/test.zero_shot.retriever.exact.trec").read_text().splitlines():
         query, _, passage, *_ = line.split()
@@ -264,13 +397,24 @@ def test_evaluation_of_some_queries_is_theirs_in_the_whole(evaluated_again):
         np.testing.assert_allclose(values, whole[name][rows], atol=1e-6)
 
 
-def test_some_queries_are_reranked_and_all_retrieved(evaluated_again):
+def test_all_rows_stand_on_the_queries_that_are_reranked(evaluated_again):
     report, rows, whole, part = evaluated_again(rerank_queries=5)
     every = len(whole["joint.retriever.exact.RR@10"])
     assert len(rows) == 5 < every
-    counts = {row["model"]: row["queries"] for row in report["rows"]}
-    assert counts == {"retriever": every, "reranker": 5}
-    assert f"{every} test queries, 5 of them re-ranked;" in evaluation.render(report)
+    for row in report["rows"]:
+        key = "{state}.{model}.{index}.".format(**row)
+        assert row["queries"] == 5
+        for metric, value in row["metrics"].items():
+            assert value == pytest.approx(whole[key + metric][rows].mean(), abs=1e-6)
+        assert ("all_queries" in row) == (row["model"] != "reranker")
+        if "all_queries" in row:
+            assert row["all_queries"]["queries"] == every
+            for metric, value in row["all_queries"]["metrics"].items():
+                assert value == pytest.approx(whole[key + metric].mean(), abs=1e-6)
+    shown = results.render(report)
+    assert f"5 test queries, a sample of {every};" in shown
+    table = shown.partition(f"the same over all {every} queries:")[2].splitlines()[1:]
+    assert [line.split()[1] for line in table[2:6]] == ["bm25", *["retriever"] * 3]
     for name, values in part.items():
         expected = whole[name][rows] if ".reranker." in name else whole[name]
         np.testing.assert_allclose(values, expected, atol=1e-6)
@@ -435,24 +579,24 @@ def test_queries_without_candidates_count_0_and_short_lists_stay_short(finished,
     shutil.copytree(finished[1], tmp_path / "w")
     rows = ["q41 Q0 p3 1 2.5 bm25\n", "q41 Q0 p41 2 1.5 bm25\n", "q0 Q0 p0 1 1 bm25\n"]
     rows += [f"q42 Q0 p{i} 1 {-i} bm25\n" for i in range(40)]
-    (tmp_path / "bm25.trec").write_text("".join(rows))
-    report, values = rerank_program(tmp_path, "bm25")
+    (tmp_path / "anserini.trec").write_text("".join(rows))
+    report, values = rerank_program(tmp_path, "anserini")
     assert all(row["queries"] == 8 for row in report["rows"])
-    given = values["candidates.given.bm25.RR@10"]
+    given = values["candidates.given.anserini.RR@10"]
     np.testing.assert_allclose(given, [0, 0.5, 0, 0, 0, 0, 0, 0])
-    assert "8 test queries, 2 of them with candidates" in evaluation.render(report)
-    found = values["joint.reranker.bm25.RR@10"]
+    assert "8 test queries, 2 of them with candidates" in results.render(report)
+    found = values["joint.reranker.anserini.RR@10"]
     assert found[1] in (0.5, 1)
     assert not np.delete(found, 1).any()
-    written = (tmp_path / "w" / "runs" / "test.joint.reranker.bm25.trec").read_text()
+    written = (tmp_path / "w" / "runs" / "test.joint.reranker.anserini.trec").read_text()
     assert sorted(line.split()[2] for line in written.splitlines() if "q41" in line) == [
         "p3",
         "p41",
     ]
     # Another file under the name is scored anew.
-    (tmp_path / "bm25.trec").write_text("q43 Q0 p43 1 1 bm25\n")
-    _, values = rerank_program(tmp_path, "bm25")
-    np.testing.assert_allclose(values["joint.reranker.bm25.RR@10"], np.eye(8)[3])
+    (tmp_path / "anserini.trec").write_text("q43 Q0 p43 1 1 bm25\n")
+    _, values = rerank_program(tmp_path, "anserini")
+    np.testing.assert_allclose(values["joint.reranker.anserini.RR@10"], np.eye(8)[3])
 
 
 @pytest.mark.parametrize(
@@ -467,6 +611,7 @@ def test_queries_without_candidates_count_0_and_short_lists_stay_short(finished,
         ("b", "q41 Q0 p0 1\n", "b.trec:1: the rank 'p0' is not a number"),
         ("b", "q41 Q0 p0 1 2\n", "b.trec:1: 5 columns"),
         ("exact", "q41 Q0 p0 1 2.5 x\n", "exact.trec: results are named after the file; rename it"),
+        ("bm25", "q41 Q0 p0 1 2.5 x\n", "bm25.trec: results are named after the file; rename it"),
     ],
 )
 def test_candidates_that_cannot_be_used(finished, tmp_path, name, text, message):
@@ -474,6 +619,32 @@ def test_candidates_that_cannot_be_used(finished, tmp_path, name, text, message)
     (tmp_path / f"{name}.trec").write_text(text)
     with pytest.raises(InputError, match=message):
         rerank_program(tmp_path, name)
+
+
+def test_candidates_of_queries_that_are_not_reranked_do_not_matter(finished, tmp_path):
+    config, workdir = finished
+    shutil.copytree(workdir, tmp_path / "w")
+    own = config_lib.loads(config_lib.dumps(config))
+    own.evaluate.rerank_queries = 5
+    run = open_run(own, tmp_path / "w")
+    store = tokens.open_store(workdir / "data" / "tokens")
+    evaluation.evaluate(run, store, "test", ("exact",), states=("joint",))
+    source = tmp_path / "w" / "runs" / "test.joint.retriever.exact.trec"
+    sample = tmp_path / "w" / "runs" / "test.joint.reranker.exact.trec"
+    asked = {line.split()[0] for line in sample.read_text().splitlines()}
+    assert len(asked) == 5
+    lines = source.read_text().splitlines(keepends=True)
+    others = [line.replace(" p", " unknown") for line in lines if line.split()[0] not in asked]
+    (tmp_path / "some.trec").write_text(
+        "".join([*others, *(line for line in lines if line.split()[0] in asked)])
+    )
+    report = evaluation.evaluate_candidates(run, store, "test", tmp_path / "some.trec", "some")
+    again = metrics.read_trec_run(tmp_path / "w" / "runs" / "test.joint.reranker.some.trec")
+    assert all(row["queries"] == 5 for row in report["rows"])
+    expected = metrics.read_trec_run(sample)
+    assert {query: [p for p, _ in found] for query, found in again.items()} == {
+        query: [p for p, _ in found] for query, found in expected.items()
+    }
 
 
 def test_metrics_without_rr_are_compared_by_their_first(deep):
@@ -492,6 +663,70 @@ def test_second_run_of_the_same_command_does_nothing_and_keeps_the_results(finis
     pipeline.main(config, workdir)
     assert (workdir / "results.json").read_text() == before
     assert stamps == {p: p.stat().st_mtime_ns for p in checkpoint.rglob("*") if p.is_file()}
+
+
+# Neither checkpoints nor what says of a stage's training what it was; logs are only written.
+KEPT = ("best", "last", "begun.txt", "finished.txt")
+
+
+@pytest.mark.parametrize("share", [0, 0.6])
+def test_whatever_file_of_a_workdir_is_damaged_the_same_command_mends_it(
+    finished, tmp_path, capsys, share
+):
+    config, workdir = finished
+    shutil.copytree(workdir, tmp_path / "w")
+    damaged = [
+        path
+        for path in sorted((tmp_path / "w").rglob("*"))
+        if path.is_file()
+        and path.stat().st_size
+        and not set(path.relative_to(tmp_path / "w").parts) & set(KEPT)
+        and ".tfevents." not in path.name
+    ]
+    found = {path.suffix for path in damaged}
+    assert {".npz", ".npy", ".json", ".bin", ".trec", ".pb", ".pbtxt"} <= found
+    for path in damaged:
+        os.truncate(path, int(share * path.stat().st_size))
+    capsys.readouterr()
+    pipeline.main(config, tmp_path / "w")
+    said = capsys.readouterr().out
+    assert (tmp_path / "w" / "results.json").read_text() == (workdir / "results.json").read_text()
+    # A line for each thing that is read, of which a folder may be one.
+    lines = [line for line in said.splitlines() if line.endswith("it is made again")]
+    named = {line.partition(": cannot be read")[0] for line in lines}
+    folder = tmp_path / "w"
+    assert named >= {
+        *(str(folder / name) for name in ("config.json", "data/tokens/manifest.json")),
+        *(str(folder / "vectors" / stage / "manifest.json") for stage in ("zero_shot", "joint")),
+        *map(str, folder.glob("lists/*.retrieved.npz")),
+        *map(str, folder.glob("lists/*.scores/*.npz")),
+        *map(str, folder.glob("eval/test.*.exact.npz")),
+        str(folder / "eval/test.bm25.npz"),
+    }
+    assert len(lines) == len(named)
+
+
+def test_a_damaged_token_store_is_made_again_from_the_same_texts_only(finished, tmp_path, capsys):
+    config, workdir = finished
+    shutil.copytree(workdir.parent, tmp_path / "all", symlinks=True)
+    folder = tmp_path / "all" / "workdir"
+    own = config_lib.loads(config_lib.dumps(config))
+    own.data.path = str(tmp_path / "all" / "data")
+    offsets = folder / "data/tokens/passages/texts.offsets.npy"
+    before = offsets.read_bytes()
+    os.truncate(offsets, 100)
+    flags.FLAGS.mark_as_parsed()
+    with flagsaver.flagsaver(workdir=str(folder), split="dev"):
+        evaluate.main()
+    assert offsets.read_bytes() == before
+    assert "data/tokens: cannot be read (" in capsys.readouterr().out
+    os.truncate(offsets, 100)
+    queries = tmp_path / "all" / "data" / "queries.jsonl"
+    queries.write_text(queries.read_text().replace("river", "stone", 1))
+    with pytest.raises(InputError, match="the texts of data have changed since this workdir was"):
+        open_store(open_run(own, folder))
+    with pytest.raises(InputError, match="holds no token store; run"):
+        open_store(open_run(own, tmp_path / "new"))
 
 
 @pytest.mark.parametrize(
@@ -581,8 +816,9 @@ def test_settings_may_change_until_they_have_been_used(finished, tmp_path):
     ("changes", "found_again"),
     [
         ({"scann.leaves_per_sqrt": 2.0}, {"scann"}),
-        ({"retrieve_depth": 5}, {"exact", "scann", "reranked.scann"}),
-        ({"rerank_depth": 3}, {"reranked.scann"}),
+        ({"retrieve_depth": 5}, {"exact", "scann", "reranked.scann", "reranked.bm25"}),
+        ({"rerank_depth": 3}, {"reranked.scann", "reranked.bm25"}),
+        ({"bm25.k1": 0.01, "bm25.b": 0.0}, {"reranked.bm25"}),
         ({"permutations": 100}, set()),
     ],
 )
@@ -874,8 +1110,8 @@ def test_candidates_that_cannot_be_made_again_are_missed(finished, joint_again, 
     _, folder, _ = joint_again(refresh_every=3)
     steps = sorted((folder / "joint" / "last").glob("[0-9]*"))
     assert [p.name for p in steps] == ["6"]
-    # As if it had been stopped at the last step but one, and the candidates were lost since.
-    shutil.rmtree(folder / "lists" / "joint.0000003")
+    # As if it had been stopped at the last step but one, and the candidates were damaged since.
+    os.truncate(folder / "lists" / "joint.0000003" / "train.retrieved.npz", 100)
     (folder / "joint" / "finished.txt").unlink()
     restore = Checkpoints.restore_last
 

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import os
 import shutil
 
 import numpy as np
@@ -301,6 +302,29 @@ def test_an_interrupted_rebuild_starts_again(tmp_path):
     assert_holds(open_store(tmp_path / "store"))
     passages = [*PASSAGES, Passage("new", "", "20")]
     assert_holds(build(tmp_path, passages=passages, fingerprint="other"), passages=passages)
+
+
+@pytest.mark.parametrize("damage", ["emptied", "cut", "gone"])
+def test_a_store_of_which_any_file_is_damaged_is_made_again(tmp_path, capsys, damage):
+    build(tmp_path)
+    folder = tmp_path / "store"
+    files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    assert len(files) == 14
+    for name in files:
+        path = folder / name
+        if damage == "gone":
+            path.unlink()
+        else:
+            os.truncate(path, 0 if damage == "emptied" else path.stat().st_size // 2)
+        text = message(open_store, folder)
+        assert text.startswith(f"{folder}: ")
+        assert "run rqv2_jax.main on this workdir" in text
+        assert_holds(build(tmp_path))
+        said = capsys.readouterr().out
+        if (damage, name.name) != ("gone", "manifest.json"):
+            assert said.startswith(str(folder))
+            assert "it is made again" in said
+            assert len(said.splitlines()) == 1
 
 
 def test_an_empty_corpus_is_an_error(tmp_path):

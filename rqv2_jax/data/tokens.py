@@ -26,7 +26,7 @@ import numpy as np
 import tqdm
 
 from rqv2_jax.data import collection as collection_lib
-from rqv2_jax.errors import InputError
+from rqv2_jax.errors import DAMAGE, InputError, readable
 
 FORMAT = 2
 CHUNK = 4096
@@ -55,8 +55,9 @@ class Texts:
 class Queries:
     """The queries of one split with their labels: `qrels_3xN` = query row, passage row, relevance.
 
-    `fingerprint` is that of queries which do not belong to the store. `own_2xN` are pairs of a query
-    row and the row of the passage that is this query's own text, sorted: neither a negative nor a hit.
+    `fingerprint` and `strings`, the texts as such, are those of queries which do not belong to the
+    store. `own_2xN` are pairs of a query row and the row of the passage that is this query's own text,
+    sorted: neither a negative nor a hit.
     """
 
     texts: Texts
@@ -64,6 +65,7 @@ class Queries:
     qrels_3xN: np.ndarray
     fingerprint: str = ""
     own_2xN: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((2, 0), np.int64))
+    strings: tuple[str, ...] = ()
 
     def positives(self) -> np.ndarray:
         """The relevant pairs [2, N]: query row, passage row; sorted by query row."""
@@ -202,8 +204,8 @@ def _write_ids(path: pathlib.Path, ids: Iterable[str]):
 def prepare(collection: collection_lib.Collection, tokenizer: Tokenizer, folder: pathlib.Path):
     """Builds the token store of a collection in `folder`, or keeps one that is up to date.
 
-    A store made by another tokeniser, from other files or in another format is rebuilt. It appears
-    under its name only when complete.
+    A store made by another tokeniser, from other files or in another format is rebuilt, and so is one
+    that is damaged. It appears under its name only when complete.
 
     Raises:
       InputError: whatever the readers find wrong with the files.
@@ -218,10 +220,11 @@ def prepare(collection: collection_lib.Collection, tokenizer: Tokenizer, folder:
     }
     path = folder / "manifest.json"
     if path.is_file():
-        existing = json.loads(path.read_text())
+        existing = readable(path, lambda: json.loads(path.read_text())) or {}
         # A folder that has moved may have another name.
         wanted = {key: value for key, value in manifest.items() if key != "collection"}
-        if {**existing, **wanted} == existing:
+        current = {**existing, **wanted} == existing
+        if current and readable(folder, lambda: read_store(folder)) is not None:
             return
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -279,35 +282,61 @@ def open_store(folder: pathlib.Path) -> Store:
     """Opens a store; token arrays stay on disk until they are read.
 
     Raises:
-      InputError: there is no store in `folder`.
+      InputError: there is no store in `folder`, or it is damaged.
     """
     path = folder / "manifest.json"
     if not path.is_file():
         raise InputError(f"{folder}: holds no token store; run rqv2_jax.main on this workdir first")
-    manifest = json.loads(path.read_text())
+    try:
+        return read_store(folder)
+    except DAMAGE as e:
+        raise InputError(
+            f"{folder}: the token store is damaged ({e}); run rqv2_jax.main on this workdir again"
+        ) from e
 
-    def texts(name):
+
+def read_store(folder: pathlib.Path) -> Store:
+    """Does what `open_store` does; raises one of `errors.DAMAGE` if a file is missing or cut short."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+
+    def check(name, found, expected):
+        if found != expected:
+            raise ValueError(f"{name} holds {found} in place of {expected}")
+
+    def texts(name, count):
         file = folder / f"{name}.bin"
+        offsets = np.load(folder / f"{name}.offsets.npy")
+        check(f"{name}.offsets.npy", len(offsets) - 1, count)
+        size = np.dtype(manifest["dtype"]).itemsize * int(offsets[-1])
+        check(file.relative_to(folder), file.stat().st_size, size)
         # An empty file cannot be mapped: a corpus may well have no titles at all.
-        empty = file.stat().st_size == 0
-        tokens = (
-            np.zeros(0, manifest["dtype"]) if empty else np.memmap(file, manifest["dtype"], "r")
-        )
-        return Texts(tokens, np.load(folder / f"{name}.offsets.npy"))
+        tokens = np.memmap(file, manifest["dtype"], "r") if size else np.zeros(0, manifest["dtype"])
+        return Texts(tokens, offsets)
 
-    def ids(name):
+    def ids(name, count):
         with (folder / name / "ids.json").open() as f:
-            return [json.loads(line) for line in f]
+            found = [json.loads(line) for line in f]
+        check(f"{name}/ids.json", len(found), count)
+        return found
 
+    def queries(split):
+        count, qrels_3xN = manifest[f"{split}_queries"], np.load(folder / split / "qrels.npy")
+        return Queries(texts(f"{split}/queries", count), ids(split, count), qrels_3xN)
+
+    passages = manifest["passages"]
     return Store(
-        titles=texts("passages/titles"),
-        texts=texts("passages/texts"),
-        passage_ids=ids("passages"),
-        splits={
-            split: Queries(
-                texts(f"{split}/queries"), ids(split), np.load(folder / split / "qrels.npy")
-            )
-            for split in manifest["splits"]
-        },
-        fingerprint=f"{manifest['source']}-{manifest['tokenizer']}",
+        titles=texts("passages/titles", passages),
+        texts=texts("passages/texts", passages),
+        passage_ids=ids("passages", passages),
+        splits={split: queries(split) for split in manifest["splits"]},
+        fingerprint=_fingerprint(manifest),
     )
+
+
+def read_fingerprint(folder: pathlib.Path) -> str:
+    """Returns the fingerprint of a store, for which its manifest has to be readable."""
+    return _fingerprint(json.loads((folder / "manifest.json").read_text()))
+
+
+def _fingerprint(manifest: dict) -> str:
+    return f"{manifest['source']}-{manifest['tokenizer']}"

@@ -12,8 +12,9 @@ import shutil
 import numpy as np
 import tqdm
 
-from rqv2_jax import hosts
+from rqv2_jax import artifacts, hosts
 from rqv2_jax.data.tokens import Store, Texts
+from rqv2_jax.errors import readable
 from rqv2_jax.retrieval.stream import Forward, Layout
 
 PASSAGES_PER_SHARD = 2**15
@@ -65,21 +66,35 @@ def corpus(
 ) -> list[np.ndarray]:
     """The vectors of all passages: memory-mapped shards `<folder>/<number>.npy`, [n, D] float32.
 
-    Shards that exist are kept, so an interrupted run goes on where it stopped; shards made from
+    Shards that can be read are kept, so an interrupted run goes on where it stopped; shards made from
     another `source` (the params' origin and the token store) are thrown away.
     """
     manifest = folder / "manifest.json"
-    wanted = json.dumps({"source": source, "per_shard": PASSAGES_PER_SHARD})
+    wanted = {"source": source, "per_shard": PASSAGES_PER_SHARD}
     rows_N = np.arange(len(store.texts))
     parts = np.split(rows_N, range(PASSAGES_PER_SHARD, len(rows_N), PASSAGES_PER_SHARD))
     paths = [folder / f"{number:05}.npy" for number in range(len(parts))]
 
+    def load(number):
+        vectors_nxD = np.load(paths[number], mmap_mode="r")
+        if vectors_nxD.ndim != 2 or len(vectors_nxD) != len(parts[number]):
+            raise ValueError(f"shape {vectors_nxD.shape} for {len(parts[number])} passages")
+        return vectors_nxD
+
     def find_missing():
-        if not (manifest.is_file() and manifest.read_text() == wanted):
+        made_from = None
+        if manifest.is_file():
+            made_from = readable(manifest, lambda: json.loads(manifest.read_text()))
+        if made_from != wanted:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
-            manifest.write_text(wanted)
-        return [number for number, path in enumerate(paths) if not path.is_file()]
+            artifacts.replace_text(manifest, json.dumps(wanted))
+        numbers = range(len(paths))
+        return [
+            n
+            for n in numbers
+            if not paths[n].is_file() or readable(paths[n], lambda n=n: load(n)) is None
+        ]
 
     missing = set(hosts.from_first(find_missing))
     with tqdm.tqdm(desc="encode passages", total=len(rows_N), unit=" passages") as bar:
@@ -95,4 +110,4 @@ def corpus(
                 os.replace(partial, path)
 
             hosts.from_first(write)
-    return [np.load(path, mmap_mode="r") for path in paths]
+    return [load(number) for number in range(len(paths))]

@@ -16,7 +16,8 @@ import tqdm
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from rqv2_jax import hosts, optional
+from rqv2_jax import artifacts, hosts, optional
+from rqv2_jax.errors import readable
 
 QUERIES_PER_TILE = 256
 PASSAGES_PER_TILE = 2**15
@@ -118,8 +119,11 @@ def build_scann(shards: list[np.ndarray], settings, depth: int, folder: pathlib.
     whole. A larger one has `leaves_per_sqrt * sqrt(passages)` leaves, of which at least
     `searched_share` is searched, and enough to see `seen` times the depth; `reorder` times the depth
     is then scored exactly.
+
+    The folder may be moved. It is built again if it was built from another `source` or by other
+    settings, or does not load.
     """
-    scann = optional.load("scann", "an index by ScaNN")
+    scann_ops_pybind = optional.load("scann", "an index by ScaNN").scann_ops_pybind
 
     total = sum(map(len, shards))
     depth = min(depth, total)
@@ -130,23 +134,33 @@ def build_scann(shards: list[np.ndarray], settings, depth: int, folder: pathlib.
     manifest = folder / "rqv2_jax.json"
     whole = total < settings.brute_force_below
     wanted = json.dumps([source, whole, leaves, searched, reorder, depth])
-    if not manifest.is_file() or manifest.read_text() != wanted:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        builder = scann.scann_ops_pybind.builder(np.concatenate(shards), depth, "dot_product")
-        if whole:
-            builder = builder.score_brute_force()
-        else:
-            builder = (
-                builder.tree(leaves, searched, training_sample_size=min(total, SAMPLED))
-                .score_ah(2, anisotropic_quantization_threshold=0.2)
-                .reorder(reorder)
-            )
-        builder.build().serialize(str(folder))
-        manifest.write_text(wanted)
-        del builder
+
+    def load():
+        return scann_ops_pybind.load_searcher(str(folder), assets_backcompat_shim=False)
+
+    if manifest.is_file() and manifest.read_bytes() == wanted.encode():
+        searcher = readable(folder, load)
+        if searcher is not None:
+            return searcher
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    builder = scann_ops_pybind.builder(np.concatenate(shards), depth, "dot_product")
+    if whole:
+        builder = builder.score_brute_force()
+    else:
+        builder = (
+            builder.tree(leaves, searched, training_sample_size=min(total, SAMPLED))
+            .score_ah(2, anisotropic_quantization_threshold=0.2)
+            .reorder(reorder)
+        )
+    # With names of files, not paths from the folder that the program was started in.
+    builder.build().serialize(str(folder), relative_path=True)
+    del builder
     # A searcher as built holds the vectors twice, one that is loaded once.
-    return scann.scann_ops_pybind.load_searcher(str(folder))
+    searcher = load()
+    # Says that the folder is whole, so it comes last.
+    artifacts.replace_text(manifest, wanted)
+    return searcher
 
 
 def scann_search(searcher, queries_QxD: np.ndarray, depth: int, leaves: int | None = None):

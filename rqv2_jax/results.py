@@ -1,0 +1,167 @@
+"""What results say in words: the table for people, the verdict, and which settings to look at."""
+
+import dataclasses
+import textwrap
+
+import numpy as np
+
+from rqv2_jax.checkpoint import best_step
+from rqv2_jax.data import tokens
+from rqv2_jax.workdir import Run
+
+P_VALUE = 0.05
+WIDTH = 100
+# Of a corpus's tokens or of all training queries; less is not worth a word.
+NOTABLE = 0.01
+
+
+def name(state: str, model: str, index: str) -> str:
+    """Returns what a row of the table is called: `joint reranker on bm25`, for example."""
+    if model == "bm25":
+        return "bm25"
+    return f"{state} {model} on bm25" if index == "bm25" else f"{state} {model}"
+
+
+def told(test: dict) -> str:
+    """Returns how a significance test tells its `a` from its `b`: "better than" and so on."""
+    if test["p_value"] >= P_VALUE:
+        return "not told apart from"
+    return "better than" if test["difference"] > 0 else "worse than"
+
+
+def verdict(tests: list[dict]) -> list[str]:
+    """Returns a sentence for each significance test."""
+    return [
+        f"{x['a']} is {told(x)} {x['b']}: {x['metric']} {x['difference']:+.4f} "
+        f"(p = {x['p_value']:.4f}, {x['queries']} queries)"
+        for x in tests
+    ]
+
+
+def advice(run: Run, store: tokens.Store, worse: set, reachable: dict[str, float]) -> list[str]:
+    """Returns facts of a run that may be why its models are worse than what they should beat.
+
+    Args:
+      worse: (state, model, index) of those models.
+      reachable: by index, the share of queries with a relevant passage among the re-ranked ones.
+    """
+    models = {model for _, model, _ in worse}
+    lines = _truncation(run, store, models) + _training(run, store, worse)
+    for index in sorted({index for _, model, index in worse if model == "reranker"}):
+        if reachable[index] < 1 - NOTABLE:
+            lines.append(
+                f"the {run.config.evaluate.rerank_depth} passages of {index} that are re-ranked "
+                f"(config.evaluate.rerank_depth) hold a relevant one for {reachable[index]:.1%} of the "
+                "queries, so the re-ranker cannot find more"
+            )
+    return [f"look at: {line}" for line in lines]
+
+
+def cut_by(run: Run, store: tokens.Store) -> dict[str, float]:
+    """Returns the share of all tokens that each length of `config.data` cuts off, from a sample.
+
+    Special tokens count. Pairs are of any test query with any passage.
+    """
+    asked, rows_N = store.splits["test"].texts, store.sample()
+    any_N = np.resize(np.arange(len(asked)), len(rows_N))
+    measures = {
+        "query_length": lambda inputs: inputs.query_lengths(asked, np.arange(len(asked))),
+        "passage_length": lambda inputs: inputs.passage_lengths(store, rows_N),
+        "pair_length": lambda inputs: inputs.pair_lengths(store, asked, any_N, rows_N),
+    }
+    shares = {}
+    for setting, lengths in measures.items():
+        whole_N = lengths(dataclasses.replace(run.inputs, **{setting: 2**30}))
+        shares[setting] = 1 - float(lengths(run.inputs).sum() / whole_N.sum())
+    return shares
+
+
+def _truncation(run: Run, store: tokens.Store, models: set[str]) -> list[str]:
+    read_by = {
+        "query_length": ("queries", models),
+        "passage_length": ("passages", models & {"retriever"}),
+        "pair_length": ("pairs", models & {"reranker"}),
+    }
+    lines = []
+    for setting, share in cut_by(run, store).items():
+        texts, readers = read_by[setting]
+        if readers and share >= NOTABLE:
+            value = run.config.data[setting]
+            lines.append(
+                f"config.data.{setting} = {value} cuts off {share:.1%} of the {texts}' tokens"
+            )
+    return lines
+
+
+def _training(run: Run, store: tokens.Store, worse: set) -> list[str]:
+    """Says how few lists the kept checkpoints have seen."""
+    labelled = len(np.unique(store.splits["train"].positives()[0]))
+    lines = []
+    for stage in dict.fromkeys(run.trained_by(state, model) for state, model, _ in sorted(worse)):
+        if stage == "zero_shot":
+            continue
+        step = best_step(run.workdir / stage)
+        lists = step * run.config[stage].batch
+        if step == 0:
+            lines.append(
+                f"stage {stage} kept its start, which did best on dev; lower "
+                f"config.{stage}.learning_rate, or train longer (config.{stage}.epochs)"
+            )
+        elif lists < labelled:
+            lines.append(
+                f"the kept models of stage {stage} have seen {lists} lists, and there are {labelled} "
+                f"training queries; raise config.{stage}.epochs or config.mine.queries"
+            )
+    return lines
+
+
+def render(report: dict) -> str:
+    """The report as a table for people, at most `WIDTH` columns wide where names allow."""
+    rows = report["rows"]
+    lines = _table(rows)
+    every = [{**row, **row["all_queries"]} for row in rows if "all_queries" in row]
+    more = f", a sample of {every[0]['queries']}" if every else ""
+    counted = f"{rows[0]['queries']} {rows[0]['split']} queries{more}"
+    for row in rows:
+        if row.get("queries_named", row["queries"]) < row["queries"]:
+            counted += f", {row['queries_named']} of them with candidates (the others count 0)"
+    lines.append(f"{counted}; passages {'with' if report['titles'] else 'without'} titles")
+    if every:
+        lines += ["", f"the same over all {every[0]['queries']} queries:", *_table(every)]
+    for row in rows:
+        recalls = [f"{k} {v:.3f}" for k, v in row.items() if k.startswith("recall@")]
+        if recalls:
+            lines.append(f"{row['state']} {row['index']}: {', '.join(recalls)}")
+    lines += [
+        f"{s['metric']}: {s['a']} - {s['b']} = {s['difference']:+.4f} (p = {s['p_value']:.4f})"
+        for s in report["significance"]
+    ]
+    if report["verdict"]:
+        wrapped = (textwrap.fill(x, WIDTH, subsequent_indent="  ") for x in report["verdict"])
+        lines += ["", *wrapped]
+    return "\n".join(lines)
+
+
+def _table(rows: list[dict]) -> list[str]:
+    """Head and rows, once more for the metrics that do not fit into the width."""
+    columns = {column: [row[column] for row in rows] for column in ("state", "model", "index")}
+    widths = {column: max(map(len, (column, *cells))) for column, cells in columns.items()}
+    first = sum(widths.values()) + len(widths) - 1
+    parts, left = [[]], WIDTH - first
+    for metric in rows[0]["metrics"]:
+        width = 1 + max(6, len(metric))
+        if parts[-1] and width > left:
+            parts.append([])
+            left = WIDTH - first
+        parts[-1].append(metric)
+        left -= width
+    lines = []
+    for part in parts:
+        head = [f"{column:{width}}" for column, width in widths.items()]
+        lines.append(" ".join([*head, *(f"{metric:>6}" for metric in part)]))
+        lines.append("-" * len(lines[-1]))
+        for row in rows:
+            cells = [f"{row[column]:{width}}" for column, width in widths.items()]
+            cells += [f"{row['metrics'][m]:{max(6, len(m))}.4f}" for m in part]
+            lines.append(" ".join(cells))
+    return lines
