@@ -58,7 +58,6 @@ def main(benchmark: str = ""):
 
     config, versus = flags.FLAGS.config, _VERSUS.value is not None
     chosen = BENCHMARKS if benchmark == "all" else (benchmark,)
-    model = {"layers": config.model.num_layers, "dtype": config.model.dtype}
     sizes = {"batch": config.joint.batch, "list_size": config.joint.list_size}
 
     def report(found):
@@ -70,6 +69,12 @@ def main(benchmark: str = ""):
 
     with tempfile.TemporaryDirectory() as folder:
         run = open_run(config, pathlib.Path(folder) / "workdir")
+        # As the model folders have it, where the config leaves it open.
+        config = run.config
+        layers = {"layers": config.model.num_layers}
+        if config.model.reranker.num_layers != config.model.num_layers:
+            layers["reranker_layers"] = config.model.reranker.num_layers
+        model = layers | {"dtype": config.model.dtype}
         step_seconds = None
         if set(chosen) - {"index"}:
             texts = benchmarks.read(run, _LENGTHS.value, _PASSAGES.value, _PASSAGES.value // 4)
@@ -94,7 +99,7 @@ def main(benchmark: str = ""):
             if plot is not None:
                 draw_scaling(lines, plot)
         if "index" in chosen:
-            width = run.models.config.hidden_size
+            width = run.models.retriever.hidden_size
             scann = config.evaluate.scann
             for found in benchmarks.search(
                 _VECTORS.value, width, _QUERIES.value, 50, scann, versus

@@ -188,7 +188,7 @@ def joint(run: Run, texts: Texts, steps: int, versus: bool) -> dict:
     real = sum(len(x.tokens) for x in ragged) / total
     padded = sum(len(x.lengths_N) * x.lengths_N.max() for x in ragged) / total
     formula = sum(
-        planning.training_flops(config, run.models.config, "joint", kind, x.lengths_N)
+        planning.training_flops(config, run.models, "joint", kind, x.lengths_N)
         for each in sequences
         for kind, x in each.items()
     )
@@ -275,7 +275,8 @@ def encode_and_rerank(run: Run, texts: Texts, rounds: int, versus: bool) -> list
         first_seconds = _seconds(ours, 1)[0]
         own, other = _in_turn(texts, ours, theirs if versus else None, rounds)
         seconds = float(np.median(own))
-        flops = planning.forward_flops(run.models.config, 1, lengths_N)
+        encoder = run.models.retriever if name == "encode" else run.models.reranker
+        flops = planning.forward_flops(encoder, 1, lengths_N)
         computed = sum(
             len(numbers_SxR) * packing.size(shapes)
             for numbers_SxR, shapes in stream.schedule(lengths_N, layout, run.sharding.shards)

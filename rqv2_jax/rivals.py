@@ -23,30 +23,40 @@ class Joint:
         import torch
         import transformers
 
-        self.torch, self.settings, self.pooling = torch, run.config.joint, run.models.pooling
+        self.torch, self.settings, self.models = torch, run.config.joint, run.models
         torch.manual_seed(0)
 
-        def load(folder):
-            rate = run.config.model.dropout
+        def load(source, own):
+            rate = own.dropout
             return transformers.BertModel.from_pretrained(
-                folder,
+                source.folder,
                 local_files_only=True,
                 add_pooling_layer=False,
-                num_hidden_layers=run.config.model.num_layers,
+                num_hidden_layers=own.num_layers,
                 hidden_dropout_prob=rate,
                 attention_probs_dropout_prob=rate,
             ).train()
 
-        self.query, self.passage = load(run.weights.query), load(run.weights.passage)
-        self.reranker = load(run.weights.reranker)
+        model = run.config.model
+        self.query, self.passage = (load(source, model) for source in run.sources[:2])
+        self.reranker = load(run.sources.reranker, model.reranker)
+        self.pooler = None
+        if run.models.head == "pooler":
+            self.pooler = torch.nn.Linear(*head["pooler"]["kernel"].shape)
+            with torch.no_grad():
+                self.pooler.weight.copy_(torch.tensor(np.array(head["pooler"]["kernel"]).T))
+                self.pooler.bias.copy_(torch.tensor(np.array(head["pooler"]["bias"])))
         self.head = torch.nn.Linear(len(head["kernel"]), 1)
         with torch.no_grad():
             self.head.weight[0] = torch.tensor(np.asarray(head["kernel"]))
             self.head.bias[0] = float(head["bias"])
-        self.dropout = torch.nn.Dropout(run.config.model.dropout)
+        self.dropout = torch.nn.Dropout(model.reranker.dropout)
         retriever, reranker = (
             [p for module in modules for p in module.parameters()]
-            for modules in ((self.query, self.passage), (self.reranker, self.head))
+            for modules in (
+                (self.query, self.passage),
+                (self.reranker, *([] if self.pooler is None else [self.pooler]), self.head),
+            )
         )
         self.params = retriever + reranker
         rate = self.settings.learning_rate
@@ -74,8 +84,20 @@ class Joint:
         return states, mask_NxT
 
     def _vectors(self, model, ragged: Ragged):
+        vectors_NxD = self._pooled(model, ragged)
+        if self.models.similarity == "cosine":
+            return self.torch.nn.functional.normalize(vectors_NxD)
+        return vectors_NxD
+
+    def _scores(self, ragged: Ragged):
+        first_NxD = self._states(self.reranker, ragged)[0][:, 0]
+        if self.pooler is not None:
+            first_NxD = self.pooler(first_NxD).tanh()
+        return self.head(self.dropout(first_NxD))
+
+    def _pooled(self, model, ragged: Ragged):
         states_NxTxD, mask_NxT = self._states(model, ragged)
-        if self.pooling == "cls":
+        if self.models.pooling == "cls":
             return states_NxTxD[:, 0]
         weights_NxTx1 = mask_NxT[..., None].float()
         return (states_NxTxD * weights_NxTx1).sum(1) / weights_NxTx1.sum(1)
@@ -83,12 +105,11 @@ class Joint:
     def step(self, sequences: dict[str, Ragged]) -> float:
         """One update on a batch whose positives come first; returns its loss."""
         functional, loss = self.torch.nn.functional, self.settings.loss
-        queries_BxD = self._vectors(self.query, sequences["queries"])
+        queries_BxD = self.models.scale * self._vectors(self.query, sequences["queries"])
         passages_BxPxD = self._vectors(self.passage, sequences["passages"]).reshape(
             len(queries_BxD), -1, queries_BxD.shape[1]
         )
-        first_NxD = self.dropout(self._states(self.reranker, sequences["pairs"])[0][:, 0])
-        scores_BxP = self.head(first_NxD).reshape(passages_BxPxD.shape[:2])
+        scores_BxP = self._scores(sequences["pairs"]).reshape(passages_BxPxD.shape[:2])
         student_BxP = (queries_BxD[:, None] * passages_BxPxD).sum(-1) / loss.temperature
         student_BxP = student_BxP.log_softmax(-1)
         teacher_BxP = (scores_BxP / loss.temperature).log_softmax(-1)
@@ -120,21 +141,23 @@ class SentenceTransformers:
 
     def __init__(self, run: Run):
         from sentence_transformers import CrossEncoder, SentenceTransformer
-        from sentence_transformers.models import Pooling, Transformer
+        from sentence_transformers.models import Normalize, Pooling, Transformer
 
-        layers = {"num_hidden_layers": run.config.model.num_layers}
-        data = run.config.data
+        data, model = run.config.data, run.config.model
         encoder = Transformer(
-            str(run.weights.passage), max_seq_length=data.passage_length, config_kwargs=layers
+            str(run.sources.passage.folder),
+            max_seq_length=data.passage_length,
+            config_kwargs={"num_hidden_layers": model.num_layers},
         )
-        pooling = Pooling(run.models.config.hidden_size, pooling_mode=run.models.pooling)
-        self.encoder = SentenceTransformer(modules=[encoder, pooling], device="cpu")
+        pooling = Pooling(run.models.retriever.hidden_size, pooling_mode=run.models.pooling)
+        normalize = [Normalize()] * (run.models.similarity == "cosine")
+        self.encoder = SentenceTransformer(modules=[encoder, pooling, *normalize], device="cpu")
         self.scorer = CrossEncoder(
-            str(run.weights.reranker),
+            str(run.sources.reranker.folder),
             num_labels=1,
             max_length=data.pair_length,
             device="cpu",
-            config_kwargs=layers,
+            config_kwargs={"num_hidden_layers": model.reranker.num_layers},
         )
 
     def encode(self, passages: list[str]) -> np.ndarray:

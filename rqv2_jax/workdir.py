@@ -11,12 +11,13 @@ import pathlib
 import platform
 import subprocess
 import uuid
+from typing import NamedTuple
 
 import jax
 import ml_collections
 import tqdm
 
-from rqv2_jax import artifacts, bert, hosts, weights
+from rqv2_jax import artifacts, bert, hosts, released, weights
 from rqv2_jax import config as config_lib
 from rqv2_jax import models as models_lib
 from rqv2_jax import sharding as sharding_lib
@@ -29,6 +30,8 @@ from rqv2_jax.retrieval.stream import Forward, make_forward
 # Settings that change where numbers are computed, and when, but not which, unless it be what dropout
 # draws; and those of evaluation, whose files say what they were made by.
 FREE = ("mesh.", "model.remat:", "reranker.accumulate:", "joint.accumulate:", "evaluate.")
+# Where the models' folders are; what is in them is compared by content.
+FREE += ("model.weights:", "model.reranker.weights:")
 
 # In a stage's folder: what it is trained on, and a name of its own; and that it has come to its end.
 BEGUN, FINISHED = "begun.txt", "finished.txt"
@@ -36,11 +39,14 @@ BEGUN, FINISHED = "begun.txt", "finished.txt"
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A config made concrete: where it works, the models' static half, how they read tokens."""
+    """A config made concrete: where it works, the models' static half, how they read tokens.
+
+    `config` says in full what the given one left to the model folders, which `sources` describe.
+    """
 
     config: ml_collections.ConfigDict
     workdir: pathlib.Path
-    weights: weights.Sources
+    sources: released.Sources
     models: models_lib.Models
     tokenizer: tokens.Tokenizer
     inputs: Inputs
@@ -49,18 +55,18 @@ class Run:
 
     def initial(self, model: str):
         """The params of one model before any training, on the devices."""
-        config = self.models.config
-        query, passage, reranker, head = self.weights
+        query, passage, reranker = (source.folder for source in self.sources)
         if model == "retriever":
-            encoder = weights.load_encoder(query, config)
+            encoder = weights.load_encoder(query, self.models.retriever)
             if passage == query:
                 other = jax.tree.map(lambda x: x.copy(), encoder)
             else:
-                other = weights.load_encoder(passage, config)
+                other = weights.load_encoder(passage, self.models.retriever)
             return self.sharding.put_params({"query": encoder, "passage": other})
+        config, head = self.models.reranker, self.sources.reranker.head
         encoder = weights.load_encoder(reranker, config)
-        if head:
-            params = {"encoder": encoder, "head": weights.load_head(reranker, config)}
+        if head is not None:
+            params = {"encoder": encoder, "head": weights.load_head(head, config.hidden_size)}
         else:
             params = models_lib.init_reranker(encoder, config, jax.random.key(self.config.seed))
         return self.sharding.put_params(params)
@@ -82,9 +88,13 @@ class Run:
 
     @functools.cached_property
     def weights_hash(self) -> str:
-        """Of the files that all models start from."""
-        folders = (self.weights.query, self.weights.passage, self.weights.reranker)
-        return collection.content_hash([folder / weights.FILE for folder in folders])
+        """Hash of the weight files that all models start from."""
+        folders = [source.folder for source in self.sources]
+        head = self.sources.reranker.head
+        if head is not None and head.folder not in folders:
+            folders.append(head.folder)
+        files = [file for folder in folders for file in released.tensor_files(folder)]
+        return collection.content_hash(files)
 
     def origin(self, state: str, model: str) -> str:
         """Names the params of one model in a state: stage, step and the name of its training.
@@ -113,50 +123,173 @@ class Run:
         return restore_best(self.workdir / stage, model, initial)
 
 
-def open_inputs(
-    config: ml_collections.ConfigDict,
-) -> tuple[weights.Sources, bert.BertConfig, tokens.Tokenizer, Inputs]:
-    """The weights' folders, their config and tokenizer, and how the models read tokens.
+class Opened(NamedTuple):
+    """A config with its model folders: resolved, what they hold, and what there is to tell of them."""
+
+    config: ml_collections.ConfigDict
+    sources: released.Sources
+    models: models_lib.Models
+    notes: list[str]
+
+
+def open_models(config: ml_collections.ConfigDict) -> Opened:
+    """Reads the model folders of a config, and what they say of what it leaves open.
+
+    Raises:
+      InputError: the config or a folder cannot be used.
+    """
+    config_lib.check(config)
+    sources = released.find(config.model.weights, config.model.reranker.weights)
+    query, passage, reranker = sources
+    head = reranker.head
+    if isinstance(head, str):
+        raise InputError(
+            f"{head}; give a folder with a re-ranker, or an encoder without a head, as "
+            "config.model.reranker.weights"
+        )
+    if config.reranker.epochs == 0 and head is None:
+        raise InputError(
+            "config.reranker.epochs is 0, but config.model.weights has no trained re-ranker; give a "
+            "folder with query/, passage/ and reranker/, name a cross-encoder as "
+            "config.model.reranker.weights, or train one"
+        )
+    for key in ("pooling", "similarity", "passage_format"):
+        said = [getattr(tower, key) for tower in (query, passage)]
+        if said[0] != said[1]:
+            raise InputError(
+                f"{passage.folder}: has {key} {said[1]!r}, but {query.folder} has {said[0]!r}; give "
+                "the two towers of one model"
+            )
+    config, notes = released.resolve(config, sources)
+    config_lib.check(config)
+    shape = read_shape(config, query.folder)
+    if read_shape(config, passage.folder) != shape:
+        raise InputError(
+            f"{passage.folder / 'config.json'}: describes another encoder than that of {query.folder}; "
+            "both towers must have one shape"
+        )
+    reranker_shape = read_shape(config, reranker.folder, config.model.reranker)
+    _check_inputs(config, sources, shape, reranker_shape)
+    for folder in dict.fromkeys(source.folder for source in sources):
+        if names := _left_unused(folder, sources):
+            notes.append(f"{folder}: tensors left unused: {names}")
+    models = models_lib.Models(
+        retriever=shape,
+        reranker=reranker_shape,
+        pooling=config.model.pooling,
+        similarity=config.model.similarity,
+        scale=config.model.scale,
+        head="linear" if head is None else head.form,
+    )
+    return Opened(config, sources, models, list(dict.fromkeys(notes)))
+
+
+def _left_unused(folder: pathlib.Path, sources: released.Sources) -> str:
+    """The tensors of a folder that neither model reads, as text."""
+    names = weights.unused(folder, sources.reranker.head)
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def _check_inputs(config, sources, shape: bert.BertConfig, reranker_shape: bert.BertConfig):
+    """Raises InputError unless the models have a position and a type for every token they will read."""
+    data = config.data
+    separate = config.model.passage_format == "title_sep_text"
+    for source, own, kinds, types in (
+        (sources.query, shape, ("query", "passage"), separate),
+        (sources.reranker, reranker_shape, ("pair",), True),
+    ):
+        longest = max(data[f"{kind}_length"] for kind in kinds)
+        path = source.folder / "config.json"
+        if longest > own.max_positions:
+            raise InputError(
+                f"config.data asks for inputs of {longest} tokens, but {path} has {own.max_positions} "
+                f"positions; lower {', '.join(f'{kind}_length' for kind in kinds)}"
+            )
+        if types and own.type_vocab_size < 2:
+            what = "config.model.passage_format title_sep_text" if len(kinds) > 1 else "a re-ranker"
+            raise InputError(
+                f"{path}: type_vocab_size is {own.type_vocab_size}, and {what} needs 2; use "
+                "title_text, or another model"
+            )
+
+
+def open_tokenizer(opened: Opened) -> tokens.Tokenizer:
+    """Reads the retriever's tokenizer, with the re-ranker's beside it where that is another.
+
+    Raises:
+      InputError: one cannot be used, or a prompt ends inside a word.
+    """
+    query, passage, reranker = opened.sources
+    models, model = opened.models, opened.config.model
+    tokenizer = _load_tokenizer(query, models.retriever)
+    other = tokenizer
+    if passage.folder != query.folder:
+        other = _load_tokenizer(passage, models.retriever)
+    if other.fingerprint != tokenizer.fingerprint:
+        raise InputError(
+            f"{passage.folder}: has another tokenizer than {query.folder}; give both towers the same"
+        )
+    for key in ("query_prompt", "passage_prompt"):
+        if not tokenizer.can_begin_with(_prompt(model[key])):
+            raise InputError(
+                f"config.model.{key}: {model[key]!r} would run into the text's first word; end it "
+                "with a space"
+            )
+    if reranker.folder in (query.folder, passage.folder):
+        return tokenizer
+    return tokenizer.beside(_load_tokenizer(reranker, models.reranker))
+
+
+def _load_tokenizer(source: released.Released, shape: bert.BertConfig) -> tokens.Tokenizer:
+    tokenizer = tokens.load_tokenizer(source.folder, shape.vocab_size)
+    if source.lower and tokenizer.encode(["A"]) != tokenizer.encode(["a"]):
+        raise InputError(
+            f"{source.folder / 'sentence_bert_config.json'}: do_lower_case is true, but the tokenizer "
+            "tells upper and lower case apart, which is not understood; save the model with a "
+            "tokenizer that lower-cases"
+        )
+    return tokenizer
+
+
+def _prompt(setting: str) -> str:
+    return "" if setting == config_lib.NO_PROMPT else setting
+
+
+def open_inputs(config: ml_collections.ConfigDict) -> tuple[Opened, tokens.Tokenizer, Inputs]:
+    """Returns the models' folders, their tokenizer, and how the models read tokens.
 
     Raises:
       InputError: the config or one of them cannot be used.
     """
-    config_lib.check(config)
-    sources = weights.find(config.model.weights)
-    if config.reranker.epochs == 0 and not sources.head:
-        raise InputError(
-            "config.reranker.epochs is 0, but config.model.weights has no trained re-ranker; give a "
-            "folder with query/, passage/ and reranker/, or train one"
-        )
-    bert_config = read_shape(config, sources.query)
-    for folder in (sources.passage, sources.reranker):
-        if read_shape(config, folder) != bert_config:
-            raise InputError(
-                f"{folder / 'config.json'}: describes another encoder than that of {sources.query}; "
-                "all three must have one shape"
-            )
-    folder = sources.query
-    longest = max(config.data.query_length, config.data.passage_length, config.data.pair_length)
-    if longest > bert_config.max_positions:
-        raise InputError(
-            f"config.data asks for inputs of {longest} tokens, but {folder / 'config.json'} has "
-            f"{bert_config.max_positions} positions; lower query_length, passage_length, pair_length"
-        )
-    tokenizer = tokens.load_tokenizer(folder, bert_config.vocab_size)
+    opened = open_models(config)
+    tokenizer, data, model = open_tokenizer(opened), opened.config.data, opened.config.model
+    pairs = tokenizer.pairs or tokenizer
     inputs = Inputs(
         cls=tokenizer.cls,
         sep=tokenizer.sep,
-        titles=config.data.titles,
-        passage_format=config.model.passage_format,
-        query_length=config.data.query_length,
-        passage_length=config.data.passage_length,
-        pair_length=config.data.pair_length,
+        pair_cls=pairs.cls,
+        pair_sep=pairs.sep,
+        titles=data.titles,
+        passage_format=model.passage_format,
+        query_prompt=tuple(tokenizer.encode([_prompt(model.query_prompt)])[0]),
+        passage_prompt=tuple(tokenizer.encode([_prompt(model.passage_prompt)])[0]),
+        query_length=data.query_length,
+        passage_length=data.passage_length,
+        pair_length=data.pair_length,
     )
-    return sources, bert_config, tokenizer, inputs
+    for kind in ("query", "passage"):
+        prompt, length = getattr(inputs, f"{kind}_prompt"), data[f"{kind}_length"]
+        if len(prompt) + 8 > length and prompt:
+            raise InputError(
+                f"config.model.{kind}_prompt has {len(prompt)} tokens, which leaves no room for the "
+                f"text in {length}; raise config.data.{kind}_length"
+            )
+    return opened, tokenizer, inputs
 
 
 def open_run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Run:
-    """Checks the config, the weights' config and tokenizer, and the devices.
+    """Checks the config, the weights' config and tokenizer, and the devices; prints what it overrides.
 
     Unless JAX has been given a folder for what it compiles, that becomes `.compiled` beside the
     workdir, so that a program compiled once starts at once ever after.
@@ -164,19 +297,26 @@ def open_run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Run:
     Raises:
       InputError: one of them cannot be used.
     """
-    sources, bert_config, tokenizer, inputs = open_inputs(config)
+    run, notes = _open_run(config, workdir)
+    if hosts.first():
+        for note in notes:
+            tqdm.tqdm.write(f"model: {note}")
+    return run
+
+
+def _open_run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> tuple[Run, list[str]]:
+    (config, sources, models, notes), tokenizer, inputs = open_inputs(config)
     if jax.config.jax_compilation_cache_dir is None:
         compiled = workdir.resolve().parent / ".compiled"
         jax.config.update("jax_compilation_cache_dir", str(compiled))
     # A rolled loop stacks all activations kept for the gradient; copying them costs a CPU a quarter of
     # the step and an accelerator next to nothing.
-    bert_config = dataclasses.replace(bert_config, unrolled=jax.default_backend() == "cpu")
-    models = models_lib.Models(bert_config, config.model.pooling)
+    models = models.reshaped(unrolled=jax.default_backend() == "cpu")
     sharding = sharding_lib.make(config.mesh.data, config.mesh.fsdp)
-    return Run(
+    run = Run(
         config=config,
         workdir=workdir,
-        weights=sources,
+        sources=sources,
         models=models,
         tokenizer=tokenizer,
         inputs=inputs,
@@ -189,19 +329,24 @@ def open_run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Run:
             max_blocks=config.packing.blocks,
         ),
     )
+    return run, notes
 
 
-def read_shape(config, folder: pathlib.Path) -> bert.BertConfig:
-    """The encoder of a model folder as the config has it computed, layers in a loop.
+def read_shape(config, folder: pathlib.Path, own=None) -> bert.BertConfig:
+    """Returns the encoder of a model folder as the config has it computed, layers in a loop.
+
+    Args:
+      own: `config.model.reranker`, for the re-ranker's.
 
     Raises:
       InputError: the folder's config.json cannot be used.
     """
     model = config.model
-    return weights.read_config(
+    own = own or model
+    return released.read_config(
         folder,
-        num_layers=model.num_layers,
-        dropout=model.dropout,
+        num_layers=own.num_layers,
+        dropout=own.dropout,
         dtype=model.dtype,
         remat=model.remat,
         attention=model.attention,
@@ -225,7 +370,7 @@ def open_workdir(workdir: pathlib.Path) -> Run:
         config.mesh.update({"data": devices, "fsdp": 1})
     if config.model.attention == "cudnn" and jax.default_backend() != "gpu":
         config.model.attention = "plain"
-    run = open_run(config, workdir)
+    run, _ = _open_run(config, workdir)
     for stage in ("retriever", "reranker", "joint"):
         folder = workdir / stage
         if begun(folder) and not finished(folder):
@@ -234,10 +379,26 @@ def open_workdir(workdir: pathlib.Path) -> Run:
 
 
 def _read_config(path: pathlib.Path) -> ml_collections.ConfigDict:
+    """Reads a workdir's config; that of an older one says what was not yet a setting then.
+
+    Raises:
+      InputError: it is not what rqv2_jax.main wrote, or a version wrote it that this one cannot follow.
+    """
     try:
-        return config_lib.loads(path.read_text())
-    except (ValueError, AttributeError) as e:
+        config = config_lib.loads(path.read_text())
+        missing = config_lib.complete(config)
+    except (ValueError, AttributeError, TypeError) as e:
         raise InputError(f"{path}: not as rqv2_jax.main wrote it ({e}); bring that back") from e
+    if missing:
+        try:
+            made_by = json.loads((path.parent / "environment.json").read_text())["commit"]
+        except (OSError, ValueError, KeyError):
+            made_by = "unknown"
+        raise InputError(
+            f"{path}: has no config.{missing[0]}, so another version of rqv2_jax made it, commit "
+            f"{made_by}; open it with that one, or run in a new workdir"
+        )
+    return config
 
 
 @contextlib.contextmanager

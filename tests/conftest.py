@@ -144,7 +144,7 @@ class World:
 @pytest.fixture(scope="session")
 def world(make_bert):
     import jax
-    from shapes import read_shape
+    from shapes import models_of, read_shape
 
     from rqv2_jax import models as models_lib
     from rqv2_jax import weights
@@ -198,14 +198,18 @@ def world(make_bert):
         inputs=Inputs(
             cls=2,
             sep=3,
+            pair_cls=2,
+            pair_sep=3,
             titles=True,
             passage_format="title_sep_text",
+            query_prompt=(),
+            passage_prompt=(),
             query_length=8,
             passage_length=16,
             pair_length=16,
         ),
         lists=Lists(query_rows, np.column_stack([query_rows, np.array(negatives)]), provenance),
-        models=models_lib.Models(config, "cls"),
+        models=models_of(config),
         params=params,
         torch_models={tower: model for tower, (_, model) in made.items()},
         folders={tower: folder for tower, (folder, _) in made.items()},

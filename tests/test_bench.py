@@ -76,17 +76,17 @@ def test_model_flops_are_those_of_real_tokens(run, texts):
             expected += 3 * length * (8 * d**2 + 4 * d * f + 4 * d * length)
     ragged = {kind: batches.ragged(kind, 0).lengths_N for kind in KINDS}
     flops = {
-        kind: planning.training_flops(run.config, run.models.config, "joint", kind, lengths_N)
+        kind: planning.training_flops(run.config, run.models, "joint", kind, lengths_N)
         for kind, lengths_N in ragged.items()
     }
     assert sum(flops.values()) == pytest.approx(expected)
     static = config_lib.loads(config_lib.dumps(run.config))
     static.joint.train_reranker = False
     for kind, lengths_N in ragged.items():
-        found = planning.training_flops(static, run.models.config, "joint", kind, lengths_N)
+        found = planning.training_flops(static, run.models, "joint", kind, lengths_N)
         assert found == pytest.approx(flops[kind] / (3 if kind == "pairs" else 1))
     lengths_N = np.array([7, 9])
-    assert planning.forward_flops(run.models.config, 1, lengths_N).shape == (2,)
+    assert planning.forward_flops(run.models.retriever, 1, lengths_N).shape == (2,)
 
 
 def test_encoding_re_ranking_mining_and_inputs(run, texts):

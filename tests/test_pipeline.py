@@ -667,7 +667,7 @@ def test_a_workdir_opens_on_other_devices_than_it_was_made_on(finished, tmp_path
     path.write_text(config_lib.dumps(larger))
     run = open_workdir(tmp_path / "w")
     assert run.sharding.shards == len(jax.devices()) == 8
-    assert run.models.config.attention == "plain"
+    assert run.models.retriever.attention == "plain"
     assert "not finished" not in capsys.readouterr().out
     (tmp_path / "w" / "joint" / "finished.txt").unlink()
     open_workdir(tmp_path / "w")
@@ -1146,7 +1146,7 @@ def test_unwarmed_retriever_is_the_starting_model(tmp_path, finished, bert_folde
     run = open_run(skipped, tmp_path / "w")
     assert run.trained_by("joint", "retriever") == "joint"
     assert run.trained_by("retriever", "retriever") == "zero_shot"
-    encoder = weights.load_encoder(pathlib.Path(bert_folder), run.models.config)
+    encoder = weights.load_encoder(pathlib.Path(bert_folder), run.models.retriever)
     params = run.params("retriever", "retriever")
     for tower in ("query", "passage"):
         for ours, theirs in zip(_leaves(params[tower]), _leaves(encoder)):

