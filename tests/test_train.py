@@ -9,6 +9,7 @@ import optax
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import COSINE, SCALE
 from ml_collections import ConfigDict
 from safetensors.torch import save_file
 
@@ -31,7 +32,8 @@ def torch_states(model, ragged):
 
 def torch_loss(world, name, batch):
     """The loss of the first 8 lists as the paper writes it, and the gradients in our layout."""
-    models = world.torch_models
+    models, cosine = world.torch_models, name.endswith(COSINE)
+    name = name.removesuffix(COSINE)
     for model in models.values():
         model.zero_grad(set_to_none=True)
     head = {
@@ -49,6 +51,10 @@ def torch_loss(world, name, batch):
         passages_NxD = torch_states(
             models["passage"], inputs.passages(world.store, passages_BxP.reshape(-1))
         )
+        if cosine:
+            queries_BxD, passages_NxD = F.normalize(queries_BxD), F.normalize(passages_NxD)
+            # The scale is part of every score.
+            queries_BxD = SCALE * queries_BxD
         return queries_BxD, passages_NxD
 
     def reranker():
@@ -118,7 +124,13 @@ def test_packed_batches_give_the_gradients_of_padded_ones(world, name, layout):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("name", ["retriever", "reranker", "paper", "official_code", "in batch"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("retriever", "reranker", "paper", "official_code", "in batch"),
+        *(f"{name}{COSINE}" for name in ("retriever", "paper", "in batch")),
+    ],
+)
 def test_loss_and_gradients_are_those_of_pytorch(world, first_batch, first_step, name, tmp_path):
     ours = first_step(name, 1, 1)
     loss, head = torch_loss(world, name, first_batch(name, 1))
