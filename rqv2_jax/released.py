@@ -10,6 +10,7 @@ import importlib.util
 import json
 import pathlib
 import re
+import shlex
 from typing import Any, NamedTuple
 
 import ml_collections
@@ -171,7 +172,7 @@ def tensor_files(folder: pathlib.Path) -> list[pathlib.Path]:
             "weights_only=True); s.save_file({k: v.clone().contiguous() for k, v in w.items()}, "
             "sys.argv[2])"
         )
-        quoted = [f"'{folder / name}'" for name in (PICKLE, FILE)]
+        quoted = [shlex.quote(str(folder / name)) for name in (PICKLE, FILE)]
         raise InputError(
             f"{folder / PICKLE}: pickled weights are never loaded; convert them, where torch is "
             f'installed, by: python -c "{script}" {" ".join(quoted)}'

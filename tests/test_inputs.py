@@ -120,7 +120,7 @@ def test_pairs_hold_the_query_then_title_and_text(pairs, queries, query_length, 
     for (q, p), (tokens, types) in zip(rows, built, strict=True):
         query, title, text = TOKENIZER.encode([queries[q], *pairs[p]])
         title = title if titles else []
-        query = query[: query_length - 2]
+        query = query[: min(query_length - 2, (pair_length - 3) // 2)]
         a, b = kept(len(title), len(text), pair_length - 3 - len(query))
         head = [TOKENIZER.cls, *query, TOKENIZER.sep]
         body = [*title[:a], *text[:b], TOKENIZER.sep]

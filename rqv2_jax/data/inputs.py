@@ -7,9 +7,6 @@ import numpy as np
 from rqv2_jax.data.packing import Piece, Ragged, assemble
 from rqv2_jax.data.tokens import Store, Texts
 
-# Tokens of a passage that a pair leaves room for, however long its query.
-LEAST_BODY = 7
-
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
@@ -20,6 +17,7 @@ class Inputs:
     (`title_sep_text`, as RocketQAv2) or `[CLS] prompt title text [SEP]` of type 0 (`title_text`, as
     sentence-transformers). Lengths are in tokens, special tokens included. Too long, `title text` is
     cut at its end in a passage of one type; elsewhere the longer of title and text loses tokens first.
+    A query has at most half of a pair.
     """
 
     cls: int
@@ -88,7 +86,8 @@ class Inputs:
         return np.minimum(query + body + 3, self.pair_length)
 
     def _pair_query_lengths(self, texts, rows):
-        most = min(self.query_length - 2, self.pair_length - 3 - LEAST_BODY)
+        # However long a query may be, half of the pair is left to the passage.
+        most = min(self.query_length - 2, (self.pair_length - 3) // 2)
         return np.minimum(texts.lengths(rows), most)
 
     def _body_lengths(self, titles, texts, rows):
