@@ -13,6 +13,7 @@ import ir_measures
 import jax
 import numpy as np
 import pytest
+import sentence_transformers
 import torch
 import tqdm
 import transformers
@@ -1040,7 +1041,7 @@ def test_denoise_report_of_a_workdir(finished):
     assert "nowhere: no such qrels folder" in ended.stderr
 
 
-def test_exported_models_score_in_transformers_as_here(finished, tmp_path):
+def test_exported_models_score_in_sentence_transformers_as_here(finished, tmp_path):
     config, workdir = finished
     folder = tmp_path / "models"
     arguments = [f"--workdir={workdir}", "--format=huggingface", f"--to={folder}"]
@@ -1064,16 +1065,21 @@ def test_exported_models_score_in_transformers_as_here(finished, tmp_path):
         for tower, texts in (("query", (query,)), ("passage", (title, text)))
     ]
     assert float(vectors[0] @ vectors[1]) == pytest.approx(float(retriever_1[0]), rel=1e-4)
-    classifier = transformers.BertForTokenClassification
-    logits = read("reranker", classifier, query, f"{title} {text}").logits
-    assert float(logits[0, 0, 0]) == pytest.approx(float(reranker_1[0]), rel=1e-3, abs=1e-4)
+    # With the activation that the export names, none.
+    scorer = sentence_transformers.CrossEncoder(str(folder / "reranker"), device="cpu")
+    (logit,) = scorer.predict([(query, f"{title} {text}")])
+    assert float(logit) == pytest.approx(float(reranker_1[0]), rel=1e-3, abs=1e-4)
+    # As it was trained: with mean pooling and dot products.
+    tower = sentence_transformers.SentenceTransformer(str(folder / "query"), device="cpu")
+    assert (tower.max_seq_length, tower.similarity_fn_name) == (16, "dot")
+    np.testing.assert_allclose(tower.encode(query), vectors[0], rtol=0, atol=1e-5)
     # The towers were trained apart, and the folder is not written over.
     towers = [(folder / name / "model.safetensors").read_bytes() for name in ("query", "passage")]
     assert towers[0] != towers[1]
     ended = run_program("rqv2_jax.export", *arguments)
     assert ended.returncode == 1
     assert "models: exists; name a folder that does not" in ended.stderr
-    assert config.model.passage_format == "title_sep_text"
+    assert open_workdir(workdir).config.model.passage_format == "title_sep_text"
 
     # They are a warm start as well: nothing is left to warm up.
     warm = config_lib.loads(config_lib.dumps(config))
