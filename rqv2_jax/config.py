@@ -375,11 +375,11 @@ def check(config: ml_collections.ConfigDict):
             )
 
 
-def complete(config: ml_collections.ConfigDict) -> list[str]:
+def complete(config: ml_collections.ConfigDict) -> tuple[list[str], list[str]]:
     """Gives the config of an older workdir the settings it lacks, with the values that held then.
 
     Returns:
-      The settings it still lacks, for which no such value is known.
+      The settings it lacked, and those it still lacks, for which no such value is known.
     """
     known, own = dict(_flat(default())), dict(_flat(config))
     # Commit 8355232 and earlier.
@@ -394,8 +394,16 @@ def complete(config: ml_collections.ConfigDict) -> list[str]:
         for key in ("weights", "num_layers", "dropout")
         if f"model.{key}" in own
     }
-    config.update_from_flattened_dict({k: v for k, v in then.items() if k not in own})
-    return [key for key in known if key not in own and key not in then]
+    added = [key for key in then if key not in own]
+    for key in added:
+        *groups, last = key.split(".")
+        group = config
+        for name in groups:
+            if name not in group:
+                group[name] = ml_collections.ConfigDict()
+            group = group[name]
+        group[last] = then[key]
+    return added, [key for key in known if key not in own and key not in then]
 
 
 def dumps(config: ml_collections.ConfigDict) -> str:

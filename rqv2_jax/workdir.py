@@ -363,7 +363,7 @@ def open_workdir(workdir: pathlib.Path) -> Run:
     path = workdir / "config.json"
     if not path.is_file():
         raise InputError(f"{workdir}: is no workdir (no config.json); run rqv2_jax.main first")
-    config = _read_config(path)
+    config, earlier = _read_config(path)
     config_lib.check(config)
     asked, devices = config.mesh.data * config.mesh.fsdp, jax.device_count()
     if asked > devices or (jax.process_count() > 1 and asked != devices):
@@ -371,6 +371,7 @@ def open_workdir(workdir: pathlib.Path) -> Run:
     if config.model.attention == "cudnn" and jax.default_backend() != "gpu":
         config.model.attention = "plain"
     run, _ = _open_run(config, workdir)
+    _check_head(run, earlier, path)
     for stage in ("retriever", "reranker", "joint"):
         folder = workdir / stage
         if begun(folder) and not finished(folder):
@@ -378,27 +379,40 @@ def open_workdir(workdir: pathlib.Path) -> Run:
     return run
 
 
-def _read_config(path: pathlib.Path) -> ml_collections.ConfigDict:
-    """Reads a workdir's config; that of an older one says what was not yet a setting then.
+def _read_config(path: pathlib.Path) -> tuple[ml_collections.ConfigDict, bool]:
+    """Reads a workdir's config, and says whether it is of commit 8355232 or before.
+
+    What was not yet a setting then has the value that held.
 
     Raises:
       InputError: it is not what rqv2_jax.main wrote, or a version wrote it that this one cannot follow.
     """
     try:
         config = config_lib.loads(path.read_text())
-        missing = config_lib.complete(config)
+        added, missing = config_lib.complete(config)
     except (ValueError, AttributeError, TypeError) as e:
         raise InputError(f"{path}: not as rqv2_jax.main wrote it ({e}); bring that back") from e
     if missing:
-        try:
-            made_by = json.loads((path.parent / "environment.json").read_text())["commit"]
-        except (OSError, ValueError, KeyError):
-            made_by = "unknown"
-        raise InputError(
-            f"{path}: has no config.{missing[0]}, so another version of rqv2_jax made it, commit "
-            f"{made_by}; open it with that one, or run in a new workdir"
-        )
-    return config
+        raise _of_another_version(path, f"has no config.{missing[0]}")
+    return config, bool(added)
+
+
+def _of_another_version(path: pathlib.Path, why: str) -> InputError:
+    try:
+        made_by = json.loads((path.parent / "environment.json").read_text())["commit"]
+    except (OSError, ValueError, KeyError):
+        made_by = "unknown"
+    return InputError(
+        f"{path}: {why}, so another version of rqv2_jax made it, commit {made_by}; open it with that "
+        "one, or run in a new workdir"
+    )
+
+
+def _check_head(run: Run, earlier: bool, path: pathlib.Path):
+    """Raises InputError if a workdir of before poolers were read would get a re-ranker with one."""
+    if earlier and run.models.head == "pooler":
+        folder = run.sources.reranker.folder
+        raise _of_another_version(path, f"its re-ranker left out the head of {folder}")
 
 
 @contextlib.contextmanager
@@ -451,7 +465,9 @@ def claim(run: Run):
 
     def check():
         if path.is_file():
-            changed = config_lib.differences(_read_config(path), run.config)
+            made_by, earlier = _read_config(path)
+            _check_head(run, earlier, path)
+            changed = config_lib.differences(made_by, run.config)
             joint = run.workdir / "joint"
             free = FREE if (joint / BEGUN).is_file() else (*FREE, "joint.")
             changed = [line for line in changed if not line.startswith(free)]
