@@ -349,6 +349,10 @@ def _params(models: models_lib.Models, mesh: sharding_lib.Sharding, names: tuple
             made["retriever"] = dict.fromkeys(("query", "passage"), encoders["retriever"])
         if "reranker" in names:
             made["reranker"] = models_lib.init_reranker(encoders["reranker"], models.reranker, key)
+            if models.head == "pooler":
+                size = models.reranker.hidden_size
+                pooler = {"kernel": jnp.zeros((size, size)), "bias": jnp.zeros(size)}
+                made["reranker"]["head"]["pooler"] = pooler
         return made
 
     return _sharded(jax.eval_shape(init, jax.random.key(0)), mesh)

@@ -27,12 +27,18 @@ class Scorer:
     reranker: Any
 
     def __call__(
-        self, query: str, passages: Sequence[tuple[str, str]]
+        self, query: str, passages: Sequence[tuple[str | None, str]]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Retriever and re-ranker scores [P], float32, of P passages given as (title, text)."""
+        """Returns retriever and re-ranker scores [P], float32, of P passages given as (title, text).
+
+        P may be 0, and a title that is None is none. The retriever's are dot products or cosines, the
+        re-ranker's logits.
+        """
+        if not passages:
+            return np.zeros(0, np.float32), np.zeros(0, np.float32)
         encode_texts = self.run.tokenizer.texts
         store = tokens.Store(
-            titles=encode_texts([title for title, _ in passages]),
+            titles=encode_texts([title or "" for title, _ in passages]),
             texts=encode_texts([text for _, text in passages]),
             passage_ids=[str(i) for i in range(len(passages))],
             splits={},

@@ -83,6 +83,9 @@ def test_both_learn_and_open_in_sentence_transformers(taught, tmp_path):
     scorer = score.open_scorer(str(workdir), "joint")
     retriever_1, reranker_1 = scorer(query, [(title, text)])
     assert -1 <= float(retriever_1[0]) <= 1
+    assert [scores.shape for scores in scorer(query, [])] == [(0,), (0,)]
+    for none, empty in zip(scorer(query, [(None, text)]), scorer(query, [("", text)])):
+        np.testing.assert_array_equal(none, empty)
     for line in (workdir / "runs" / "test.joint.retriever.exact.trec").read_text().splitlines():
         assert -1.001 <= float(line.split()[4]) <= 1.001
     to = tmp_path / "models"
