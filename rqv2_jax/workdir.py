@@ -30,8 +30,9 @@ from rqv2_jax.retrieval.stream import Forward, make_forward
 # Settings that change where numbers are computed, and when, but not which, unless it be what dropout
 # draws; and those of evaluation, whose files say what they were made by.
 FREE = ("mesh.", "model.remat:", "reranker.accumulate:", "joint.accumulate:", "evaluate.")
-# Where the models' folders are; what is in them is compared by content.
-FREE += ("model.weights:", "model.reranker.weights:")
+# Where the models' folders are; free too, if they hold what they held, as SOURCES says.
+PLACES = ("model.weights:", "model.reranker.weights:")
+SOURCES = "sources.txt"
 
 # In a stage's folder: what it is trained on, and a name of its own; and that it has come to its end.
 BEGUN, FINISHED = "begun.txt", "finished.txt"
@@ -370,6 +371,17 @@ def open_workdir(workdir: pathlib.Path) -> Run:
         config.mesh.update({"data": devices, "fsdp": 1})
     if config.model.attention == "cudnn" and jax.default_backend() != "gpu":
         config.model.attention = "plain"
+    for setting, name in (
+        ("weights", config.model.weights),
+        ("reranker.weights", config.model.reranker.weights),
+    ):
+        try:
+            released.find_folder(name)
+        except InputError as e:
+            raise InputError(
+                f"{path}: config.model.{setting} is {name!r}, which is not there; if it has moved, run "
+                f"rqv2_jax.main once more with --config.model.{setting}=FOLDER"
+            ) from e
     run, _ = _open_run(config, workdir)
     _check_head(run, earlier, path)
     for stage in ("retriever", "reranker", "joint"):
@@ -454,7 +466,8 @@ def alone(workdir: pathlib.Path):
 def claim(run: Run):
     """Writes config.json and environment.json; a workdir belongs to one config.
 
-    Settings of evaluation may change, and until joint training has begun those of `joint`.
+    Settings of evaluation may change, and until joint training has begun those of `joint`. So may the
+    places of the model folders, while these hold the same.
 
     Raises:
       InputError: the workdir was made by another config.
@@ -470,6 +483,8 @@ def claim(run: Run):
             changed = config_lib.differences(made_by, run.config)
             joint = run.workdir / "joint"
             free = FREE if (joint / BEGUN).is_file() else (*FREE, "joint.")
+            if _same_sources(run):
+                free += PLACES
             changed = [line for line in changed if not line.startswith(free)]
             if changed:
                 more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
@@ -485,6 +500,7 @@ def claim(run: Run):
 
     hosts.from_first(check)
     artifacts.write_text(path, config_lib.dumps(run.config))
+    artifacts.write_text(run.workdir / SOURCES, _sources(run))
     packages = (
         "jax",
         "flax",
@@ -504,6 +520,29 @@ def claim(run: Run):
     }
     text = json.dumps(environment, indent=1) + "\n"
     artifacts.write_text(run.workdir / "environment.json", text)
+
+
+def _sources(run: Run) -> str:
+    """Names the content of the model folders: tensors and tokenizers."""
+    return f"{run.weights_hash} {run.tokenizer.fingerprint}\n"
+
+
+def _same_sources(run: Run) -> bool:
+    """Says whether the workdir was made from what the model folders hold.
+
+    Raises:
+      InputError: it was made from something else.
+    """
+    path = run.workdir / SOURCES
+    if not path.is_file():
+        return False
+    if path.read_text() != _sources(run):
+        folders = ", ".join(dict.fromkeys(str(source.folder) for source in run.sources))
+        raise InputError(
+            f"{path}: this workdir was made from other weights or tokenizers than those in {folders}; "
+            "bring the old ones back, or give another --workdir"
+        )
+    return True
 
 
 def _commit() -> str:

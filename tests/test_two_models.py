@@ -169,11 +169,32 @@ def test_workdirs_that_cannot_be_followed_name_the_commit(old, teacher):
         open_workdir(workdir)
 
 
-def test_a_models_folder_may_move(old, bert_folder, tmp_path):
+def test_a_models_folder_may_move(old, bert_folder, make_bert, tmp_path):
     """Its place is no part of what a workdir is made by; its content is."""
     config, workdir = old()
+    here = shutil.copytree(bert_folder, tmp_path / "here")
+    config.model.weights = str(here)
+    # A workdir of before does not say what it was made from.
+    with pytest.raises(InputError, match=r"another config \(model\.reranker\.weights: "):
+        claim(open_run(config, workdir))
+    workdir = tmp_path / "new"
     claim(open_run(config, workdir))
-    moved = shutil.copytree(bert_folder, tmp_path / "moved")
+    moved = here.rename(tmp_path / "moved")
+    with pytest.raises(
+        InputError, match=r"weights is .*here', which is not there; if it has moved"
+    ):
+        open_workdir(workdir)
     config.model.weights = str(moved)
     claim(open_run(config, workdir))
     assert open_workdir(workdir).config.model.reranker.weights == str(moved)
+    other, _ = make_bert(5)
+    for name in ("model.safetensors", "tokenizer_config.json"):
+        before = (moved / name).read_bytes()
+        if name == "tokenizer_config.json":
+            (moved / name).write_text(before.decode() + " ")
+        else:
+            shutil.copy(other / name, moved / name)
+        with pytest.raises(InputError, match="made from other weights or tokenizers than"):
+            claim(open_run(config, workdir))
+        (moved / name).write_bytes(before)
+    claim(open_run(config, workdir))
