@@ -54,7 +54,7 @@ def _lists(run, path: pathlib.Path):
 
 
 def _models(run, path: pathlib.Path):
-    from rqv2_jax import released, weights
+    from rqv2_jax import exported
 
     models, data = run.models, run.config.data
     retriever, reranker = (run.params(_STATE.value, model) for model in ("retriever", "reranker"))
@@ -62,11 +62,11 @@ def _models(run, path: pathlib.Path):
     shutil.rmtree(partial, ignore_errors=True)
     for tower, length in (("query", data.query_length), ("passage", data.passage_length)):
         source, shape = run.sources.query.folder, models.retriever
-        weights.save_encoder(partial / tower, source, shape, retriever[tower])
-        released.describe_retriever(partial / tower, shape.hidden_size, run.config.model, length)
+        exported.save_encoder(partial / tower, source, shape, retriever[tower])
+        exported.describe_retriever(partial / tower, shape.hidden_size, run.config.model, length)
     source, shape, scorer = run.sources.reranker.folder, models.reranker, partial / "reranker"
-    weights.save_encoder(scorer, source, shape, reranker["encoder"], reranker["head"])
-    released.describe_reranker(scorer, shape.hidden_size, models.head, data.pair_length)
+    exported.save_encoder(scorer, source, shape, reranker["encoder"], reranker["head"])
+    exported.describe_reranker(scorer, shape.hidden_size, models.head, data.pair_length)
     os.replace(partial, path)
     joined = "title and text joined by a space" if data.titles else "text"
     if data.titles and run.config.model.passage_format == "title_sep_text":

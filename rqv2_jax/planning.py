@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from rqv2_jax import bert, hlo, released, train
+from rqv2_jax import bert, hlo, opening, released, train
 from rqv2_jax import config as config_lib
 from rqv2_jax import models as models_lib
 from rqv2_jax import sharding as sharding_lib
@@ -27,7 +27,6 @@ from rqv2_jax.data import packing
 from rqv2_jax.data.lists import training_lists
 from rqv2_jax.errors import InputError
 from rqv2_jax.retrieval import stream
-from rqv2_jax.workdir import open_models
 
 GIB = 2**30
 
@@ -268,14 +267,14 @@ def make(
 def _models(config, machine, report) -> tuple[ml_collections.ConfigDict, models_lib.Models]:
     """The resolved config and the models' shapes; those of BERT base where the weights are missing."""
     try:
-        opened = open_models(config)
+        opened = opening.open_models(config)
         config, models = opened.config, opened.models
     except InputError as error:
         report(f"planned with the shape of BERT base, because {error}")
         base = released.plain(
             pathlib.Path("BERT base"), num_layers=BASE_LAYERS, longest=BASE["max_positions"]
         )
-        config, _ = released.resolve(config, released.Sources(base, base, base))
+        config, _ = opening.resolve(config, released.Sources(base, base, base))
         model = config.model
         how = {name: model[name] for name in ("dtype", "remat", "attention")}
         shapes = {

@@ -1,8 +1,8 @@
-"""Model folders as released: what they say of the model, and what a run takes from them.
+"""Model folders as released: what they say of the model.
 
 Reads plain Hugging Face folders (`config.json`, tensors, tokenizer), those of sentence-transformers
 (`modules.json` and the files it names: pooling, normalisation, prompts, similarity, longest input) and
-of its CrossEncoder. What is not understood is an error; what a config overrides becomes a note.
+of its CrossEncoder. What is not understood is an error, and what is left unused becomes a note.
 """
 
 import dataclasses
@@ -13,10 +13,7 @@ import re
 import shlex
 from typing import Any, NamedTuple
 
-import ml_collections
-
 from rqv2_jax import bert
-from rqv2_jax import config as config_lib
 from rqv2_jax.errors import InputError
 
 FILE = "model.safetensors"
@@ -37,9 +34,6 @@ DEFAULTS = {
     "hidden_act": "gelu",
     "initializer_range": 0.02,
 }
-
-# The scale that sentence-transformers trains cosines with.
-COSINE_SCALE = 20.0
 
 # The older keys of 1_Pooling/config.json.
 POOLING_FLAGS = {
@@ -362,6 +356,9 @@ class _Modules:
     def head(self, hf: dict) -> Head | str | None:
         """Returns the score of a re-ranker, None if there is none, a line if it cannot be used."""
         path = self.encoder / "config.json"
+        if self.is_reranker and self.settings.get("default_prompt_name"):
+            path = self.folder / "config_sentence_transformers.json"
+            return f"{path}: a re-ranker's default prompt is not understood"
         if self.is_reranker and self.kinds[1:]:
             return self._dense_head()
         if self.is_retriever:
@@ -485,124 +482,3 @@ def read_config(
             f"num_layers is {num_layers}, but {path} has {available} layers; give 1 to {available}"
         )
     return config
-
-
-def resolve(
-    config: ml_collections.ConfigDict, sources: Sources
-) -> tuple[ml_collections.ConfigDict, list[str]]:
-    """Returns a copy of the config that says in full what it left to the folders, and what to tell.
-
-    Resolving what is resolved changes nothing. The notes tell of each setting that overrides a folder.
-
-    Raises:
-      InputError: a folder says what is not understood, and the config does not override it.
-    """
-    found, notes = config_lib.loads(config_lib.dumps(config)), []
-    query, passage, reranker = sources
-    model, data = found.model, found.data
-
-    def choose(group, key, left_open, said, source):
-        name = f"{'data' if group is data else 'model'}.{key}"
-        if group[key] == left_open:
-            group[key] = said
-            if said not in config_lib.CHOICES.get(name, (said,)):
-                raise InputError(
-                    f"{source.folder}: {key} {said!r} is not understood; choose one of "
-                    f"{config_lib.CHOICES[name][1:]} by --config.{name}, or another model"
-                )
-        elif group[key] != said:
-            notes.append(f"config.{name} is {group[key]!r}, where {source.folder} has {said!r}")
-
-    for key in ("pooling", "similarity", "passage_format"):
-        choose(model, key, "", getattr(query, key), query)
-    for key, source in (("query_prompt", query), ("passage_prompt", passage)):
-        choose(model, key, "", getattr(source, key) or config_lib.NO_PROMPT, source)
-    choose(model, "scale", 0.0, COSINE_SCALE if model.similarity == "cosine" else 1.0, query)
-    given = model.num_layers
-    choose(model, "num_layers", 0, query.num_layers, query)
-    lengths = {"query": query, "passage": passage, "pair": reranker}
-    for kind, source in lengths.items():
-        choose(data, f"{kind}_length", 0, source.longest, source)
-    own = model.reranker
-    own.weights = own.weights or model.weights
-    own.num_layers = own.num_layers or given or reranker.num_layers
-    if own.num_layers != reranker.num_layers and reranker.folder != query.folder:
-        notes.append(
-            f"config.model.reranker.num_layers is {own.num_layers}, where {reranker.folder} has "
-            f"{reranker.num_layers!r}"
-        )
-    if own.dropout < 0:
-        own.dropout = model.dropout
-    described = [*query.notes, *passage.notes, *reranker.notes]
-    return found, list(dict.fromkeys([*described, *notes]))
-
-
-def describe_retriever(folder: pathlib.Path, size: int, model, length: int):
-    """Adds the files by which sentence-transformers opens a tower.
-
-    Args:
-      size: of the vectors.
-      model: the resolved `config.model`.
-      length: most tokens of an input.
-    """
-    names = ["Transformer", "Pooling"] + ["Normalize"] * (model.similarity == "cosine")
-    prompts = {"query": model.query_prompt, "document": model.passage_prompt}
-    pooling = {
-        f: mode == model.pooling for f, mode in POOLING_FLAGS.items() if mode in ("cls", "mean")
-    }
-    settings = {
-        "model_type": "SentenceTransformer",
-        "similarity_fn_name": model.similarity,
-        "prompts": {k: "" if p == config_lib.NO_PROMPT else p for k, p in prompts.items()},
-        "default_prompt_name": None,
-        OWN_KEY: {"passage_format": model.passage_format},
-    }
-    _describe(folder, names, length, settings)
-    pooling = {"word_embedding_dimension": size, **pooling}
-    _write(folder / "1_Pooling" / "config.json", pooling)
-
-
-def describe_reranker(folder: pathlib.Path, size: int, head: str, length: int):
-    """Adds the files by which CrossEncoder opens a re-ranker and gives its logits.
-
-    Args:
-      size: of the encoder's states.
-      head: "linear" or "pooler".
-      length: most tokens of an input.
-    """
-    settings = {"model_type": "CrossEncoder", "activation_fn": IDENTITY, "prompts": {}}
-    names = ["Transformer"] + ["Pooling", "Dense"] * (head == "linear")
-    _describe(folder, names, length, settings)
-    if head == "linear":
-        pooling = {"word_embedding_dimension": size, "pooling_mode_cls_token": True}
-        _write(folder / "1_Pooling" / "config.json", pooling)
-        dense = {"in_features": size, "out_features": 1, "bias": True}
-        dense |= {"activation_function": IDENTITY, "module_input_name": "sentence_embedding"}
-        _write(folder / "2_Dense" / "config.json", {**dense, "module_output_name": "scores"})
-
-
-def _describe(folder, names, length, settings):
-    module = "sentence_transformers.models."
-    modules = [
-        {"idx": i, "name": str(i), "path": f"{i}_{name}" if i else "", "type": module + name}
-        for i, name in enumerate(names)
-    ]
-    task = "sequence-classification" if names == ["Transformer"] else "feature-extraction"
-    output = {"method": "forward", "method_output_name": "last_hidden_state"}
-    if names == ["Transformer"]:
-        output["method_output_name"] = "logits"
-    transformer = {
-        "max_seq_length": length,
-        "do_lower_case": False,
-        "transformer_task": task,
-        "modality_config": {"text": output},
-        "module_output_name": "scores" if names == ["Transformer"] else "token_embeddings",
-    }
-    _write(folder / "modules.json", modules)
-    _write(folder / "sentence_bert_config.json", transformer)
-    _write(folder / "config_sentence_transformers.json", settings)
-
-
-def _write(path: pathlib.Path, content):
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")

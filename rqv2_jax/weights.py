@@ -4,17 +4,13 @@ Strict: every tensor of the files is used once or is one of the heads that a mod
 param comes from the files, every shape is what `config.json` promises, and every number is finite.
 """
 
-import json
 import pathlib
 import re
-import shutil
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from rqv2_jax import bert, released
-from rqv2_jax.data.tokens import TOKENIZER_FILES
 from rqv2_jax.errors import InputError
 
 # An encoder gives the raw hidden states, so it has no use for a pooler or a head.
@@ -191,75 +187,3 @@ def load_head(head: released.Head, size: int) -> dict:
         kernel = tensors.take("pooler.dense.weight", (size, size)).T
         params["pooler"] = {"kernel": kernel, "bias": tensors.take("pooler.dense.bias", (size,))}
     return params
-
-
-def save_encoder(
-    folder: pathlib.Path, source: pathlib.Path, config: bert.BertConfig, params: dict, head=None
-):
-    """Writes a folder that transformers opens: an encoder with the tokenizer of the one it began as.
-
-    Args:
-      folder: made here.
-      source: the folder the encoder's weights were first read from.
-      params: in the layout of `bert.Encoder`.
-      head: params of a re-ranker's score. With a pooler, the folder is a sequence classifier with one
-        label; without, its vector goes to `2_Dense`, where CrossEncoder reads it.
-    """
-    folder.mkdir(parents=True)
-    classifier = head is not None and "pooler" in head
-    # An embedding of ERNIE's tasks is part of the types' since it was read, so this is a BERT.
-    described = {
-        "model_type": "bert",
-        "architectures": ["BertForSequenceClassification" if classifier else "BertModel"],
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "intermediate_size": config.intermediate_size,
-        "max_position_embeddings": config.max_positions,
-        "type_vocab_size": config.type_vocab_size,
-        "layer_norm_eps": config.layer_norm_eps,
-        "hidden_act": config.activation,
-        "hidden_dropout_prob": config.dropout,
-        "attention_probs_dropout_prob": config.dropout,
-        "initializer_range": config.initializer_range,
-    }
-    prefix = ""
-    if classifier:
-        prefix = "bert."
-        described |= {"num_labels": 1, "id2label": {"0": "score"}, "label2id": {"score": 0}}
-        # Its name today, and the one that releases before 4 read.
-        described["sentence_transformers"] = {"activation_fn": released.IDENTITY}
-        described["sbert_ce_default_activation_function"] = released.IDENTITY
-    (folder / "config.json").write_text(json.dumps(described, indent=1) + "\n")
-    tensors = {
-        prefix + name: np.asarray(params["embeddings"][module][leaf])
-        for (module, leaf), name in EMBEDDINGS.items()
-    }
-    for (module, leaf), names in LAYERS.items():
-        stacked = np.asarray(params["layers"][module][leaf])
-        for layer in range(config.num_layers):
-            parts = np.split(stacked[layer], len(names), axis=-1)
-            for name, part in zip(names, parts):
-                tensors[prefix + name.format(layer)] = part.T if leaf == "kernel" else part
-    if classifier:
-        tensors["bert.pooler.dense.weight"] = np.asarray(head["pooler"]["kernel"]).T
-        tensors["bert.pooler.dense.bias"] = np.asarray(head["pooler"]["bias"])
-        tensors |= _vector(head, "classifier")
-    _save(folder, tensors)
-    if head is not None and not classifier:
-        (folder / "2_Dense").mkdir()
-        _save(folder / "2_Dense", _vector(head, "linear"))
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copy(source / name, folder / name)
-
-
-def _vector(head: dict, prefix: str) -> dict[str, np.ndarray]:
-    kernel_D, bias = np.asarray(head["kernel"]), np.asarray(head["bias"])
-    return {f"{prefix}.weight": kernel_D[None], f"{prefix}.bias": bias[None]}
-
-
-def _save(folder: pathlib.Path, tensors: dict[str, np.ndarray]):
-    tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-    save_file(tensors, folder / released.FILE, metadata={"format": "pt"})

@@ -11,13 +11,12 @@ import pathlib
 import platform
 import subprocess
 import uuid
-from typing import NamedTuple
 
 import jax
 import ml_collections
 import tqdm
 
-from rqv2_jax import artifacts, bert, hosts, released, weights
+from rqv2_jax import artifacts, hosts, opening, released, weights
 from rqv2_jax import config as config_lib
 from rqv2_jax import models as models_lib
 from rqv2_jax import sharding as sharding_lib
@@ -124,171 +123,6 @@ class Run:
         return restore_best(self.workdir / stage, model, initial)
 
 
-class Opened(NamedTuple):
-    """A config with its model folders: resolved, what they hold, and what there is to tell of them."""
-
-    config: ml_collections.ConfigDict
-    sources: released.Sources
-    models: models_lib.Models
-    notes: list[str]
-
-
-def open_models(config: ml_collections.ConfigDict) -> Opened:
-    """Reads the model folders of a config, and what they say of what it leaves open.
-
-    Raises:
-      InputError: the config or a folder cannot be used.
-    """
-    config_lib.check(config)
-    sources = released.find(config.model.weights, config.model.reranker.weights)
-    query, passage, reranker = sources
-    head = reranker.head
-    if isinstance(head, str):
-        raise InputError(
-            f"{head}; give a folder with a re-ranker, or an encoder without a head, as "
-            "config.model.reranker.weights"
-        )
-    if config.reranker.epochs == 0 and head is None:
-        raise InputError(
-            "config.reranker.epochs is 0, but config.model.weights has no trained re-ranker; give a "
-            "folder with query/, passage/ and reranker/, name a cross-encoder as "
-            "config.model.reranker.weights, or train one"
-        )
-    for key in ("pooling", "similarity", "passage_format"):
-        said = [getattr(tower, key) for tower in (query, passage)]
-        if said[0] != said[1]:
-            raise InputError(
-                f"{passage.folder}: has {key} {said[1]!r}, but {query.folder} has {said[0]!r}; give "
-                "the two towers of one model"
-            )
-    config, notes = released.resolve(config, sources)
-    config_lib.check(config)
-    shape = read_shape(config, query.folder)
-    if read_shape(config, passage.folder) != shape:
-        raise InputError(
-            f"{passage.folder / 'config.json'}: describes another encoder than that of {query.folder}; "
-            "both towers must have one shape"
-        )
-    reranker_shape = read_shape(config, reranker.folder, config.model.reranker)
-    _check_inputs(config, sources, shape, reranker_shape)
-    for folder in dict.fromkeys(source.folder for source in sources):
-        if names := _left_unused(folder, sources):
-            notes.append(f"{folder}: tensors left unused: {names}")
-    models = models_lib.Models(
-        retriever=shape,
-        reranker=reranker_shape,
-        pooling=config.model.pooling,
-        similarity=config.model.similarity,
-        scale=config.model.scale,
-        head="linear" if head is None else head.form,
-    )
-    return Opened(config, sources, models, list(dict.fromkeys(notes)))
-
-
-def _left_unused(folder: pathlib.Path, sources: released.Sources) -> str:
-    """The tensors of a folder that neither model reads, as text."""
-    names = weights.unused(folder, sources.reranker.head)
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
-
-
-def _check_inputs(config, sources, shape: bert.BertConfig, reranker_shape: bert.BertConfig):
-    """Raises InputError unless the models have a position and a type for every token they will read."""
-    data = config.data
-    separate = config.model.passage_format == "title_sep_text"
-    for source, own, kinds, types in (
-        (sources.query, shape, ("query", "passage"), separate),
-        (sources.reranker, reranker_shape, ("pair",), True),
-    ):
-        longest = max(data[f"{kind}_length"] for kind in kinds)
-        path = source.folder / "config.json"
-        if longest > own.max_positions:
-            raise InputError(
-                f"config.data asks for inputs of {longest} tokens, but {path} has {own.max_positions} "
-                f"positions; lower {', '.join(f'{kind}_length' for kind in kinds)}"
-            )
-        if types and own.type_vocab_size < 2:
-            what = "config.model.passage_format title_sep_text" if len(kinds) > 1 else "a re-ranker"
-            raise InputError(
-                f"{path}: type_vocab_size is {own.type_vocab_size}, and {what} needs 2; use "
-                "title_text, or another model"
-            )
-
-
-def open_tokenizer(opened: Opened) -> tokens.Tokenizer:
-    """Reads the retriever's tokenizer, with the re-ranker's beside it where that is another.
-
-    Raises:
-      InputError: one cannot be used, or a prompt ends inside a word.
-    """
-    query, passage, reranker = opened.sources
-    models, model = opened.models, opened.config.model
-    tokenizer = _load_tokenizer(query, models.retriever)
-    other = tokenizer
-    if passage.folder != query.folder:
-        other = _load_tokenizer(passage, models.retriever)
-    if other.fingerprint != tokenizer.fingerprint:
-        raise InputError(
-            f"{passage.folder}: has another tokenizer than {query.folder}; give both towers the same"
-        )
-    for key in ("query_prompt", "passage_prompt"):
-        if not tokenizer.can_begin_with(_prompt(model[key])):
-            raise InputError(
-                f"config.model.{key}: {model[key]!r} would run into the text's first word; end it "
-                "with a space"
-            )
-    if reranker.folder in (query.folder, passage.folder):
-        return tokenizer
-    return tokenizer.beside(_load_tokenizer(reranker, models.reranker))
-
-
-def _load_tokenizer(source: released.Released, shape: bert.BertConfig) -> tokens.Tokenizer:
-    tokenizer = tokens.load_tokenizer(source.folder, shape.vocab_size)
-    if source.lower and tokenizer.encode(["A"]) != tokenizer.encode(["a"]):
-        raise InputError(
-            f"{source.folder / 'sentence_bert_config.json'}: do_lower_case is true, but the tokenizer "
-            "tells upper and lower case apart, which is not understood; save the model with a "
-            "tokenizer that lower-cases"
-        )
-    return tokenizer
-
-
-def _prompt(setting: str) -> str:
-    return "" if setting == config_lib.NO_PROMPT else setting
-
-
-def open_inputs(config: ml_collections.ConfigDict) -> tuple[Opened, tokens.Tokenizer, Inputs]:
-    """Returns the models' folders, their tokenizer, and how the models read tokens.
-
-    Raises:
-      InputError: the config or one of them cannot be used.
-    """
-    opened = open_models(config)
-    tokenizer, data, model = open_tokenizer(opened), opened.config.data, opened.config.model
-    pairs = tokenizer.pairs or tokenizer
-    inputs = Inputs(
-        cls=tokenizer.cls,
-        sep=tokenizer.sep,
-        pair_cls=pairs.cls,
-        pair_sep=pairs.sep,
-        titles=data.titles,
-        passage_format=model.passage_format,
-        query_prompt=tuple(tokenizer.encode([_prompt(model.query_prompt)])[0]),
-        passage_prompt=tuple(tokenizer.encode([_prompt(model.passage_prompt)])[0]),
-        query_length=data.query_length,
-        passage_length=data.passage_length,
-        pair_length=data.pair_length,
-    )
-    for kind in ("query", "passage"):
-        prompt, length = getattr(inputs, f"{kind}_prompt"), data[f"{kind}_length"]
-        if len(prompt) + 8 > length and prompt:
-            raise InputError(
-                f"config.model.{kind}_prompt has {len(prompt)} tokens, which leaves no room for the "
-                f"text in {length}; raise config.data.{kind}_length"
-            )
-    return opened, tokenizer, inputs
-
-
 def open_run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Run:
     """Checks the config, the weights' config and tokenizer, and the devices; prints what it overrides.
 
@@ -306,7 +140,7 @@ def open_run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Run:
 
 
 def _open_run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> tuple[Run, list[str]]:
-    (config, sources, models, notes), tokenizer, inputs = open_inputs(config)
+    (config, sources, models, notes), tokenizer, inputs = opening.open_inputs(config)
     if jax.config.jax_compilation_cache_dir is None:
         compiled = workdir.resolve().parent / ".compiled"
         jax.config.update("jax_compilation_cache_dir", str(compiled))
@@ -331,28 +165,6 @@ def _open_run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> tuple
         ),
     )
     return run, notes
-
-
-def read_shape(config, folder: pathlib.Path, own=None) -> bert.BertConfig:
-    """Returns the encoder of a model folder as the config has it computed, layers in a loop.
-
-    Args:
-      own: `config.model.reranker`, for the re-ranker's.
-
-    Raises:
-      InputError: the folder's config.json cannot be used.
-    """
-    model = config.model
-    own = own or model
-    return released.read_config(
-        folder,
-        num_layers=own.num_layers,
-        dropout=own.dropout,
-        dtype=model.dtype,
-        remat=model.remat,
-        attention=model.attention,
-        unrolled=False,
-    )
 
 
 def open_workdir(workdir: pathlib.Path) -> Run:

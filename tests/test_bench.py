@@ -35,10 +35,14 @@ def test_made_up_texts_are_as_long_as_those_of_msmarco(run, texts):
     assert len({text for _, text in texts.passages}) == 256
 
 
-@pytest.mark.parametrize("pooling", ["mean", "cls"])
-def test_the_joint_step_and_its_rival_do_the_same_work(run, texts, pooling):
+@pytest.mark.parametrize("teacher", [None, "BertForSequenceClassification"])
+def test_the_joint_step_and_its_rival_do_the_same_work(run, texts, teacher, make_bert):
+    """Cosines of means with the re-ranker that the retriever is; dot products and another re-ranker."""
     own = config_lib.loads(config_lib.dumps(run.config))
-    own.model.pooling = pooling
+    if teacher is not None:
+        folder, _ = make_bert(6, teacher, num_labels=1, num_hidden_layers=1)
+        own.model.update({"pooling": "cls", "similarity": "dot", "scale": 1.0})
+        own.model.reranker.update({"weights": str(folder), "num_layers": 1})
     # Large enough that the third loss tells whether both were updated alike.
     own.joint.learning_rate = 3e-3
     found = benchmarks.joint(workdir.open_run(own, run.workdir), texts, 2, versus=True)

@@ -9,7 +9,7 @@ import ml_collections
 import pytest
 
 from rqv2_jax import config as config_lib
-from rqv2_jax import losses, released
+from rqv2_jax import losses, opening, released
 from rqv2_jax.errors import InputError
 
 
@@ -315,7 +315,7 @@ def test_full_is_the_papers_recipe(name, list_size, joint_epochs, retriever_epoc
     assert config.model.dropout == 0.1
     # A folder with an encoder alone, as ERNIE's, is read as the paper reads it.
     ernie = released.plain(pathlib.Path("ernie"), num_layers=12, longest=512)
-    resolved, notes = released.resolve(config, released.Sources(ernie, ernie, ernie))
+    resolved, notes = opening.resolve(config, released.Sources(ernie, ernie, ernie))
     model = resolved.model
     assert (model.num_layers, model.pooling, model.similarity) == (12, "cls", "dot")
     assert (model.scale, model.passage_format, model.query_prompt) == (1, "title_sep_text", "none")

@@ -18,12 +18,13 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from shapes import models_of
 
 from rqv2_jax import config as config_lib
-from rqv2_jax import released, weights
+from rqv2_jax import exported, released, weights
 from rqv2_jax.data import packing
-from rqv2_jax.data.tokens import Store
+from rqv2_jax.data.tokens import TOKENIZER_FILES, Store
 from rqv2_jax.errors import InputError
+from rqv2_jax.opening import open_inputs, open_models
 from rqv2_jax.retrieval import encode, rerank
-from rqv2_jax.workdir import open_inputs, open_models, open_run
+from rqv2_jax.workdir import open_run
 
 KEY = jax.random.key(0)
 IDENTITY = torch.nn.Identity()
@@ -497,8 +498,12 @@ def test_a_folder_that_cross_encoder_saved(classifier, tmp_path):
     assert any("its activation Sigmoid is left out" in note for note in opened.notes)
     # With nothing said of the retriever, it has the cross-encoder's own encoder, read plainly.
     assert opened.models.pooling == "cls"
+    assert any("the retriever starts from its encoder alone" in note for note in opened.notes)
     run = open_run(config_of(tmp_path / "saved"), tmp_path / "w")
     np.testing.assert_allclose(logits_of(run), predict(classifier), rtol=0, atol=1e-4)
+    path = tmp_path / "saved" / "config_sentence_transformers.json"
+    edit_json(path, prompts={"rank": "rank: "}, default_prompt_name="rank")
+    refused(lambda: open_models(config_of(tmp_path / "saved")), path, "default prompt")
 
 
 def test_folders_that_differ_in_the_pooler_alone_score_differently(classifier, tmp_path, copy):
@@ -610,8 +615,8 @@ def write_reranker(source, folder):
         params = {"kernel": kernel_D, "bias": np.float32(0.25)}
     else:
         params = weights.load_head(head, shape.hidden_size)
-    weights.save_encoder(folder, source, shape, encoder, params)
-    released.describe_reranker(folder, shape.hidden_size, opened.models.head, 64)
+    exported.save_encoder(folder, source, shape, encoder, params)
+    exported.describe_reranker(folder, shape.hidden_size, opened.models.head, 64)
     return folder
 
 
@@ -679,7 +684,7 @@ def test_two_models_of_two_shapes_and_tokenizers(make_st, classifier, copy, tmp_
 
 def test_a_tokenizer_with_the_same_files_is_not_a_second_one(make_st, classifier):
     retriever = make_st()
-    for name in weights.TOKENIZER_FILES:
+    for name in TOKENIZER_FILES:
         if (classifier / name).is_file():
             shutil.copy(classifier / name, retriever / name)
     config = config_of(retriever, **{"model.reranker.weights": str(classifier)})
@@ -742,8 +747,8 @@ def test_exported_towers_are_read_back_as_they_were(make_st, tmp_path, kind):
     expected = vectors_of(run)
     params, shape = run.initial("retriever"), run.models.retriever
     written = tmp_path / "written"
-    weights.save_encoder(written, folder, shape, params["query"])
-    released.describe_retriever(written, shape.hidden_size, run.config.model, 24)
+    exported.save_encoder(written, folder, shape, params["query"])
+    exported.describe_retriever(written, shape.hidden_size, run.config.model, 24)
     model = SentenceTransformer(str(written), device="cpu")
     assert model.similarity_fn_name == run.models.similarity
     theirs = model.encode_query(QUERIES), model.encode_document(JOINED)
@@ -763,8 +768,8 @@ def test_an_export_says_which_passages_it_was_trained_on(tiny_bert, tmp_path):
     opened = open_models(config_of(tiny_bert))
     shape, model = opened.models.retriever, opened.config.model
     encoder = weights.load_encoder(tiny_bert, shape)
-    weights.save_encoder(tmp_path / "m", tiny_bert, shape, encoder)
-    released.describe_retriever(tmp_path / "m", 32, model, 24)
+    exported.save_encoder(tmp_path / "m", tiny_bert, shape, encoder)
+    exported.describe_retriever(tmp_path / "m", 32, model, 24)
     again = open_models(config_of(tmp_path / "m"))
     assert again.config.model.passage_format == model.passage_format == "title_sep_text"
     assert again.models == models_of(shape)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from shapes import read_shape
 
-from rqv2_jax import bert, weights
+from rqv2_jax import bert, exported, weights
 from rqv2_jax.data.packing import Block
 from rqv2_jax.data.tokens import TOKENIZER_FILES
 from rqv2_jax.errors import InputError
@@ -306,7 +306,7 @@ def test_config_of_another_model(copy):
 def test_written_encoders_are_read_back(folder, tmp_path):
     config = read_shape(folder, 1)
     params = weights.load_encoder(folder, config)
-    weights.save_encoder(tmp_path / "query", folder, config, params)
+    exported.save_encoder(tmp_path / "query", folder, config, params)
     assert read_shape(tmp_path / "query", 1) == config
     again = weights.load_encoder(tmp_path / "query", config)
     assert jax.tree.structure(again) == jax.tree.structure(params)
