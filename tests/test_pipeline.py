@@ -160,7 +160,7 @@ def test_answers_judge_where_there_are_no_labels(finished, bert_folder, tmp_path
     expected |= {f"Success@{k}": np.mean(np.array(ranks) <= k) for k in (5, 20)}
     assert row["metrics"] == pytest.approx(expected)
     # What needs all relevant passages cannot be known.
-    config.evaluate.metrics = ("nDCG@10",)
+    run.config.evaluate.metrics = ("nDCG@10",)
     for act in (
         lambda: pipeline.prepare(run),
         lambda: evaluation.evaluate(run, store, "test", ("exact",), states=("zero_shot",)),
