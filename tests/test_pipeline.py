@@ -508,7 +508,9 @@ def test_checkpoints_of_other_data_are_not_taken_for_these(finished, tmp_path, n
     path.write_text(change(path.read_text()))
     config = config_lib.loads(config_lib.dumps(given))
     config.data.path = str(tmp_path / "all" / "data")
-    (tmp_path / "all" / "workdir" / "config.json").write_text(config_lib.dumps(config))
+    own = config_lib.loads((workdir / "config.json").read_text())
+    own.data.path = config.data.path
+    (tmp_path / "all" / "workdir" / "config.json").write_text(config_lib.dumps(own))
     results = (workdir / "results.json").read_text()
     with pytest.raises(InputError, match=r"retriever: was trained on other lists, .* delete it"):
         pipeline.main(config, tmp_path / "all" / "workdir")
