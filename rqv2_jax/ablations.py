@@ -149,6 +149,7 @@ def run_all(
             own.seed = seed
             folder = workdir / "rows" / f"{name.replace(' ', '_')}.{seed}"
             run = open_run(own, folder)
+            own = run.config
             found = candidates
             if own.joint.denoised_share == 0:
                 # Without the lists that denoised positives head there are fewer to a pass.

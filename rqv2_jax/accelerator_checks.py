@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rqv2_jax import models, ragged_attention, sharding, train
+from rqv2_jax import ragged_attention, sharding, train
 from rqv2_jax.benchmarks import Texts, compiled_joint, joint_batches
 from rqv2_jax.retrieval import encode, rerank, stream
 from rqv2_jax.workdir import Run
@@ -22,8 +22,7 @@ LISTED = 10  # operations of a profile
 
 def _elsewhere(run: Run, device: jax.Device, **changed) -> Run:
     """Returns the run on one device, without dropout and with other settings of its encoder."""
-    shape = dataclasses.replace(run.models.config, dropout=0.0, **changed)
-    own = models.Models(shape, run.models.pooling)
+    own = run.models.reshaped(dropout=0.0, **changed)
     mesh = sharding.over([device], 1, 1)
     how = {"batch_tokens": run.forward.batch_tokens, "max_blocks": run.forward.max_blocks}
     forward = stream.make_forward(own, run.inputs, mesh, **how)
@@ -59,7 +58,7 @@ def agreement(run: Run, texts: Texts) -> list[dict]:
     float32 products at their full precision; the CPU by plain attention.
     """
     cpu, device = jax.local_devices(backend="cpu")[0], jax.devices()[0]
-    own = run.models.config.attention
+    own = run.models.retriever.attention
     with jax.default_matmul_precision("highest"):
         plain = {"dtype": "float32", "attention": "plain", "remat": "none"}
         exact = _scores_and_gradients(_elsewhere(run, cpu, **plain), texts)

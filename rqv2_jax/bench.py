@@ -70,7 +70,6 @@ def main(benchmark: str = ""):
     chosen = BENCHMARKS if benchmark == "all" else (benchmark,)
     if _SHAPE.value is not None:
         _, config.model.num_layers = random_model.SHAPES[_SHAPE.value]
-    model = {"layers": config.model.num_layers, "dtype": config.model.dtype}
     sizes = {"batch": config.joint.batch, "list_size": config.joint.list_size}
 
     def report(found):
@@ -85,6 +84,12 @@ def main(benchmark: str = ""):
             config.model.weights = str(pathlib.Path(folder) / _SHAPE.value)
             random_model.write(_SHAPE.value, pathlib.Path(config.model.weights))
         run = open_run(config, pathlib.Path(folder) / "workdir")
+        # As the model folders have it, where the config leaves it open.
+        config = run.config
+        layers = {"layers": config.model.num_layers}
+        if config.model.reranker.num_layers != config.model.num_layers:
+            layers["reranker_layers"] = config.model.reranker.num_layers
+        model = layers | {"dtype": config.model.dtype}
         step_seconds = None
         if set(chosen) - {"exact", "index"}:
             texts = benchmarks.read(run, _LENGTHS.value, _PASSAGES.value, _PASSAGES.value // 4)
@@ -113,7 +118,7 @@ def main(benchmark: str = ""):
                 report(model | {"lengths": _LENGTHS.value} | line)
             if plot is not None:
                 draw_scaling(lines, plot)
-        width = run.models.config.hidden_size
+        width = run.models.retriever.hidden_size
         if "exact" in chosen:
             counts = _VECTORS.value, width, _QUERIES.value
             report(benchmarks.exact(*counts, 100, _ROUNDS.value, versus))

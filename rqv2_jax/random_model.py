@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rqv2_jax import bert, weights
+from rqv2_jax import bert, exported
 from rqv2_jax.data.packing import Block
 
 # Devlin et al. 2019, and ERNIE 2.0 base.
@@ -67,7 +67,7 @@ def write(name: str, folder: pathlib.Path):
         return rng.standard_normal(leaf.shape, np.float32) * leaf.shape[-2] ** -0.5
 
     params = jax.tree_util.tree_map_with_path(draw, params_like(config))
-    weights.save_encoder(folder, folder, config, params)
+    exported.save_encoder(folder, folder, config, params)
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     vocabulary = [*special, *WORDS]
     vocabulary += [f"[unused{i}]" for i in range(config.vocab_size - len(vocabulary))]

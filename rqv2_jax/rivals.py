@@ -42,33 +42,45 @@ class Joint:
         import torch
         import transformers
 
-        self.torch, self.settings, self.pooling = torch, run.config.joint, run.models.pooling
+        self.torch, self.settings, self.models = torch, run.config.joint, run.models
         self.device, self.half = device(), run.config.model.dtype == "bfloat16"
         torch.manual_seed(0)
 
-        def load(folder):
-            rate = run.config.model.dropout
+        def load(source, own):
+            rate = own.dropout
             model = transformers.BertModel.from_pretrained(
-                folder,
+                source.folder,
                 local_files_only=True,
                 add_pooling_layer=False,
                 attn_implementation="sdpa",
-                num_hidden_layers=run.config.model.num_layers,
+                num_hidden_layers=own.num_layers,
                 hidden_dropout_prob=rate,
                 attention_probs_dropout_prob=rate,
             )
             return model.train().to(self.device)
 
-        towers = [load(folder) for folder in run.weights[:3]]
+        model = run.config.model
+        towers = [load(source, model) for source in run.sources[:2]]
+        towers.append(load(run.sources.reranker, model.reranker))
+        self.pooler = None
+        if run.models.head == "pooler":
+            self.pooler = torch.nn.Linear(*head["pooler"]["kernel"].shape)
+            with torch.no_grad():
+                self.pooler.weight.copy_(torch.tensor(np.array(head["pooler"]["kernel"]).T))
+                self.pooler.bias.copy_(torch.tensor(np.array(head["pooler"]["bias"])))
+            self.pooler.to(self.device)
         self.head = torch.nn.Linear(len(head["kernel"]), 1)
         with torch.no_grad():
             self.head.weight[0] = torch.tensor(np.asarray(head["kernel"]))
             self.head.bias[0] = float(head["bias"])
         self.head.to(self.device)
-        self.dropout = torch.nn.Dropout(run.config.model.dropout)
+        self.dropout = torch.nn.Dropout(model.reranker.dropout)
         retriever, reranker = (
             [p for module in modules for p in module.parameters()]
-            for modules in (towers[:2], (towers[2], self.head))
+            for modules in (
+                towers[:2],
+                (towers[2], *([] if self.pooler is None else [self.pooler]), self.head),
+            )
         )
         self.params = retriever + reranker
         rate = self.settings.learning_rate
@@ -106,22 +118,32 @@ class Joint:
         return states, mask_NxT
 
     def _vectors(self, model, padded):
+        vectors_NxD = self._pooled(model, padded)
+        if self.models.similarity == "cosine":
+            return self.torch.nn.functional.normalize(vectors_NxD)
+        return vectors_NxD
+
+    def _pooled(self, model, padded):
         states_NxTxD, mask_NxT = self._states(model, padded)
-        if self.pooling == "cls":
+        if self.models.pooling == "cls":
             return states_NxTxD[:, 0].float()
         states_NxTxD, weights_NxTx1 = states_NxTxD.float(), mask_NxT[..., None].float()
         return (states_NxTxD * weights_NxTx1).sum(1) / weights_NxTx1.sum(1)
 
+    def _scores(self, padded):
+        first_NxD = self._states(self.reranker, padded)[0][:, 0]
+        if self.pooler is not None:
+            first_NxD = self.pooler(first_NxD).tanh()
+        return self.head(self.dropout(first_NxD)).float()
+
     def step(self, padded: dict) -> float:
         """Takes one step on a batch whose positives come first; returns its loss."""
-        dtype = self.torch.bfloat16
-        with self.torch.autocast(self.device, dtype, enabled=self.half):
-            queries_BxD = self._vectors(self.query, padded["queries"])
+        with self.torch.autocast(self.device, self.torch.bfloat16, enabled=self.half):
+            queries_BxD = self.models.scale * self._vectors(self.query, padded["queries"])
             passages_BxPxD = self._vectors(self.passage, padded["passages"]).reshape(
                 len(queries_BxD), -1, queries_BxD.shape[1]
             )
-            first_NxD = self.dropout(self._states(self.reranker, padded["pairs"])[0][:, 0])
-            scores_BxP = self.head(first_NxD).float().reshape(passages_BxPxD.shape[:2])
+            scores_BxP = self._scores(padded["pairs"]).reshape(passages_BxPxD.shape[:2])
         total = self._loss((queries_BxD[:, None] * passages_BxPxD).sum(-1), scores_BxP)
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()
@@ -153,21 +175,24 @@ class SentenceTransformers:
 
     def __init__(self, run: Run):
         from sentence_transformers import CrossEncoder, SentenceTransformer
-        from sentence_transformers.models import Pooling, Transformer
+        from sentence_transformers.models import Normalize, Pooling, Transformer
 
-        layers = {"num_hidden_layers": run.config.model.num_layers}
-        data = run.config.data
+        data, model = run.config.data, run.config.model
         encoder = Transformer(
-            str(run.weights.passage), max_seq_length=data.passage_length, config_kwargs=layers
+            str(run.sources.passage.folder),
+            max_seq_length=data.passage_length,
+            config_kwargs={"num_hidden_layers": model.num_layers},
         )
-        pooling = Pooling(run.models.config.hidden_size, pooling_mode=run.models.pooling)
-        self.encoder = SentenceTransformer(modules=[encoder, pooling], device=device())
+        pooling = Pooling(run.models.retriever.hidden_size, pooling_mode=run.models.pooling)
+        normalize = [Normalize()] * (run.models.similarity == "cosine")
+        modules = [encoder, pooling, *normalize]
+        self.encoder = SentenceTransformer(modules=modules, device=device())
         self.scorer = CrossEncoder(
-            str(run.weights.reranker),
+            str(run.sources.reranker.folder),
             num_labels=1,
             max_length=data.pair_length,
             device=device(),
-            config_kwargs=layers,
+            config_kwargs={"num_hidden_layers": model.reranker.num_layers},
         )
         self.batches = {"encode": {}, "rerank": {}}
         if run.config.model.dtype == "bfloat16":

@@ -29,9 +29,10 @@ class Scorer:
     def __call__(
         self, query: str, passages: Sequence[tuple[str | None, str | None]]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Retriever and re-ranker scores [P], float32, of P passages given as (title, text).
+        """Returns retriever and re-ranker scores [P], float32, of P passages given as (title, text).
 
-        A title or text may be None, for there is none.
+        P may be 0; a title or text that is None is none. The retriever's are dot products or cosines,
+        the re-ranker's logits.
         """
         if not passages:
             return np.zeros(0, np.float32), np.zeros(0, np.float32)

@@ -34,8 +34,11 @@ class TrainState(NamedTuple):
 
 
 def _vectors(models: Models, params, batch, query_key, passage_key):
-    """The batch's queries [B, D] and passages [B*P, D] by the two towers."""
-    queries_BxD = models.vectors(params["query"], batch["queries"], query_key)
+    """The batch's queries [B, D], scaled, and passages [B*P, D] by the two towers.
+
+    The scale belongs to no one loss term, so it is in the queries, which all terms read.
+    """
+    queries_BxD = models.scale * models.vectors(params["query"], batch["queries"], query_key)
     return queries_BxD, models.vectors(params["passage"], batch["passages"], passage_key)
 
 

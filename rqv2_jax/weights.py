@@ -1,27 +1,19 @@
-"""Hugging Face BERT or ERNIE folders (`config.json`, `model.safetensors`, tokenizer) <-> params.
+"""The tensors of Hugging Face BERT or ERNIE folders <-> params.
 
-Strict: every tensor of the file is used once or is one of the heads this package has no use for, every
-param of the encoder comes from the file, and every shape is what `config.json` promises.
+Strict: every tensor of the files is used once or is one of the heads that a model has no use for, every
+param comes from the files, every shape is what `config.json` promises, and every number is finite.
 """
 
-import importlib.util
-import json
 import pathlib
 import re
-import shutil
-from typing import NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-from rqv2_jax import bert
-from rqv2_jax.data.tokens import TOKENIZER_FILES
+from rqv2_jax import bert, released
 from rqv2_jax.errors import InputError
 
-FILE = "model.safetensors"
-
-# A dense retriever reads the raw hidden state, so pooler and pre-training heads are not wanted.
+# An encoder gives the raw hidden states, so it has no use for a pooler or a head.
 UNWANTED = re.compile(r"(pooler|cls|classifier|lm_head|ernie_cls)\..*|embeddings\.position_ids")
 
 # Ours -> theirs. "{}" is the layer number; several names are joined along the last axis.
@@ -51,167 +43,94 @@ LAYERS = {
 }
 
 
-class Sources(NamedTuple):
-    """The folders that the encoders start from; `head`: whether the re-ranker's has a score too."""
-
-    query: pathlib.Path
-    passage: pathlib.Path
-    reranker: pathlib.Path
-    head: bool
-
-
-def find(weights: str) -> Sources:
-    """What `weights` names: a model for all encoders, or a folder with query/, passage/ and reranker/.
-
-    `rqv2_jax.export --format huggingface` writes the latter.
+class _Tensors:
+    """All tensors of a folder, without the `bert.` or `ernie.` prefix; floats as float32.
 
     Raises:
-      InputError: as `find_folder`.
+      InputError: a file cannot be read, a name is there twice, or a number is NaN or infinite.
     """
-    folder = pathlib.Path(weights)
-    if (folder / "query").is_dir():
-        towers = (find_folder(str(folder / name)) for name in ("query", "passage", "reranker"))
-        return Sources(*towers, head=True)
-    found = find_folder(weights)
-    return Sources(found, found, found, head=False)
 
+    def __init__(self, folder: pathlib.Path):
+        self.files: dict[str, pathlib.Path] = {}  # by name
+        self.arrays: dict[str, np.ndarray] = {}
+        paths = released.tensor_files(folder)
+        self.folder = paths[0] if len(paths) == 1 else folder
+        for path in paths:
+            try:
+                with safe_open(path, framework="flax") as f:
+                    for name in f.keys():  # noqa: SIM118
+                        self._add(path, name, np.asarray(f.get_tensor(name)))
+            except (SafetensorError, OSError) as e:
+                raise InputError(
+                    f"{path}: not a readable safetensors file ({e}); copy it again"
+                ) from e
 
-def find_folder(weights: str) -> pathlib.Path:
-    """The model folder `weights` names: a path, or an installed package that carries `model/`.
-
-    Raises:
-      InputError: neither exists, or a file is missing from the folder.
-    """
-    folder = pathlib.Path(weights)
-    if not folder.is_dir():
-        spec = importlib.util.find_spec(weights) if weights.isidentifier() else None
-        if spec is None or spec.origin is None:
+    def _add(self, path, name, tensor):
+        plain = _plain(name)
+        if plain in self.files:
             raise InputError(
-                f"config.model.weights: {weights!r} is neither a folder nor an installed package; "
-                "give a Hugging Face BERT folder with config.json, model.safetensors and tokenizer"
+                f"{path}: tensor {plain!r} is there twice, with and without a prefix, by its old name "
+                "or in two files; give the files of one model"
             )
-        folder = pathlib.Path(spec.origin).parent / "model"
-    for name in ("config.json", FILE):
-        if not (folder / name).is_file():
+        if tensor.dtype.kind not in "iub":
+            tensor = tensor.astype(np.float32)
+            if not np.isfinite(tensor).all():
+                raise InputError(
+                    f"{path}: tensor {plain!r} holds NaN or infinite values; copy it again"
+                )
+        self.files[plain], self.arrays[plain] = path, tensor
+
+    def take(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        """Removes the tensor of a name and returns it.
+
+        Raises:
+          InputError: it is not there, or has another shape.
+        """
+        if name not in self.arrays:
             raise InputError(
-                f"{folder / name}: missing; save the model with transformers' "
-                "save_pretrained(folder, safe_serialization=True)"
+                f"{self.folder}: tensor {name!r} is missing; is this file of another model?"
             )
-    return folder
+        tensor = self.arrays.pop(name)
+        if tensor.shape != shape:
+            raise InputError(
+                f"{self.files[name]}: tensor {name!r} has shape {list(tensor.shape)}, but config.json "
+                f"promises {list(shape)}; use the config.json that belongs to it"
+            )
+        return tensor
 
 
-def read_config(
-    folder: pathlib.Path,
-    *,
-    num_layers: int,
-    dropout: float,
-    dtype: str,
-    remat: str,
-    attention: str,
-    unrolled: bool,
-) -> bert.BertConfig:
-    """`config.json` as a `BertConfig`, cut to the first `num_layers` layers.
+def _plain(name: str) -> str:
+    """The name of a tensor today, without the model's prefix."""
+    name = re.sub(r"^(bert|ernie)\.", "", name)
+    name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
+    return name.replace("LayerNorm.beta", "LayerNorm.bias")
 
-    Raises:
-      InputError: no JSON, another architecture, a missing field, or more layers than there are.
+
+def unused(folder: pathlib.Path, head: released.Head | None) -> list[str]:
+    """Returns the names of the tensors in a folder that no param is made of.
+
+    Args:
+      head: the score that is read beside the encoder; None for none.
     """
-    path = folder / "config.json"
-    try:
-        hf = json.loads(path.read_text())
-    except json.JSONDecodeError as e:
-        raise InputError(f"{path}:{e.lineno}: not JSON ({e.msg}); restore the model's file") from e
-    except UnicodeDecodeError as e:
-        raise InputError(f"{path}: not UTF-8 ({e}); restore the model's file") from e
-    if not isinstance(hf, dict):
-        raise InputError(f"{path}: holds no JSON object; restore the model's file")
-    if hf.get("model_type") not in ("bert", "ernie"):
-        raise InputError(
-            f"{path}: model_type is {hf.get('model_type')!r}; only 'bert' and 'ernie' are understood"
-        )
-    if hf.get("position_embedding_type") not in (None, "absolute"):
-        raise InputError(f"{path}: position_embedding_type must be 'absolute'")
-    try:
-        config = bert.BertConfig(
-            vocab_size=hf["vocab_size"],
-            hidden_size=hf["hidden_size"],
-            num_layers=num_layers,
-            num_heads=hf["num_attention_heads"],
-            intermediate_size=hf["intermediate_size"],
-            max_positions=hf["max_position_embeddings"],
-            type_vocab_size=hf["type_vocab_size"],
-            layer_norm_eps=hf["layer_norm_eps"],
-            activation=hf["hidden_act"],
-            dropout=dropout,
-            initializer_range=hf["initializer_range"],
-            dtype=dtype,
-            remat=remat,
-            attention=attention,
-            unrolled=unrolled,
-        )
-        available = hf["num_hidden_layers"]
-    except KeyError as e:
-        raise InputError(f"{path}: has no key {e}; restore the model's own config.json") from e
-    if config.hidden_size % config.num_heads:
-        raise InputError(
-            f"{path}: hidden_size {config.hidden_size} cannot be split over num_attention_heads "
-            f"{config.num_heads}; restore the model's own config.json"
-        )
-    if config.activation not in bert.ACTIVATIONS:
-        raise InputError(
-            f"{path}: hidden_act {config.activation!r} is not one of {sorted(bert.ACTIVATIONS)}"
-        )
-    if not 1 <= num_layers <= available:
-        raise InputError(
-            f"config.model.num_layers is {num_layers}, but {path} has {available} layers; "
-            f"give 1 to {available}"
-        )
-    return config
-
-
-def _read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """All tensors under their names without the `bert.` or `ernie.` prefix."""
-    try:
+    own = {"linear": ("classifier",), "pooler": ("classifier", "pooler")}
+    kept = own[head.form] if head is not None and head.folder == folder else ()
+    names = []
+    for path in released.tensor_files(folder):
         with safe_open(path, framework="flax") as f:
-            tensors = {name: np.asarray(f.get_tensor(name)) for name in f.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as e:
-        raise InputError(f"{path}: not a readable safetensors file ({e}); copy it again") from e
-    named = {}
-    for name, tensor in tensors.items():
-        name = re.sub(r"^(bert|ernie)\.", "", name)
-        name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
-        name = name.replace("LayerNorm.beta", "LayerNorm.bias")
-        if name in named:
-            raise InputError(
-                f"{path}: tensor {name!r} is there twice, with and without a prefix or by its old "
-                "name; give the file of one model"
-            )
-        named[name] = tensor
-    return named
+            names += [_plain(name) for name in f.keys()]  # noqa: SIM118
+    return sorted(n for n in names if UNWANTED.fullmatch(n) and not n.startswith(kept))
 
 
 def load_encoder(folder: pathlib.Path, config: bert.BertConfig) -> dict:
-    """Encoder params in the layout of `bert.Encoder`: float32 numpy, layers stacked on axis 0.
+    """Returns encoder params in the layout of `bert.Encoder`: float32 numpy, layers on axis 0.
 
     Raises:
       InputError: a tensor is missing, misshapen, not finite, or one nobody asked for.
     """
-    path = folder / FILE
-    tensors = _read_tensors(path)
+    tensors = _Tensors(folder)
+    take = tensors.take
     d, f = config.hidden_size, config.intermediate_size
     widths = {"intermediate": (d, f), "output": (f, d)}
-
-    def take(name, shape):
-        if name not in tensors:
-            raise InputError(f"{path}: tensor {name!r} is missing; is this file of another model?")
-        tensor = tensors.pop(name).astype(np.float32)
-        if tensor.shape != shape:
-            raise InputError(
-                f"{path}: tensor {name!r} has shape {list(tensor.shape)}, but config.json "
-                f"promises {list(shape)}; use the config.json that belongs to it"
-            )
-        if not np.isfinite(tensor).all():
-            raise InputError(f"{path}: tensor {name!r} holds NaN or infinite values; copy it again")
-        return tensor
 
     rows = {
         "word": config.vocab_size,
@@ -222,9 +141,9 @@ def load_encoder(folder: pathlib.Path, config: bert.BertConfig) -> dict:
     for (module, leaf), name in EMBEDDINGS.items():
         shape = (rows[module], d) if module in rows else (d,)
         embeddings.setdefault(module, {})[leaf] = take(name, shape)
-    if TASK_EMBEDDING in tensors:
+    if TASK_EMBEDDING in tensors.arrays:
         # ERNIE 2.0 adds a task embedding to every token; fine-tuning always uses task 0.
-        task = take(TASK_EMBEDDING, (len(tensors[TASK_EMBEDDING]), d))
+        task = take(TASK_EMBEDDING, (len(tensors.arrays[TASK_EMBEDDING]), d))
         embeddings["type"]["embedding"] += task[0]
 
     layers: dict = {}
@@ -243,112 +162,28 @@ def load_encoder(folder: pathlib.Path, config: bert.BertConfig) -> dict:
         )
 
     layer_of = re.compile(r"encoder\.layer\.(\d+)\..*")
-    for name in tensors:
+    for name in tensors.arrays:
         layer = layer_of.fullmatch(name)
         if not UNWANTED.fullmatch(name) and not (layer and int(layer[1]) >= config.num_layers):
             raise InputError(
-                f"{path}: tensor {name!r} belongs to no part of a BERT encoder; "
+                f"{tensors.files[name]}: tensor {name!r} belongs to no part of a BERT encoder; "
                 "only BERT and ERNIE folders can be used"
             )
     return {"embeddings": embeddings, "layers": layers}
 
 
-def load_head(folder: pathlib.Path, config: bert.BertConfig) -> dict:
-    """`{"kernel": [D], "bias": []}` of a token classifier with one label, as `save_encoder` wrote it.
+def load_head(head: released.Head, size: int) -> dict:
+    """Returns the params of a re-ranker's score over states of a size, as `models` describes them.
 
     Raises:
-      InputError: the folder has no such head.
+      InputError: a tensor is missing, misshapen or not finite.
     """
-    path = folder / FILE
-    tensors = _read_tensors(path)
-    shapes = {"kernel": (1, config.hidden_size), "bias": (1,)}
-    names = {"kernel": "classifier.weight", "bias": "classifier.bias"}
-    head = {}
-    for leaf, name in names.items():
-        if name not in tensors or tensors[name].shape != shapes[leaf]:
-            raise InputError(
-                f"{path}: has no {name!r} of shape {list(shapes[leaf])}; a re-ranker is a "
-                "BertForTokenClassification with one label, as rqv2_jax.export writes it"
-            )
-        head[leaf] = tensors[name].astype(np.float32)[0]
-    return head
-
-
-def save_encoder(
-    folder: pathlib.Path, source: pathlib.Path, config: bert.BertConfig, params: dict, head=None
-):
-    """Writes a folder that transformers opens: an encoder with the tokenizer of the one it began as.
-
-    Args:
-      folder: made here.
-      source: the folder the encoder's weights were first read from.
-      params: in the layout of `bert.Encoder`.
-      head: `{"kernel": [D], "bias": []}` of a score from the first token, saved as a token
-        classifier with one label: its first token's logit is the score.
-    """
-    folder.mkdir(parents=True)
-    # An embedding of ERNIE's tasks is part of the types' since it was read, so this is a BERT.
-    described = {
-        "model_type": "bert",
-        "architectures": ["BertModel" if head is None else "BertForTokenClassification"],
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "intermediate_size": config.intermediate_size,
-        "max_position_embeddings": config.max_positions,
-        "type_vocab_size": config.type_vocab_size,
-        "layer_norm_eps": config.layer_norm_eps,
-        "hidden_act": config.activation,
-        "hidden_dropout_prob": config.dropout,
-        "attention_probs_dropout_prob": config.dropout,
-        "initializer_range": config.initializer_range,
-        **({} if head is None else {"num_labels": 1, "id2label": {"0": "score"}}),
+    tensors = _Tensors(head.folder)
+    params: dict = {
+        "kernel": tensors.take(f"{head.prefix}.weight", (1, size))[0],
+        "bias": tensors.take(f"{head.prefix}.bias", (1,))[0],
     }
-    (folder / "config.json").write_text(json.dumps(described, indent=1) + "\n")
-    prefix = "" if head is None else "bert."
-    tensors = {
-        prefix + name: np.asarray(params["embeddings"][module][leaf])
-        for (module, leaf), name in EMBEDDINGS.items()
-    }
-    for (module, leaf), names in LAYERS.items():
-        stacked = np.asarray(params["layers"][module][leaf])
-        for layer in range(config.num_layers):
-            parts = np.split(stacked[layer], len(names), axis=-1)
-            for name, part in zip(names, parts):
-                tensors[prefix + name.format(layer)] = part.T if leaf == "kernel" else part
-    if head is not None:
-        tensors["classifier.weight"] = np.asarray(head["kernel"])[None]
-        tensors["classifier.bias"] = np.asarray(head["bias"])[None]
-    tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-    save_file(tensors, folder / FILE, metadata={"format": "pt"})
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copy(source / name, folder / name)
-
-
-def describe_pooling(folder: pathlib.Path, config: bert.BertConfig, pooling: str, length: int):
-    """Adds the files by which sentence-transformers opens a tower, with dot products as similarity.
-
-    Args:
-      pooling: cls or mean.
-      length: most tokens of an input.
-    """
-    module = "sentence_transformers.models."
-    modules = [
-        {"idx": 0, "name": "0", "path": "", "type": f"{module}Transformer"},
-        {"idx": 1, "name": "1", "path": "1_Pooling", "type": f"{module}Pooling"},
-    ]
-    files = {
-        "modules.json": modules,
-        "1_Pooling/config.json": {
-            "word_embedding_dimension": config.hidden_size,
-            "pooling_mode_cls_token": pooling == "cls",
-            "pooling_mode_mean_tokens": pooling == "mean",
-        },
-        "sentence_bert_config.json": {"max_seq_length": length, "do_lower_case": False},
-        "config_sentence_transformers.json": {"similarity_fn_name": "dot"},
-    }
-    (folder / "1_Pooling").mkdir()
-    for name, content in files.items():
-        (folder / name).write_text(json.dumps(content, indent=1) + "\n")
+    if head.form == "pooler":
+        kernel = tensors.take("pooler.dense.weight", (size, size)).T
+        params["pooler"] = {"kernel": kernel, "bias": tensors.take("pooler.dense.bias", (size,))}
+    return params

@@ -16,7 +16,7 @@ import jax
 import ml_collections
 import tqdm
 
-from rqv2_jax import artifacts, attention, bert, hosts, optional, weights
+from rqv2_jax import artifacts, attention, hosts, opening, optional, released, weights
 from rqv2_jax import config as config_lib
 from rqv2_jax import models as models_lib
 from rqv2_jax import sharding as sharding_lib
@@ -29,6 +29,9 @@ from rqv2_jax.retrieval.stream import Forward, make_forward
 # Settings that change where numbers are computed, and when, but not which, unless it be what dropout
 # draws; and those of evaluation, whose files say what they were made by.
 FREE = ("mesh.", "model.remat:", "reranker.accumulate:", "joint.accumulate:", "evaluate.")
+# Where the models' folders are; free too, if they hold what they held, as SOURCES says.
+PLACES = ("model.weights:", "model.reranker.weights:")
+SOURCES = "sources.txt"
 
 # In a stage's folder: what it is trained on, and a name of its own; and that it has come to its end.
 BEGUN, FINISHED = "begun.txt", "finished.txt"
@@ -36,11 +39,14 @@ BEGUN, FINISHED = "begun.txt", "finished.txt"
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A config made concrete: where it works, the models' static half, how they read tokens."""
+    """A config made concrete: where it works, the models' static half, how they read tokens.
+
+    `config` says in full what the given one left to the model folders, which `sources` describe.
+    """
 
     config: ml_collections.ConfigDict
     workdir: pathlib.Path
-    weights: weights.Sources
+    sources: released.Sources
     models: models_lib.Models
     tokenizer: tokens.Tokenizer
     inputs: Inputs
@@ -49,18 +55,18 @@ class Run:
 
     def initial(self, model: str):
         """The params of one model before any training, on the devices."""
-        config = self.models.config
-        query, passage, reranker, head = self.weights
+        query, passage, reranker = (source.folder for source in self.sources)
         if model == "retriever":
-            encoder = weights.load_encoder(query, config)
+            encoder = weights.load_encoder(query, self.models.retriever)
             if passage == query:
                 other = jax.tree.map(lambda x: x.copy(), encoder)
             else:
-                other = weights.load_encoder(passage, config)
+                other = weights.load_encoder(passage, self.models.retriever)
             return self.sharding.put_params({"query": encoder, "passage": other})
+        config, head = self.models.reranker, self.sources.reranker.head
         encoder = weights.load_encoder(reranker, config)
-        if head:
-            params = {"encoder": encoder, "head": weights.load_head(reranker, config)}
+        if head is not None:
+            params = {"encoder": encoder, "head": weights.load_head(head, config.hidden_size)}
         else:
             params = models_lib.init_reranker(encoder, config, jax.random.key(self.config.seed))
         return self.sharding.put_params(params)
@@ -82,9 +88,13 @@ class Run:
 
     @functools.cached_property
     def weights_hash(self) -> str:
-        """Of the files that all models start from."""
-        folders = (self.weights.query, self.weights.passage, self.weights.reranker)
-        return collection.content_hash([folder / weights.FILE for folder in folders])
+        """Hash of the weight files that all models start from."""
+        folders = [source.folder for source in self.sources]
+        head = self.sources.reranker.head
+        if head is not None and head.folder not in folders:
+            folders.append(head.folder)
+        files = [file for folder in folders for file in released.tensor_files(folder)]
+        return collection.content_hash(files)
 
     def origin(self, state: str, model: str) -> str:
         """Names the params of one model in a state: stage, step and the name of its training.
@@ -113,50 +123,8 @@ class Run:
         return restore_best(self.workdir / stage, model, initial)
 
 
-def open_inputs(
-    config: ml_collections.ConfigDict,
-) -> tuple[weights.Sources, bert.BertConfig, tokens.Tokenizer, Inputs]:
-    """The weights' folders, their config and tokenizer, and how the models read tokens.
-
-    Raises:
-      InputError: the config or one of them cannot be used.
-    """
-    config_lib.check(config)
-    sources = weights.find(config.model.weights)
-    if config.reranker.epochs == 0 and not sources.head:
-        raise InputError(
-            "config.reranker.epochs is 0, but config.model.weights has no trained re-ranker; give a "
-            "folder with query/, passage/ and reranker/, or train one"
-        )
-    bert_config = read_shape(config, sources.query)
-    for folder in (sources.passage, sources.reranker):
-        if read_shape(config, folder) != bert_config:
-            raise InputError(
-                f"{folder / 'config.json'}: describes another encoder than that of {sources.query}; "
-                "all three must have one shape"
-            )
-    folder = sources.query
-    longest = max(config.data.query_length, config.data.passage_length, config.data.pair_length)
-    if longest > bert_config.max_positions:
-        raise InputError(
-            f"config.data asks for inputs of {longest} tokens, but {folder / 'config.json'} has "
-            f"{bert_config.max_positions} positions; lower query_length, passage_length, pair_length"
-        )
-    tokenizer = tokens.load_tokenizer(folder, bert_config.vocab_size)
-    inputs = Inputs(
-        cls=tokenizer.cls,
-        sep=tokenizer.sep,
-        titles=config.data.titles,
-        passage_format=config.model.passage_format,
-        query_length=config.data.query_length,
-        passage_length=config.data.passage_length,
-        pair_length=config.data.pair_length,
-    )
-    return sources, bert_config, tokenizer, inputs
-
-
 def open_run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Run:
-    """Checks the config, the weights' config and tokenizer, and the devices.
+    """Checks the config, the weights' config and tokenizer, and the devices; prints what it overrides.
 
     Unless JAX has been given a folder for what it compiles, that becomes `.compiled` beside the
     workdir, so that a program compiled once starts at once ever after.
@@ -164,21 +132,28 @@ def open_run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Run:
     Raises:
       InputError: one of them cannot be used.
     """
-    config = config_lib.loads(config_lib.dumps(config))
-    config.model.attention = attention.implementation(config.model.attention, jax.default_backend())
-    sources, bert_config, tokenizer, inputs = open_inputs(config)
+    run, notes = _open_run(config, workdir)
+    if hosts.first():
+        for note in notes:
+            tqdm.tqdm.write(f"model: {note}")
+    return run
+
+
+def _open_run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> tuple[Run, list[str]]:
+    backend = jax.default_backend()
+    (config, sources, models, notes), tokenizer, inputs = opening.open_inputs(config)
+    config.model.attention = attention.implementation(config.model.attention, backend)
     if jax.config.jax_compilation_cache_dir is None:
         compiled = workdir.resolve().parent / ".compiled"
         jax.config.update("jax_compilation_cache_dir", str(compiled))
     # A rolled loop stacks all activations kept for the gradient; copying them costs a CPU a quarter of
     # the step, a GPU an eighth and a TPU next to nothing.
-    bert_config = dataclasses.replace(bert_config, unrolled=jax.default_backend() != "tpu")
-    models = models_lib.Models(bert_config, config.model.pooling)
+    models = models.reshaped(unrolled=backend != "tpu", attention=config.model.attention)
     sharding = sharding_lib.make(config.mesh.data, config.mesh.fsdp)
-    return Run(
+    run = Run(
         config=config,
         workdir=workdir,
-        weights=sources,
+        sources=sources,
         models=models,
         tokenizer=tokenizer,
         inputs=inputs,
@@ -191,24 +166,7 @@ def open_run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Run:
             max_blocks=config.packing.blocks,
         ),
     )
-
-
-def read_shape(config, folder: pathlib.Path) -> bert.BertConfig:
-    """The encoder of a model folder as the config has it computed, layers in a loop.
-
-    Raises:
-      InputError: the folder's config.json cannot be used.
-    """
-    model = config.model
-    return weights.read_config(
-        folder,
-        num_layers=model.num_layers,
-        dropout=model.dropout,
-        dtype=model.dtype,
-        remat=model.remat,
-        attention=model.attention,
-        unrolled=False,
-    )
+    return run, notes
 
 
 def open_workdir(workdir: pathlib.Path, *, data: str = "", weights: str = "") -> Run:
@@ -223,7 +181,7 @@ def open_workdir(workdir: pathlib.Path, *, data: str = "", weights: str = "") ->
     path = workdir / "config.json"
     if not path.is_file():
         raise InputError(f"{workdir}: is no workdir (no config.json); run rqv2_jax.main first")
-    config = _read_config(path)
+    config, earlier = _read_config(path)
     config_lib.check(config)
     asked, devices = config.mesh.data * config.mesh.fsdp, jax.device_count()
     if asked > devices or (jax.process_count() > 1 and asked != devices):
@@ -233,13 +191,26 @@ def open_workdir(workdir: pathlib.Path, *, data: str = "", weights: str = "") ->
         config.model.attention = "plain"
     if data:
         config.data.path = data
-    _place_weights(config, workdir, weights)
-    run = open_run(config, workdir)
-    if weights and _made_from(workdir) not in (None, _models_of(run)):
-        raise InputError(
-            f"--weights {weights}: are not the weights that {workdir} was made from; give a copy of "
-            "those"
-        )
+    if weights:
+        if config.model.reranker.weights == config.model.weights:
+            config.model.reranker.weights = weights
+        config.model.weights = weights
+    for setting, name in (
+        ("weights", config.model.weights),
+        ("reranker.weights", config.model.reranker.weights),
+    ):
+        try:
+            released.find_folder(name)
+        except InputError as e:
+            raise InputError(
+                f"{path}: config.model.{setting} is {name!r}, which is not there; if it has moved, "
+                "give its new place as --weights DIR, or run rqv2_jax.main once more with "
+                f"--config.model.{setting}=DIR"
+            ) from e
+    run, _ = _open_run(config, workdir)
+    _check_head(run, earlier, path)
+    if weights:
+        _same_sources(run)
     for stage in ("retriever", "reranker", "joint"):
         folder = workdir / stage
         if begun(folder) and not finished(folder):
@@ -247,35 +218,8 @@ def open_workdir(workdir: pathlib.Path, *, data: str = "", weights: str = "") ->
     return run
 
 
-def _place_weights(config: ml_collections.ConfigDict, workdir: pathlib.Path, weights: str):
-    """Puts the weights' new place into a config; `InputError` if the old one is gone and none given."""
-    old = pathlib.Path(config.model.weights)
-    if weights:
-        config.model.weights = weights
-    elif len(old.parts) > 1 and not old.exists():
-        raise InputError(
-            f"{old}: the weights that {workdir} was made from are not there any more; give their new "
-            "place as --weights DIR"
-        )
-
-
-def _models_of(run: Run) -> dict[str, str]:
-    """Hashes of the files that a run's models and tokens are made from."""
-    return {"weights": run.weights_hash, "tokenizer": run.tokenizer.fingerprint}
-
-
-def _made_from(workdir: pathlib.Path) -> dict[str, str] | None:
-    """What `_models_of` gave when the workdir was made; None if that has not been written down."""
-    path = workdir / "environment.json"
-    if not path.is_file():
-        return None
-    return json.loads(path.read_text()).get("made_from")
-
-
 def _moved(run: Run, line: str) -> bool:
-    """Whether a changed setting is the place alone of data or weights, their content being the same."""
-    if line.startswith("model.weights:"):
-        return _made_from(run.workdir) == _models_of(run)
+    """Says whether a changed setting is the place alone of data, their content being the same."""
     manifest = run.workdir / "data" / "tokens" / "manifest.json"
     if not line.startswith("data.path:") or not manifest.is_file():
         return False
@@ -283,13 +227,42 @@ def _moved(run: Run, line: str) -> bool:
     return texts.fingerprint == json.loads(manifest.read_text())["source"]
 
 
-def _read_config(path: pathlib.Path) -> ml_collections.ConfigDict:
+def _read_config(path: pathlib.Path) -> tuple[ml_collections.ConfigDict, bool]:
+    """Reads a workdir's config, and says whether it is of commit 8355232 or before.
+
+    What was not yet a setting then has the value that held.
+
+    Raises:
+      InputError: it is not what rqv2_jax.main wrote, or a version wrote it that this one cannot follow.
+    """
     try:
-        return config_lib.loads(path.read_text())
-    except (ValueError, AttributeError) as e:
+        config = config_lib.loads(path.read_text())
+        added, missing = config_lib.complete(config)
+    except (ValueError, AttributeError, TypeError) as e:
         raise InputError(
             f"{path}: not as rqv2_jax.main wrote it ({e}); give the command of rqv2_jax.main again"
         ) from e
+    if missing:
+        raise _of_another_version(path, f"has no config.{missing[0]}")
+    return config, bool(added)
+
+
+def _of_another_version(path: pathlib.Path, why: str) -> InputError:
+    try:
+        made_by = json.loads((path.parent / "environment.json").read_text())["commit"]
+    except (OSError, ValueError, KeyError):
+        made_by = "unknown"
+    return InputError(
+        f"{path}: {why}, so another version of rqv2_jax made it, commit {made_by}; open it with that "
+        "one, or run in a new workdir"
+    )
+
+
+def _check_head(run: Run, earlier: bool, path: pathlib.Path):
+    """Raises InputError if a workdir of before poolers were read would get a re-ranker with one."""
+    if earlier and run.models.head == "pooler":
+        folder = run.sources.reranker.folder
+        raise _of_another_version(path, f"its re-ranker left out the head of {folder}")
 
 
 @contextlib.contextmanager
@@ -331,8 +304,8 @@ def alone(workdir: pathlib.Path):
 def claim(run: Run):
     """Writes config.json and environment.json; a workdir belongs to one config.
 
-    Settings of evaluation may change, and until joint training has begun those of `joint`. Data and
-    weights may have moved, if their content is the same.
+    Settings of evaluation may change, and until joint training has begun those of `joint`. So may the
+    places of data and of model folders, while these hold the same.
 
     Raises:
       InputError: the workdir was made by another config.
@@ -343,10 +316,15 @@ def claim(run: Run):
 
     def check():
         if path.is_file():
-            claimed = readable(path, lambda: config_lib.loads(path.read_text())) or run.config
-            changed = config_lib.differences(claimed, run.config)
+            made_by, earlier = run.config, False
+            if readable(path, lambda: json.loads(path.read_text())) is not None:
+                made_by, earlier = _read_config(path)
+            _check_head(run, earlier, path)
+            changed = config_lib.differences(made_by, run.config)
             joint = run.workdir / "joint"
             free = FREE if (joint / BEGUN).is_file() else (*FREE, "joint.")
+            if _same_sources(run):
+                free += PLACES
             changed = [line for line in changed if not line.startswith(free)]
             changed = [line for line in changed if not _moved(run, line)]
             if changed:
@@ -365,6 +343,7 @@ def claim(run: Run):
 
     hosts.from_first(check)
     artifacts.write_text(path, config_lib.dumps(run.config))
+    artifacts.write_text(run.workdir / SOURCES, _sources(run))
     packages = (
         "jax",
         "flax",
@@ -381,10 +360,32 @@ def claim(run: Run):
         "devices": [str(d) for d in jax.devices()],
         "machine": platform.platform(),
         "commit": _commit() or "unknown",
-        "made_from": _models_of(run),
     }
     text = json.dumps(environment, indent=1) + "\n"
     artifacts.write_text(run.workdir / "environment.json", text)
+
+
+def _sources(run: Run) -> str:
+    """Names the content of the model folders: tensors and tokenizers."""
+    return f"{run.weights_hash} {run.tokenizer.fingerprint}\n"
+
+
+def _same_sources(run: Run) -> bool:
+    """Says whether the workdir was made from what the model folders hold.
+
+    Raises:
+      InputError: it was made from something else.
+    """
+    path = run.workdir / SOURCES
+    if not path.is_file():
+        return False
+    if path.read_text() != _sources(run):
+        folders = ", ".join(dict.fromkeys(str(source.folder) for source in run.sources))
+        raise InputError(
+            f"{path}: this workdir was made from other weights or tokenizers than those in {folders}; "
+            "bring the old ones back, or give another --workdir"
+        )
+    return True
 
 
 def _commit() -> str:

@@ -90,6 +90,10 @@ JOINT = {
 }
 
 
+# Of a loss's name; and the scale that the cosine has there.
+COSINE, SCALE = ", cosine", 20.0
+
+
 @dataclasses.dataclass(frozen=True)
 class World:
     """A tiny problem: passages, queries and lists as tokens; both models and their torch twins."""
@@ -123,11 +127,15 @@ class World:
     def loss(self, name, models=None, accumulate=1):
         """(loss_fn, models it trains, in_batch) of "retriever", "reranker" or a joint loss.
 
-        A joint loss is a preset of LOSSES, or one of JOINT, which changes other settings.
+        A joint loss is a preset of LOSSES, or one of JOINT, which changes other settings. With
+        ", cosine" behind its name the retriever compares by that, scaled.
         """
         from rqv2_jax import config, train
 
         models = models or self.models
+        if name.endswith(COSINE):
+            models = dataclasses.replace(models, similarity="cosine", scale=SCALE)
+            name = name.removesuffix(COSINE)
         if name == "retriever":
             return partial(train.retriever_loss, models), ("retriever",), True
         if name == "reranker":
@@ -142,7 +150,7 @@ class World:
 @pytest.fixture(scope="session")
 def world(make_bert):
     import jax
-    from shapes import read_shape
+    from shapes import models_of, read_shape
 
     from rqv2_jax import models as models_lib
     from rqv2_jax import weights
@@ -196,14 +204,18 @@ def world(make_bert):
         inputs=Inputs(
             cls=2,
             sep=3,
+            pair_cls=2,
+            pair_sep=3,
             titles=True,
             passage_format="title_sep_text",
+            query_prompt=(),
+            passage_prompt=(),
             query_length=8,
             passage_length=16,
             pair_length=16,
         ),
         lists=Lists(query_rows, np.column_stack([query_rows, np.array(negatives)]), provenance),
-        models=models_lib.Models(config, "cls"),
+        models=models_of(config),
         params=params,
         torch_models={tower: model for tower, (_, model) in made.items()},
         folders={tower: folder for tower, (folder, _) in made.items()},
@@ -261,7 +273,7 @@ def first_batch(world):
         made = world.batches(
             models=models, in_batch=in_batch, shards=shards, accumulate=accumulate
         ).make(0)
-        if name != "retriever":
+        if not name.startswith("retriever"):
             where = made["where"].copy()
             for row, passage in ((1, 1), (4, 2), (6, 2)):
                 where[slots(8, shards, accumulate) == row, passage] = False

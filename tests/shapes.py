@@ -1,11 +1,11 @@
-"""The shape of an encoder as most tests compute it."""
+"""The shape of an encoder, and of both models, as most tests compute them."""
 
-from rqv2_jax import weights
+from rqv2_jax import models, released
 
 
 def read_shape(folder, num_layers, *, dropout=0.1, unrolled=True):
-    """`weights.read_config` of a model folder, in float32, nothing computed again."""
-    return weights.read_config(
+    """`released.read_config` of a model folder, in float32, nothing computed again."""
+    return released.read_config(
         folder,
         num_layers=num_layers,
         dropout=dropout,
@@ -14,3 +14,8 @@ def read_shape(folder, num_layers, *, dropout=0.1, unrolled=True):
         attention="plain",
         unrolled=unrolled,
     )
+
+
+def models_of(config, pooling="cls", *, similarity="dot", scale=1.0, head="linear", reranker=None):
+    """Both models with encoders of one shape, or with the re-ranker's own."""
+    return models.Models(config, reranker or config, pooling, similarity, scale, head)

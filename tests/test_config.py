@@ -10,7 +10,7 @@ import pytest
 import Stemmer
 
 from rqv2_jax import config as config_lib
-from rqv2_jax import losses
+from rqv2_jax import losses, opening, released
 from rqv2_jax.errors import InputError
 
 
@@ -136,7 +136,7 @@ def test_range(key):
 
 @pytest.mark.parametrize(
     "key",
-    ["joint.batch", "mesh.data", "packing.blocks", "joint.log_every", "model.num_layers"],
+    ["joint.batch", "mesh.data", "packing.blocks", "joint.log_every", "dev.pool"],
 )
 @pytest.mark.parametrize("value", [0, -1])
 def test_other_numbers_are_above_0(key, value):
@@ -164,13 +164,13 @@ def test_given_lists_cannot_be_refreshed():
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"data.query_length": 32, "data.pair_length": 39}, "pair_length"),
-        ({"data.query_length": 2}, "query_length"),
-        ({"data.passage_length": 7}, "passage_length"),
+        ({"data.pair_length": 10}, "config.data.pair_length is 10; it must be 11 or more, or 0"),
+        ({"data.query_length": 2}, "config.data.query_length is 2; it must be 3 or more, or 0"),
+        ({"data.passage_length": 7}, "config.data.passage_length is 7; it must be 8 or more"),
     ],
 )
 def test_lengths(changes, named):
-    assert named in message(**changes)
+    assert message(**changes).startswith(named)
     config_lib.check(usable(**{"data.query_length": 3, "data.pair_length": 11}))
     config_lib.check(usable(**{"data.passage_length": 8}))
 
@@ -270,7 +270,8 @@ def test_presets_of_the_ablations(dataset, shallow):
     config.data.path = "folder"
     config_lib.check(config)
     assert config.data.dataset == dataset
-    assert config.model.num_layers == (3 if shallow else 6)
+    # Without a number, all that the weights have.
+    assert config.model.num_layers == (3 if shallow else 0)
     # A cut encoder is no retriever before it is warmed up.
     assert (config.retriever.epochs > 0) == shallow
     scored = config.mine.scored_queries / config.mine.queries
@@ -313,8 +314,18 @@ def test_full_is_the_papers_recipe(name, list_size, joint_epochs, retriever_epoc
     assert retriever.epochs == retriever_epochs
     assert (config.reranker.learning_rate, config.reranker.epochs) == (1e-5, 2.0)
     assert (data.query_length, data.passage_length, data.pair_length) == (32, 128, 160)
-    assert (config.model.num_layers, config.model.pooling, config.model.dropout) == (12, "cls", 0.1)
-    assert config.model.passage_format == "title_sep_text"
+    assert config.model.dropout == 0.1
+    # A folder with an encoder alone, as ERNIE's, is read as the paper reads it.
+    ernie = released.plain(pathlib.Path("ernie"), num_layers=12, longest=512)
+    resolved, notes = opening.resolve(config, released.Sources(ernie, ernie, ernie))
+    model = resolved.model
+    assert (model.num_layers, model.pooling, model.similarity) == (12, "cls", "dot")
+    assert (model.scale, model.passage_format, model.query_prompt) == (1, "title_sep_text", "none")
+    assert (model.reranker.num_layers, model.reranker.dropout) == (12, 0.1)
+    # The paper's inputs are shorter than the longest that it could read.
+    assert [note.split()[0] for note in notes] == [
+        *("config.data.query_length", "config.data.passage_length", "config.data.pair_length"),
+    ]
     assert (config.optimizer.weight_decay, config.optimizer.clip_norm) == (0.01, 1.0)
     assert (config.mine.negative_below, config.mine.positive_above) == (0.1, 0.9)
     # A list takes its negatives from what is retrieved.

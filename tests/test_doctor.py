@@ -73,6 +73,8 @@ def replaced(row, line):
 
 def config_of(**changes):
     config = config_lib.default()
+    config.data.update({"query_length": 32, "passage_length": 128, "pair_length": 160})
+    config.model.passage_format = "title_sep_text"
     for stage in ("retriever", "reranker", "joint"):
         config[stage].update({"epochs": 1.0, "batch": 4, "list_size": 2})
     config.update_from_flattened_dict(changes)
@@ -82,7 +84,9 @@ def config_of(**changes):
 def inputs_of(config, **changes):
     lengths = {key: config.data[key] for key in ("query_length", "passage_length", "pair_length")}
     style = {"titles": config.data.titles, "passage_format": config.model.passage_format}
-    return Inputs(**{"cls": 1, "sep": 2, **style, **lengths, **changes})
+    special = {"cls": 1, "sep": 2, "pair_cls": 1, "pair_sep": 2}
+    special |= {"query_prompt": (), "passage_prompt": ()}
+    return Inputs(**{**special, **style, **lengths, **changes})
 
 
 def examine(folder, reader=None, lists=False, **changes):

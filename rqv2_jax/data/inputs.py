@@ -12,16 +12,22 @@ from rqv2_jax.data.tokens import Store, Texts
 class Inputs:
     """How tokens become model inputs.
 
-    Query `[CLS] query [SEP]`; pair `[CLS] query [SEP] title text [SEP]` with types 0 and 1; passage
-    `[CLS] title [SEP] text [SEP]` with types 0 and 1 (`title_sep_text`, as RocketQAv2) or
-    `[CLS] title text [SEP]` of type 0 (`title_text`, as sentence-transformers). Lengths are in tokens,
-    special tokens included. Where title and text are too long together, the longer loses tokens first.
+    Query `[CLS] prompt query [SEP]`; pair `[CLS] query [SEP] title text [SEP]` with types 0 and 1, by
+    the re-ranker's tokenizer; passage `[CLS] prompt title [SEP] text [SEP]` with types 0 and 1
+    (`title_sep_text`, as RocketQAv2) or `[CLS] prompt title text [SEP]` of type 0 (`title_text`, as
+    sentence-transformers). Lengths are in tokens, special tokens included. Too long, `title text` is
+    cut at its end in a passage of one type; elsewhere the longer of title and text loses tokens first.
+    A query has at most half of a pair.
     """
 
     cls: int
     sep: int
+    pair_cls: int
+    pair_sep: int
     titles: bool
     passage_format: str
+    query_prompt: tuple[int, ...]
+    passage_prompt: tuple[int, ...]
     query_length: int
     passage_length: int
     pair_length: int
@@ -29,61 +35,82 @@ class Inputs:
     def queries(self, texts: Texts, rows_N: np.ndarray) -> Ragged:
         """Queries as the retriever reads them."""
         n = len(rows_N)
-        kept_N = np.minimum(texts.lengths(rows_N), self.query_length - 2)
+        kept_N = np.minimum(texts.lengths(rows_N), self.query_length - 2 - len(self.query_prompt))
         query = Piece(texts.tokens, texts.offsets[rows_N], kept_N, 0)
-        return assemble([_special(self.cls, n, 0), query, _special(self.sep, n, 0)])
+        start = _special((self.cls, *self.query_prompt), n, 0)
+        return assemble([start, query, _special((self.sep,), n, 0)])
 
     def passages(self, store: Store, rows_N: np.ndarray) -> Ragged:
         """Passages as the retriever reads them."""
         n = len(rows_N)
         separate = self.passage_format == "title_sep_text"
-        budget_N = np.full(n, self.passage_length - (3 if separate else 2))
-        title, text = self._title_and_text(store, rows_N, budget_N, (0, int(separate)))
-        between = [_special(self.sep, n, 0)] if separate else []
-        end = _special(self.sep, n, int(separate))
-        return assemble([_special(self.cls, n, 0), title, *between, text, end])
+        specials = (3 if separate else 2) + len(self.passage_prompt)
+        budget_N = np.full(n, self.passage_length - specials)
+        titles, texts = store.titles, store.texts
+        pieces = self._title_and_text(
+            titles, texts, rows_N, budget_N, (0, int(separate)), title_first=not separate
+        )
+        between = [_special((self.sep,), n, 0)] if separate else []
+        start = _special((self.cls, *self.passage_prompt), n, 0)
+        end = _special((self.sep,), n, int(separate))
+        return assemble([start, pieces[0], *between, pieces[1], end])
 
     def pairs(self, store: Store, texts: Texts, query_rows_N, passage_rows_N) -> Ragged:
         """Pairs as the re-ranker reads them."""
-        n = len(query_rows_N)
-        kept_N = np.minimum(texts.lengths(query_rows_N), self.query_length - 2)
+        n, texts = len(query_rows_N), texts.for_pairs()
+        kept_N = self._pair_query_lengths(texts, query_rows_N)
         query = Piece(texts.tokens, texts.offsets[query_rows_N], kept_N, 0)
         budget_N = self.pair_length - 3 - kept_N
-        title, text = self._title_and_text(store, passage_rows_N, budget_N, (1, 1))
-        start, middle = _special(self.cls, n, 0), _special(self.sep, n, 0)
-        return assemble([start, query, middle, title, text, _special(self.sep, n, 1)])
+        titles, bodies = store.titles.for_pairs(), store.texts.for_pairs()
+        pieces = self._title_and_text(
+            titles, bodies, passage_rows_N, budget_N, (1, 1), title_first=False
+        )
+        start, middle = _special((self.pair_cls,), n, 0), _special((self.pair_sep,), n, 0)
+        return assemble([start, query, middle, *pieces, _special((self.pair_sep,), n, 1)])
 
     def query_lengths(self, texts: Texts, rows: np.ndarray) -> np.ndarray:
         """The lengths `queries` gives, without building them; any shape of rows."""
-        return np.minimum(texts.lengths(rows) + 2, self.query_length)
+        return np.minimum(texts.lengths(rows) + 2 + len(self.query_prompt), self.query_length)
 
     def passage_lengths(self, store: Store, rows: np.ndarray) -> np.ndarray:
         """The lengths `passages` gives, without building them; any shape of rows."""
         specials = 3 if self.passage_format == "title_sep_text" else 2
-        return np.minimum(self._body_lengths(store, rows) + specials, self.passage_length)
+        specials += len(self.passage_prompt)
+        body = self._body_lengths(store.titles, store.texts, rows)
+        return np.minimum(body + specials, self.passage_length)
 
     def pair_lengths(self, store: Store, texts: Texts, query_rows, passage_rows) -> np.ndarray:
         """The lengths `pairs` gives, without building them; the shapes of the rows broadcast."""
-        query = np.minimum(texts.lengths(query_rows), self.query_length - 2)
-        return np.minimum(query + self._body_lengths(store, passage_rows) + 3, self.pair_length)
+        query = self._pair_query_lengths(texts.for_pairs(), query_rows)
+        body = self._body_lengths(store.titles.for_pairs(), store.texts.for_pairs(), passage_rows)
+        return np.minimum(query + body + 3, self.pair_length)
 
-    def _body_lengths(self, store, rows):
-        titles = store.titles.lengths(rows) if self.titles else 0
-        return store.texts.lengths(rows) + titles
+    def _pair_query_lengths(self, texts, rows):
+        # However long a query may be, half of the pair is left to the passage.
+        most = min(self.query_length - 2, (self.pair_length - 3) // 2)
+        return np.minimum(texts.lengths(rows), most)
 
-    def _title_and_text(self, store, rows_N, budget_N, types) -> tuple[Piece, Piece]:
-        text_N = store.texts.lengths(rows_N)
-        title_N = store.titles.lengths(rows_N) if self.titles else np.zeros_like(text_N)
-        half_N = budget_N // 2
-        # The longer keeps an odd token; on equal lengths the text, as in tokenizers' longest_first.
-        share_N = np.where(title_N > text_N, budget_N - half_N, half_N)
-        kept_title_N = np.minimum(title_N, np.maximum(share_N, budget_N - text_N))
+    def _body_lengths(self, titles, texts, rows):
+        return texts.lengths(rows) + (titles.lengths(rows) if self.titles else 0)
+
+    def _title_and_text(
+        self, titles, texts, rows_N, budget_N, types, *, title_first
+    ) -> tuple[Piece, Piece]:
+        text_N = texts.lengths(rows_N)
+        title_N = titles.lengths(rows_N) if self.titles else np.zeros_like(text_N)
+        if title_first:
+            kept_title_N = np.minimum(title_N, budget_N)
+        else:
+            half_N = budget_N // 2
+            # The longer keeps an odd token; on equal lengths the text, as in tokenizers' longest_first.
+            share_N = np.where(title_N > text_N, budget_N - half_N, half_N)
+            kept_title_N = np.minimum(title_N, np.maximum(share_N, budget_N - text_N))
         kept_text_N = np.minimum(text_N, budget_N - kept_title_N)
         return (
-            Piece(store.titles.tokens, store.titles.offsets[rows_N], kept_title_N, types[0]),
-            Piece(store.texts.tokens, store.texts.offsets[rows_N], kept_text_N, types[1]),
+            Piece(titles.tokens, titles.offsets[rows_N], kept_title_N, types[0]),
+            Piece(texts.tokens, texts.offsets[rows_N], kept_text_N, types[1]),
         )
 
 
-def _special(token: int, count: int, type: int) -> Piece:
-    return Piece(np.array([token]), np.zeros(count, np.int64), np.ones(count, np.int64), type)
+def _special(tokens: tuple[int, ...], count: int, type: int) -> Piece:
+    return Piece(np.array(tokens), np.zeros(count, np.int64), np.full(count, len(tokens)), type)

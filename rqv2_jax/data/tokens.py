@@ -10,6 +10,7 @@ Layout of a store folder:
     <split>/queries.bin, .offsets.npy, ids.json    the queries of a split
     <split>/qrels.npy                              [3, N] query row, passage row, relevance
 
+Where the re-ranker has another tokenizer, its tokens lie beside the others, in `titles.pairs.bin` etc.
 Ids stay the user's strings in ids.json and are row numbers everywhere else.
 """
 
@@ -38,10 +39,18 @@ TOKENIZER_FILES = (
 
 @dataclasses.dataclass(frozen=True)
 class Texts:
-    """Tokenised texts: text i is `tokens[offsets[i] : offsets[i + 1]]`."""
+    """Tokenised texts: text i is `tokens[offsets[i] : offsets[i + 1]]`.
+
+    `pairs` are the same texts by the re-ranker's tokenizer, where that is another.
+    """
 
     tokens: np.ndarray
     offsets: np.ndarray
+    pairs: "Texts | None" = None
+
+    def for_pairs(self) -> "Texts":
+        """Returns the texts as the re-ranker reads them."""
+        return self if self.pairs is None else self.pairs
 
     def __len__(self):
         return len(self.offsets) - 1
@@ -104,7 +113,8 @@ class Tokenizer:
     """A fast Hugging Face tokenizer and the hash of the files it was read from.
 
     `encode` turns texts into token numbers without special tokens, not truncated. `unknown` is the
-    number of [UNK], None where every text can be written in tokens.
+    number of [UNK], None where every text can be written in tokens. `pairs` is the re-ranker's, where
+    that is another; then `fingerprint` is that of both.
     """
 
     encode: Callable[[list[str]], list[list[int]]]
@@ -113,13 +123,29 @@ class Tokenizer:
     cls: int
     sep: int
     unknown: int | None = None
+    pairs: "Tokenizer | None" = None
 
     def texts(self, strings: list[str]) -> Texts:
-        """Texts tokenised in memory."""
+        """Texts tokenised in memory, once by each tokenizer."""
         tokens = self.encode(strings)
         lengths = [len(t) for t in tokens]
         flat = np.fromiter(itertools.chain.from_iterable(tokens), np.int32, sum(lengths))
-        return Texts(flat, np.cumsum([0, *lengths]))
+        pairs = None if self.pairs is None else self.pairs.texts(strings)
+        return Texts(flat, np.cumsum([0, *lengths]), pairs)
+
+    def beside(self, reranker: "Tokenizer") -> "Tokenizer":
+        """Returns this one, the retriever's, with that of the re-ranker if it is another."""
+        if reranker.fingerprint == self.fingerprint:
+            return self
+        both = f"{self.fingerprint}+{reranker.fingerprint}"
+        return dataclasses.replace(self, fingerprint=both, pairs=reranker)
+
+    def can_begin_with(self, prompt: str) -> bool:
+        """Is a text behind a prompt tokenised as it is alone?"""
+        return all(
+            self.encode([prompt + text])[0] == self.encode([prompt])[0] + self.encode([text])[0]
+            for text in ("a", "1")
+        )
 
 
 def load_tokenizer(folder: pathlib.Path, vocab_size: int) -> Tokenizer:
@@ -168,10 +194,16 @@ def load_tokenizer(folder: pathlib.Path, vocab_size: int) -> Tokenizer:
 
 
 class _TextsWriter:
-    """Appends tokenised texts to `<path>.bin`; `close` writes the offsets beside it."""
+    """Appends tokenised texts to `<path>.bin`; `close` writes the offsets beside it.
+
+    The same goes to `<path>.pairs.bin` by the re-ranker's tokenizer, where that is another.
+    """
 
     def __init__(self, path: pathlib.Path, tokenizer: Tokenizer):
         self.path, self.tokenizer = path, tokenizer
+        self.pairs = None
+        if tokenizer.pairs is not None:
+            self.pairs = _TextsWriter(path.with_name(f"{path.name}.pairs"), tokenizer.pairs)
         self.dtype = _dtype(tokenizer.vocab_size)
         self.lengths: list[np.ndarray] = []
         self.file = open(f"{path}.bin", "wb")  # noqa: SIM115 (closed by close)
@@ -180,8 +212,12 @@ class _TextsWriter:
         tokens = self.tokenizer.encode(texts)
         self.lengths.append(np.array([len(t) for t in tokens]))
         np.fromiter(itertools.chain.from_iterable(tokens), self.dtype).tofile(self.file)
+        if self.pairs is not None:
+            self.pairs.add(texts)
 
     def close(self):
+        if self.pairs is not None:
+            self.pairs.close()
         self.file.close()
         lengths = np.concatenate([[0], *self.lengths]).astype(np.int64)
         np.save(f"{self.path}.offsets.npy", np.cumsum(lengths))
@@ -218,6 +254,8 @@ def prepare(collection: collection_lib.Collection, tokenizer: Tokenizer, folder:
         "dtype": np.dtype(_dtype(tokenizer.vocab_size)).name,
         "splits": list(collection.splits),
     }
+    if tokenizer.pairs is not None:
+        manifest["pairs_dtype"] = np.dtype(_dtype(tokenizer.pairs.vocab_size)).name
     path = folder / "manifest.json"
     if path.is_file():
         existing = readable(path, lambda: json.loads(path.read_text())) or {}
@@ -303,15 +341,17 @@ def read_store(folder: pathlib.Path) -> Store:
         if found != expected:
             raise ValueError(f"{name} holds {found} in place of {expected}")
 
-    def texts(name, count):
+    def texts(name, count, dtype=manifest["dtype"], pairs=None):
+        if "pairs_dtype" in manifest and not name.endswith(".pairs"):
+            pairs = texts(f"{name}.pairs", count, manifest["pairs_dtype"])
         file = folder / f"{name}.bin"
         offsets = np.load(folder / f"{name}.offsets.npy")
         check(f"{name}.offsets.npy", len(offsets) - 1, count)
-        size = np.dtype(manifest["dtype"]).itemsize * int(offsets[-1])
+        size = np.dtype(dtype).itemsize * int(offsets[-1])
         check(file.relative_to(folder), file.stat().st_size, size)
         # An empty file cannot be mapped: a corpus may well have no titles at all.
-        tokens = np.memmap(file, manifest["dtype"], "r") if size else np.zeros(0, manifest["dtype"])
-        return Texts(tokens, offsets)
+        tokens = np.memmap(file, dtype, "r") if size else np.zeros(0, dtype)
+        return Texts(tokens, offsets, pairs)
 
     def ids(name, count):
         with (folder / name / "ids.json").open() as f:

@@ -1,0 +1,258 @@
+"""A config and its model folders made concrete: what the folders decide, the models, how they read.
+
+The config overrides the folders. What it overrides, and what of a folder is left unused, is a note.
+"""
+
+import pathlib
+from typing import NamedTuple
+
+import ml_collections
+
+from rqv2_jax import bert, released, weights
+from rqv2_jax import config as config_lib
+from rqv2_jax import models as models_lib
+from rqv2_jax.data import tokens
+from rqv2_jax.data.inputs import Inputs
+from rqv2_jax.errors import InputError
+
+# The scale that sentence-transformers trains cosines with.
+COSINE_SCALE = 20.0
+
+
+class Opened(NamedTuple):
+    """A config with its model folders: resolved, what they hold, and what there is to tell of them."""
+
+    config: ml_collections.ConfigDict
+    sources: released.Sources
+    models: models_lib.Models
+    notes: list[str]
+
+
+def open_models(config: ml_collections.ConfigDict) -> Opened:
+    """Reads the model folders of a config, and what they say of what it leaves open.
+
+    Raises:
+      InputError: the config or a folder cannot be used.
+    """
+    config_lib.check(config)
+    sources = released.find(config.model.weights, config.model.reranker.weights)
+    query, passage, reranker = sources
+    head = reranker.head
+    if isinstance(head, str):
+        raise InputError(
+            f"{head}; give a folder with a re-ranker, or an encoder without a head, as "
+            "config.model.reranker.weights"
+        )
+    if config.reranker.epochs == 0 and head is None:
+        raise InputError(
+            "config.reranker.epochs is 0, but config.model.weights has no trained re-ranker; give a "
+            "folder with query/, passage/ and reranker/, name a cross-encoder as "
+            "config.model.reranker.weights, or train one"
+        )
+    for key in ("pooling", "similarity", "passage_format"):
+        said = [getattr(tower, key) for tower in (query, passage)]
+        if said[0] != said[1]:
+            raise InputError(
+                f"{passage.folder}: has {key} {said[1]!r}, but {query.folder} has {said[0]!r}; give "
+                "the two towers of one model"
+            )
+    config, notes = resolve(config, sources)
+    config_lib.check(config)
+    shape = read_shape(config, query.folder)
+    if read_shape(config, passage.folder) != shape:
+        raise InputError(
+            f"{passage.folder / 'config.json'}: describes another encoder than that of {query.folder}; "
+            "both towers must have one shape"
+        )
+    reranker_shape = read_shape(config, reranker.folder, config.model.reranker)
+    _check_inputs(config, sources, shape, reranker_shape)
+    if isinstance(query.head, released.Head):
+        notes.append(f"{query.folder}: is a re-ranker; the retriever starts from its encoder alone")
+    for folder in dict.fromkeys(source.folder for source in sources):
+        if names := _left_unused(folder, sources):
+            notes.append(f"{folder}: tensors left unused: {names}")
+    models = models_lib.Models(
+        retriever=shape,
+        reranker=reranker_shape,
+        pooling=config.model.pooling,
+        similarity=config.model.similarity,
+        scale=config.model.scale,
+        head="linear" if head is None else head.form,
+    )
+    return Opened(config, sources, models, list(dict.fromkeys(notes)))
+
+
+def _left_unused(folder: pathlib.Path, sources: released.Sources) -> str:
+    """The tensors of a folder that neither model reads, as text."""
+    names = weights.unused(folder, sources.reranker.head)
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def _check_inputs(config, sources, shape: bert.BertConfig, reranker_shape: bert.BertConfig):
+    """Raises InputError unless the models have a position and a type for every token they will read."""
+    data = config.data
+    separate = config.model.passage_format == "title_sep_text"
+    for source, own, kinds, types in (
+        (sources.query, shape, ("query", "passage"), separate),
+        (sources.reranker, reranker_shape, ("pair",), True),
+    ):
+        longest = max(data[f"{kind}_length"] for kind in kinds)
+        path = source.folder / "config.json"
+        if longest > own.max_positions:
+            raise InputError(
+                f"config.data asks for inputs of {longest} tokens, but {path} has {own.max_positions} "
+                f"positions; lower {', '.join(f'{kind}_length' for kind in kinds)}"
+            )
+        if types and own.type_vocab_size < 2:
+            what = "config.model.passage_format title_sep_text" if len(kinds) > 1 else "a re-ranker"
+            raise InputError(
+                f"{path}: type_vocab_size is {own.type_vocab_size}, and {what} needs 2; use "
+                "title_text, or another model"
+            )
+
+
+def open_tokenizer(opened: Opened) -> tokens.Tokenizer:
+    """Reads the retriever's tokenizer, with the re-ranker's beside it where that is another.
+
+    Raises:
+      InputError: one cannot be used, or a prompt ends inside a word.
+    """
+    query, passage, reranker = opened.sources
+    models, model = opened.models, opened.config.model
+    tokenizer = _load_tokenizer(query, models.retriever)
+    other = tokenizer
+    if passage.folder != query.folder:
+        other = _load_tokenizer(passage, models.retriever)
+    if other.fingerprint != tokenizer.fingerprint:
+        raise InputError(
+            f"{passage.folder}: has another tokenizer than {query.folder}; give both towers the same"
+        )
+    for key in ("query_prompt", "passage_prompt"):
+        if not tokenizer.can_begin_with(_prompt(model[key])):
+            raise InputError(
+                f"config.model.{key}: {model[key]!r} would run into the text's first word; end it "
+                "with a space"
+            )
+    if reranker.folder in (query.folder, passage.folder):
+        return tokenizer
+    return tokenizer.beside(_load_tokenizer(reranker, models.reranker))
+
+
+def _load_tokenizer(source: released.Released, shape: bert.BertConfig) -> tokens.Tokenizer:
+    tokenizer = tokens.load_tokenizer(source.folder, shape.vocab_size)
+    if source.lower and tokenizer.encode(["A"]) != tokenizer.encode(["a"]):
+        raise InputError(
+            f"{source.folder / 'sentence_bert_config.json'}: do_lower_case is true, but the tokenizer "
+            "tells upper and lower case apart, which is not understood; save the model with a "
+            "tokenizer that lower-cases"
+        )
+    return tokenizer
+
+
+def _prompt(setting: str) -> str:
+    return "" if setting == config_lib.NO_PROMPT else setting
+
+
+def open_inputs(config: ml_collections.ConfigDict) -> tuple[Opened, tokens.Tokenizer, Inputs]:
+    """Returns the models' folders, their tokenizer, and how the models read tokens.
+
+    Raises:
+      InputError: the config or one of them cannot be used.
+    """
+    opened = open_models(config)
+    tokenizer, data, model = open_tokenizer(opened), opened.config.data, opened.config.model
+    pairs = tokenizer.pairs or tokenizer
+    inputs = Inputs(
+        cls=tokenizer.cls,
+        sep=tokenizer.sep,
+        pair_cls=pairs.cls,
+        pair_sep=pairs.sep,
+        titles=data.titles,
+        passage_format=model.passage_format,
+        query_prompt=tuple(tokenizer.encode([_prompt(model.query_prompt)])[0]),
+        passage_prompt=tuple(tokenizer.encode([_prompt(model.passage_prompt)])[0]),
+        query_length=data.query_length,
+        passage_length=data.passage_length,
+        pair_length=data.pair_length,
+    )
+    for kind in ("query", "passage"):
+        prompt, length = getattr(inputs, f"{kind}_prompt"), data[f"{kind}_length"]
+        if len(prompt) + 8 > length and prompt:
+            raise InputError(
+                f"config.model.{kind}_prompt has {len(prompt)} tokens, which leaves no room for the "
+                f"text in {length}; raise config.data.{kind}_length"
+            )
+    return opened, tokenizer, inputs
+
+
+def read_shape(config, folder: pathlib.Path, own=None) -> bert.BertConfig:
+    """Returns the encoder of a model folder as the config has it computed, layers in a loop.
+
+    Args:
+      own: `config.model.reranker`, for the re-ranker's.
+
+    Raises:
+      InputError: the folder's config.json cannot be used.
+    """
+    model = config.model
+    own = own or model
+    return released.read_config(
+        folder,
+        num_layers=own.num_layers,
+        dropout=own.dropout,
+        dtype=model.dtype,
+        remat=model.remat,
+        attention=model.attention,
+        unrolled=False,
+    )
+
+
+def resolve(
+    config: ml_collections.ConfigDict, sources: released.Sources
+) -> tuple[ml_collections.ConfigDict, list[str]]:
+    """Returns a copy of the config that says in full what it left to the folders, and what to tell.
+
+    Resolving what is resolved changes nothing. The notes tell of each setting that overrides a folder.
+
+    Raises:
+      InputError: a folder says what is not understood, and the config does not override it.
+    """
+    found, notes = config_lib.loads(config_lib.dumps(config)), []
+    query, passage, reranker = sources
+    model, data = found.model, found.data
+
+    def choose(group, key, left_open, said, source):
+        name = f"{'data' if group is data else 'model'}.{key}"
+        if group[key] == left_open:
+            group[key] = said
+            if said not in config_lib.CHOICES.get(name, (said,)):
+                raise InputError(
+                    f"{source.folder}: {key} {said!r} is not understood; choose one of "
+                    f"{config_lib.CHOICES[name][1:]} by --config.{name}, or another model"
+                )
+        elif group[key] != said:
+            notes.append(f"config.{name} is {group[key]!r}, where {source.folder} has {said!r}")
+
+    for key in ("pooling", "similarity", "passage_format"):
+        choose(model, key, "", getattr(query, key), query)
+    for key, source in (("query_prompt", query), ("passage_prompt", passage)):
+        choose(model, key, "", getattr(source, key) or config_lib.NO_PROMPT, source)
+    choose(model, "scale", 0.0, COSINE_SCALE if model.similarity == "cosine" else 1.0, query)
+    given = model.num_layers
+    choose(model, "num_layers", 0, query.num_layers, query)
+    lengths = {"query": query, "passage": passage, "pair": reranker}
+    for kind, source in lengths.items():
+        choose(data, f"{kind}_length", 0, source.longest, source)
+    own = model.reranker
+    own.weights = own.weights or model.weights
+    own.num_layers = own.num_layers or given or reranker.num_layers
+    if own.num_layers != reranker.num_layers and reranker.folder != query.folder:
+        notes.append(
+            f"config.model.reranker.num_layers is {own.num_layers}, where {reranker.folder} has "
+            f"{reranker.num_layers!r}"
+        )
+    if own.dropout < 0:
+        own.dropout = model.dropout
+    described = [*query.notes, *passage.notes, *reranker.notes]
+    return found, list(dict.fromkeys([*described, *notes]))
