@@ -6,9 +6,10 @@ The config overrides the folders. What it overrides, and what of a folder is lef
 import pathlib
 from typing import NamedTuple
 
+import jax
 import ml_collections
 
-from rqv2_jax import bert, released, weights
+from rqv2_jax import attention, bert, released, weights
 from rqv2_jax import config as config_lib
 from rqv2_jax import models as models_lib
 from rqv2_jax.data import tokens
@@ -244,6 +245,7 @@ def resolve(
     lengths = {"query": query, "passage": passage, "pair": reranker}
     for kind, source in lengths.items():
         choose(data, f"{kind}_length", 0, source.longest, source)
+    model.attention = attention.implementation(model.attention, jax.default_backend())
     own = model.reranker
     own.weights = own.weights or model.weights
     own.num_layers = own.num_layers or given or reranker.num_layers

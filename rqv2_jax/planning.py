@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from rqv2_jax import attention, bert, hlo, opening, random_model, released, train
+from rqv2_jax import bert, hlo, opening, random_model, released, train
 from rqv2_jax import config as config_lib
 from rqv2_jax import models as models_lib
 from rqv2_jax import sharding as sharding_lib
@@ -287,9 +287,7 @@ def _models(config, machine, report) -> tuple[ml_collections.ConfigDict, models_
             scale=model.scale,
             head="linear",
         )
-    platform = machine.devices[0].platform
-    how = attention.implementation(config.model.attention, platform)
-    return config, models.reshaped(unrolled=platform == "cpu", attention=how)
+    return config, models.reshaped(unrolled=machine.devices[0].platform == "cpu")
 
 
 def _fitting(config, models, mesh, name, drawn, remats, machine, report) -> Step:

@@ -16,7 +16,7 @@ import jax
 import ml_collections
 import tqdm
 
-from rqv2_jax import artifacts, attention, hosts, opening, optional, released, weights
+from rqv2_jax import artifacts, hosts, opening, optional, released, weights
 from rqv2_jax import config as config_lib
 from rqv2_jax import models as models_lib
 from rqv2_jax import sharding as sharding_lib
@@ -140,15 +140,13 @@ def open_run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Run:
 
 
 def _open_run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> tuple[Run, list[str]]:
-    backend = jax.default_backend()
     (config, sources, models, notes), tokenizer, inputs = opening.open_inputs(config)
-    config.model.attention = attention.implementation(config.model.attention, backend)
     if jax.config.jax_compilation_cache_dir is None:
         compiled = workdir.resolve().parent / ".compiled"
         jax.config.update("jax_compilation_cache_dir", str(compiled))
     # A rolled loop stacks all activations kept for the gradient; copying them costs a CPU a quarter of
     # the step, a GPU an eighth and a TPU next to nothing.
-    models = models.reshaped(unrolled=backend != "tpu", attention=config.model.attention)
+    models = models.reshaped(unrolled=jax.default_backend() != "tpu")
     sharding = sharding_lib.make(config.mesh.data, config.mesh.fsdp)
     run = Run(
         config=config,
