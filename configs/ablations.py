@@ -36,7 +36,7 @@ def get_config(preset: str = "docstrings"):
     # The retriever is cheap to measure on all queries, the re-ranker is not.
     config.evaluate.rerank_queries = 300
     # Rows are compared with each other.
-    config.evaluate.bm25.most_passages = 0
+    config.evaluate.bm25.most_passages = config.evaluate.released.most_passages = 0
     if more == ["shallow"]:
         _shallow(config)
     elif more:

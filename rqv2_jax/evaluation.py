@@ -15,7 +15,7 @@ from rqv2_jax.data import collection, own_texts, tokens, topics
 from rqv2_jax.data import lists as lists_lib
 from rqv2_jax.errors import InputError
 from rqv2_jax.retrieval import bm25, encode, index, rerank
-from rqv2_jax.workdir import Run, texts_of
+from rqv2_jax.workdir import Run, as_released, texts_of
 
 STATES = ("zero_shot", "retriever", "reranker", "joint")
 # States that are not trained and that training has to beat.
@@ -228,8 +228,8 @@ class _Report:
 
     def _against_floors(self, first: str) -> list[tuple]:
         """Pairs of what a trained state finds, or re-ranks, and what it has to beat."""
-        keys = [key for key in self.values if key[2] in (first, "bm25")]
         trained, floors = set(STATES) - {"zero_shot"}, set(FLOORS)
+        keys = [key for key in self.values if key[2] in (first, "bm25") or key[0] in floors]
         return [(a, b) for a in keys for b in keys if a[0] in trained and b[0] in floors]
 
     def write(self, name: str, pairs, first: str) -> dict:
@@ -266,13 +266,14 @@ class _Report:
 def evaluate(
     run: Run, store: tokens.Store, split: str, indexes: tuple[str, ...], states=STATES
 ) -> dict:
-    """Retrieval and re-ranking of BM25 and of model states on a split, as `results.json` describes it.
+    """Retrieval and re-ranking of floors and model states on a split, as `results.json` has it.
 
-    Retrieves with exact search and, if asked for, with ScaNN; the re-ranker re-ranks what its own
-    state's retriever found by the first of `indexes`, and what BM25 found (index "bm25"). Where not
-    all queries are re-ranked, `evaluate.rerank_queries` of them are, one random sample with a fixed
-    seed: the `metrics` of every row are over that sample, and `all_queries` has those of rows that
-    were measured on more. A significance test takes all queries that both sides were measured on.
+    The floors are BM25 and the starting retriever as its folder has it (state "released"). Retrieves
+    with exact search and, if asked for, with ScaNN; the re-ranker re-ranks what its own state's
+    retriever found by the first of `indexes`, and what BM25 found (index "bm25"). Where not all
+    queries are re-ranked, `evaluate.rerank_queries` of them are, one random sample with a fixed seed:
+    the `metrics` of every row are over that sample, and `all_queries` has those of rows that were
+    measured on more. A significance test takes all queries that both sides were measured on.
 
     Writes `runs/*.trec`, `eval/<split>.json` and, as `<state>.<model>.<index>.<metric>`, the value of
     each query the model was measured on, in their order, in `eval/<split>.per_query.npz`.
@@ -285,6 +286,9 @@ def evaluate(
     if floor:
         described = bm25.described(run.config.evaluate.bm25)
         report.add("bm25", "bm25", "bm25", report.rows_Q, *floor, parameters=described)
+    released = _released(run, store, split, report.rows_Q)
+    if released:
+        report.add("released", "retriever", "exact", report.rows_Q, *released)
     for state in states:
         if state == "retriever" and run.config.retriever.epochs == 0:
             continue
@@ -468,18 +472,58 @@ def _search(run: Run, store: tokens.Store, split: str, rows_Q: np.ndarray, state
     return approximate, recalls
 
 
+def _left_out(name: str, run: Run, store: tokens.Store) -> bool:
+    """Says whether a floor is left out, in a line too, because there are too many passages."""
+    passages, most = len(store.passage_ids), run.config.evaluate[name].most_passages
+    if passages > most:
+        tqdm.tqdm.write(
+            f"  {name}: left out, as {passages} passages are more than "
+            f"config.evaluate.{name}.most_passages, {most}"
+        )
+    return passages > most
+
+
+def _released(run: Run, store: tokens.Store, split: str, rows_Q: np.ndarray):
+    """What the starting retriever finds for queries of a split at its own length and similarity.
+
+    As `retrieve` gives it, by exact search; None where it is left out.
+    """
+    if _left_out("released", run, store):
+        return None
+    own, queries, settings = as_released(run), store.splits[split], run.config.evaluate
+
+    def reading(x):
+        return x.inputs, x.models.retriever, x.models.pooling, x.models.similarity
+
+    if reading(own) == reading(run):
+        found, _ = _search(run, store, split, rows_Q, "zero_shot", "exact")
+        return found["passages"], found["scores"]
+    own_Q = own_texts.of_rows(queries, rows_Q)
+    source = f"released {run.weights_hash} {store.fingerprint} {reading(own)} "
+
+    def compute():
+        tqdm.tqdm.write(f"  released: the starting model at {own.inputs.passage_length} tokens")
+        towers = own.initial("retriever")
+        folder = run.workdir / "vectors" / "released"
+        shards = encode.corpus(own.forward, towers["passage"], store, folder, source)
+        vectors_QxD = encode.queries(own.forward, towers["query"], queries.texts, rows_Q)
+        depth = own_texts.deeper(settings.retrieve_depth, own_Q)
+        found = metrics.sort_run(*index.exact(vectors_QxD, shards, depth), store.passage_ids)
+        return dict(zip(("passages", "scores"), own_texts.without(*found, own_Q)))
+
+    asked = f"{source} {queries.fingerprint} {settings.retrieve_depth}"
+    path = run.workdir / "eval" / f"{split}.released.npz"
+    found = artifacts.cached(path, artifacts.digest(asked, rows_Q, own_Q), compute)
+    return found["passages"], found["scores"]
+
+
 def _bm25(run: Run, store: tokens.Store, split: str, rows_Q: np.ndarray):
     """What BM25 finds for queries of a split, as `retrieve` gives it; None where it is left out.
 
     A line says so then.
     """
     settings, queries = run.config.evaluate, store.splits[split]
-    passages, most = len(store.passage_ids), settings.bm25.most_passages
-    if passages > most:
-        tqdm.tqdm.write(
-            f"  bm25: left out, as {passages} passages are more than "
-            f"config.evaluate.bm25.most_passages, {most}"
-        )
+    if _left_out("bm25", run, store):
         return None
 
     def compute():

@@ -167,6 +167,15 @@ def _open_run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> tuple
     return run, notes
 
 
+def as_released(run: Run) -> Run:
+    """Returns the run with its starting retriever as the model folder has it."""
+    config = config_lib.loads(config_lib.dumps(run.config))
+    config.data.update({"query_length": 0, "passage_length": 0, "pair_length": 0})
+    left_open = ("pooling", "similarity", "query_prompt", "passage_prompt", "passage_format")
+    config.model.update(dict.fromkeys(left_open, "") | {"num_layers": 0, "scale": 0.0})
+    return _open_run(config, run.workdir)[0]
+
+
 def open_workdir(workdir: pathlib.Path, *, data: str = "", weights: str = "") -> Run:
     """The run a workdir was made by, on the devices there are; says so if a stage is not finished.
 
@@ -375,9 +384,17 @@ def _same_sources(run: Run) -> bool:
       InputError: it was made from something else.
     """
     path = run.workdir / SOURCES
-    if not path.is_file():
+
+    def read():
+        text = path.read_text()
+        if len(text.split()) != 2 or not text.endswith("\n"):
+            raise ValueError("it is cut short")
+        return text
+
+    made_from = readable(path, read) if path.is_file() else None
+    if made_from is None:
         return False
-    if path.read_text() != _sources(run):
+    if made_from != _sources(run):
         folders = ", ".join(dict.fromkeys(str(source.folder) for source in run.sources))
         raise InputError(
             f"{path}: this workdir was made from other weights or tokenizers than those in {folders}; "

@@ -19,6 +19,8 @@ import tqdm
 import transformers
 from absl import flags
 from absl.testing import flagsaver
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 
 from rqv2_jax import config as config_lib
 from rqv2_jax import (
@@ -38,7 +40,16 @@ from rqv2_jax.data import lists as lists_lib
 from rqv2_jax.data import tokens
 from rqv2_jax.errors import InputError
 from rqv2_jax.retrieval import encode
-from rqv2_jax.workdir import alone, branch, claim, open_run, open_store, open_workdir
+from rqv2_jax.workdir import (
+    alone,
+    as_released,
+    branch,
+    claim,
+    open_collection,
+    open_run,
+    open_store,
+    open_workdir,
+)
 
 ROOT = pathlib.Path(__file__).parent.parent
 WORDS = [
@@ -85,6 +96,7 @@ def tiny_config(data, bert_folder):
     config.mine.negative_below = 0.5
     config.dev.update({"queries": 8, "depth": 6, "pool": 20})
     config.evaluate.update({"batch_tokens": 512, "retrieve_depth": 20, "rerank_depth": 6})
+    config.evaluate.released.most_passages = 0
     return config
 
 
@@ -206,6 +218,62 @@ def test_bm25_ranks_the_passages_that_share_words_with_the_query(finished):
         again = [passage for passage, _ in reranked[query]]
         assert set(again[:depth]) == set(ids[:depth])
         assert again[depth:] == list(ids[depth:])
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory, bert_folder):
+    """A run that reads less than its model folder can: run, token store, results, the model."""
+    folder = tmp_path_factory.mktemp("released")
+    modules = [Transformer(str(bert_folder)), Pooling(32, pooling_mode="mean"), Normalize()]
+    model = SentenceTransformer(modules=modules, device="cpu")
+    model.save(str(folder / "model"))
+    config = tiny_config(write_beir(folder / "data"), folder / "model")
+    config.data.update({"query_length": 4, "passage_length": 8})
+    config.evaluate.released.most_passages = 48
+    config.model.update({"pooling": "cls", "similarity": "dot"})
+    run = open_run(config, folder / "workdir")
+    store = pipeline.prepare(run)
+    report = evaluation.evaluate(run, store, "test", ("exact",), states=("zero_shot",))
+    return run, store, report, model
+
+
+def test_the_released_model_is_measured_at_its_own_length_and_similarity(released):
+    """Texts in, ranking out: what sentence-transformers makes of the folder and the texts."""
+    run, _, report, model = released
+    texts = open_collection(run.config.data, run.workdir)
+    passages = {p.id: f"{p.title} {p.text}" for p in texts.passages()}
+    queries = {q.id: q.text for q in texts.queries("test")}
+    scores_QxN = model.encode(list(queries.values())) @ model.encode(list(passages.values())).T
+    found = metrics.read_trec_run(run.workdir / "runs" / "test.released.retriever.exact.trec")
+    reciprocal = []
+    for query, scores_N in zip(queries, scores_QxN):
+        ranked = [list(passages)[row] for row in np.argsort(-scores_N)[:20]]
+        assert [passage for passage, _ in found[query]] == ranked
+        rank = ranked.index(f"p{query[1:]}") if f"p{query[1:]}" in ranked[:10] else None
+        reciprocal.append(0 if rank is None else 1 / (rank + 1))
+    row = next(row for row in report["rows"] if row["state"] == "released")
+    assert row["metrics"]["RR@10"] == pytest.approx(np.mean(reciprocal))
+    zero_shot = next(row for row in report["rows"] if row["state"] == "zero_shot")
+    assert row["metrics"]["RR@10"] != zero_shot["metrics"]["RR@10"]
+
+
+def test_every_trained_state_is_compared_with_the_released_model(released):
+    """Which exact search serves, whatever index the run's own rows are by."""
+    run, store, _, _ = released
+    own = evaluation._Report(run, store, "test")
+    keys = [("joint", "retriever", "scann"), ("released", "retriever", "exact")]
+    own.values = dict.fromkeys([*keys, ("zero_shot", "retriever", "scann")])
+    assert own._against_floors("scann") == [tuple(keys)]
+
+
+def test_the_released_model_takes_the_untrained_rows_where_the_run_reads_alike(released, capsys):
+    run, store, _, _ = released
+    own = as_released(run)
+    capsys.readouterr()
+    report = evaluation.evaluate(own, store, "test", ("exact",), states=("zero_shot",))
+    rows = {row["state"]: row["metrics"] for row in report["rows"]}
+    assert rows["released"] == rows["zero_shot"]
+    assert "released: the starting model" not in capsys.readouterr().out
 
 
 def test_bm25_is_left_out_of_larger_collections_and_where_texts_are_gone(
