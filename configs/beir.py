@@ -4,7 +4,8 @@ Aims at: a retriever and a re-ranker for your own collection.
 Command:
   python -m rqv2_jax.main --config configs/beir.py --workdir DIR --config.data.path=FOLDER
 The folder holds corpus.jsonl, queries.jsonl (or queries.<split>.jsonl) and qrels/{train,dev,test}.tsv,
-each gzipped or not; without dev.tsv some training queries are held out. The labels to train on and to measure by may lie in folders of their own:
+each gzipped or not; without dev.tsv some training queries are held out. The labels to train on and to
+measure by may lie in folders of their own:
   --config.data.train_qrels=qrels_sparse --config.data.eval_qrels=qrels_full
 Time: 30 to 45 minutes of two cores for 15,000 short passages. Scores: none are claimed at present
 (README, Results).

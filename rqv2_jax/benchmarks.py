@@ -269,7 +269,7 @@ def _shares_of_peak(run: Run, rate: float) -> dict:
     rate /= run.sharding.shards
     found = {"peak_gflop_per_second": best / 1e9, "share_of_peak": rate / best}
     if chip is not None:
-        found["share_of_makers_peak"] = rate / planning.CHIPS[chip][1]
+        found["share_of_makers_peak"] = rate / planning.GPUS[chip][1]
     return found
 
 

@@ -1,9 +1,10 @@
 """Plans a run before anything is rented: will it fit, how fast can it be, what will it store?
 
 Compiles the run's own training, encoding and re-ranking steps ahead of time for a TPU slice that is not
-there (pip install -r requirements-tpu.txt) or for CPU devices. Every input has its full length, so that
-any texts fit; --lengths msmarco counts what is computed of texts as long as MS MARCO's. Of the ways to
-make training fit it tries the cheapest first. --overlay writes what it chose as a flag file.
+there (pip install -r requirements-tpu.txt) or for CPU devices; for GPUs, as h100:8, they are counted.
+Every input has its full length, so that any texts fit; --lengths msmarco counts what is computed of
+texts as long as MS MARCO's. Of the ways to make training fit it tries the cheapest first. --overlay
+writes what it chose as a flag file.
 
 Examples:
   python -m rqv2_jax.plan --config configs/nq.py --topology v5e:4x8 --overlay v5e.flags
@@ -16,7 +17,9 @@ from absl import flags
 
 from rqv2_jax import program
 
-_TOPOLOGY = flags.DEFINE_string("topology", None, "v4, v5e, v5p or v6e with a shape, or cpu:N.")
+_TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "v4, v5e, v5p or v6e with a shape; h100, h200, a100, l4 or cpu with a number."
+)
 flags.DEFINE_string("overlay", None, "File for the chosen settings, for --flagfile.")
 _LENGTHS = flags.DEFINE_enum(
     "lengths", "full", ["full", "msmarco"], "All that is admitted, or those of MS MARCO."
@@ -29,9 +32,10 @@ def main():
     """Prints the plan."""
     overlay = program.file_to_write("overlay")
     topology = _TOPOLOGY.value
-    if topology.startswith("cpu:"):
+    shape = topology.partition(":")[2]
+    if shape.isdecimal():
         # Read when jax is first imported.
-        count = f"--xla_force_host_platform_device_count={topology.removeprefix('cpu:')}"
+        count = f"--xla_force_host_platform_device_count={shape}"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {count}".strip()
     os.environ["JAX_PLATFORMS"] = "cpu"
     # An installed libtpu would look for the metadata server of a cloud that this is not.

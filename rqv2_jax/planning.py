@@ -37,6 +37,8 @@ CHIPS = {
     "v5e": (16 * GIB, 197e12, 819e9, 200e9),
     "v5p": (95 * GIB, 459e12, 2765e9, 600e9),
     "v6e": (32 * GIB, 918e12, 1640e9, 448e9),
+}
+GPUS = {
     "h100": (80e9, 989e12, 3350e9, 900e9),
     "h200": (141e9, 989e12, 4800e9, 900e9),
     "a100": (80e9, 312e12, 2039e9, 600e9),
@@ -63,7 +65,10 @@ DRAWN_STEPS = 64  # whose lists' lengths are drawn
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """Devices to compile for; rates are per device and second, `memory` in bytes."""
+    """Devices to compile for; rates are per device and second, `memory` in bytes.
+
+    For GPUs that are not there nothing can be compiled: `counted` steps are those of the formulas.
+    """
 
     topology: str
     devices: list
@@ -71,10 +76,11 @@ class Machine:
     flops: float
     bandwidth: float
     links: float
+    counted: bool = False
 
 
 class Step(NamedTuple):
-    """One compiled step on one device.
+    """One step on one device, compiled or counted.
 
     `memory` and `gradients` in bytes, `tokens` that are computed, `formula` (FLOPs of a plain encoder
     on the real tokens alone): each per device.
@@ -108,19 +114,24 @@ class Plan:
 
 
 def chip(device: jax.Device) -> str | None:
-    """Returns which of `CHIPS` a GPU is, None if it is none."""
+    """Returns which of `GPUS` a device is, None if it is none."""
     names = device.device_kind.lower().split()
-    return next((name for name in names if name in CHIPS), None)
+    return next((name for name in names if name in GPUS), None)
 
 
 def machine(topology: str) -> Machine:
-    """The devices of a topology such as `v5e:4x8` or `cpu:8`.
+    """The devices of a topology such as `v5e:4x8`, `h100:8` or `cpu:8`.
 
     Raises:
       InputError: the name or the shape is not known, or libtpu is not installed.
     """
     kind, _, shape = topology.partition(":")
-    if kind == "cpu" and re.fullmatch(r"[1-9]\d*", shape):
+    number = re.fullmatch(r"[1-9]\d*", shape)
+    if kind in GPUS and number:
+        memory, *rates = GPUS[kind]
+        # The host's devices stand for them, so that arrays can be laid out.
+        return Machine(topology, jax.devices()[: int(shape)], USABLE * memory, *rates, counted=True)
+    if kind == "cpu" and number:
         count = int(shape)
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         flops, bandwidth = _measure()
@@ -129,7 +140,7 @@ def machine(topology: str) -> Machine:
     if kind not in CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
         raise InputError(
             f"--topology is {topology!r}; write one of {', '.join(CHIPS)} with a shape, as v5e:4x8 or "
-            "v4:2x2x2, or cpu:N"
+            f"v4:2x2x2; or one of {', '.join(GPUS)}, cpu with a number, as h100:8"
         )
     from jax.experimental import topologies
 
@@ -219,7 +230,7 @@ def _lengths(data, lengths: str, lists: int, size: int) -> dict[str, np.ndarray]
 def make(
     config: ml_collections.ConfigDict, machine: Machine, lengths: str, report: Callable
 ) -> Plan:
-    """Compiles every step of a run; `report` gets a line for each try.
+    """Compiles or counts every step of a run; `report` gets a line for each try.
 
     `lengths` of the inputs are "full", the most that the config admits, or "msmarco", like those of
     MS MARCO's texts; then the least times hold for the tokens that are really computed.
@@ -230,6 +241,8 @@ def make(
     config = config_lib.loads(config_lib.dumps(config))
     # No data is read here.
     config.data.path = config.data.path or "DIR"
+    if machine.counted and config.model.attention == "auto":
+        config.model.attention = "ragged"
     config_lib.check(config)
     fsdp = config.mesh.fsdp
     if len(machine.devices) % fsdp:
@@ -240,19 +253,15 @@ def make(
     mesh = sharding_lib.over(machine.devices, config.mesh.data, fsdp)
     config, models = _models(config, machine, report)
     overlay: dict[str, object] = {"mesh.data": config.mesh.data, "mesh.fsdp": fsdp}
-    remats, steps = list(bert.REMAT), {}
-    sizes = {"joint": config.joint.list_size, "reranker": config.reranker.list_size, "retriever": 1}
-    drawn = {}
-    for name, size in sizes.items():
-        if name == "retriever" and config.retriever.epochs == 0:
-            continue
-        drawn[name] = _drawn(config, lengths, config[name].batch, size)
-        steps[name] = step = _fitting(
-            config, models, mesh, name, drawn[name], remats, machine, report
-        )
-        remats = [step.remat]
-        if name != "retriever":
-            overlay |= {"model.remat": step.remat, f"{name}.accumulate": step.accumulate}
+    sizes = {"joint": config.joint.list_size, "reranker": config.reranker.list_size}
+    if config.retriever.epochs > 0:
+        sizes["retriever"] = 1
+    drawn = {
+        name: _drawn(config, lengths, config[name].batch, size) for name, size in sizes.items()
+    }
+    steps = _training_steps(config, models, mesh, drawn, machine, report)
+    for name in ("joint", "reranker"):
+        overlay |= {"model.remat": steps[name].remat, f"{name}.accumulate": steps[name].accumulate}
     for name in ("encode", "re-rank"):
         steps[name] = _forward_step(config, models, mesh, name, drawn["joint"], machine, report)
     tokens = min(steps[name].tokens for name in ("encode", "re-rank"))
@@ -290,7 +299,31 @@ def _models(config, machine, report) -> tuple[ml_collections.ConfigDict, models_
     return config, models.reshaped(unrolled=machine.devices[0].platform == "cpu")
 
 
-def _fitting(config, models, mesh, name, drawn, remats, machine, report) -> Step:
+def _training_steps(config, models, mesh, drawn, machine, report) -> dict[str, Step]:
+    """Returns the steps of all stages, under the first policy by which all of them fit.
+
+    Raises:
+      InputError: there is none.
+    """
+    remats = list(bert.REMAT)
+    while remats:
+        steps, left = {}, remats
+        for name in drawn:
+            step = _fitting(config, models, mesh, name, drawn[name], left, machine, report)
+            if step is None:
+                break
+            steps[name], left = step, [step.remat]
+        else:
+            return steps
+        # The policy that the first stages took keeps too much for this one.
+        remats = remats[remats.index(left[0]) + 1 :] if steps else []
+    raise InputError(
+        f"config.{name}: its step fits in no way on {machine.topology}; lower its batch or list_size, "
+        "raise config.mesh.fsdp, or take more chips"
+    )
+
+
+def _fitting(config, models, mesh, name, drawn, remats, machine, report) -> Step | None:
     """The cheapest way in which a training step fits: keep all, fewer lists at once, compute again."""
     lists = -(-config[name].batch // mesh.shards)
     for remat in remats:
@@ -308,10 +341,7 @@ def _fitting(config, models, mesh, name, drawn, remats, machine, report) -> Step
             )
             if step is not None:
                 return step
-    raise InputError(
-        f"config.{name}: its step fits in no way on {machine.topology}; lower its batch or list_size, "
-        "raise config.mesh.fsdp, or take more chips"
-    )
+    return None
 
 
 def _packed(
@@ -398,7 +428,10 @@ def _train_step(config, models, mesh, name, drawn, machine, report) -> Step | No
     if least > machine.memory:
         report(f"{what}: needs {least / GIB:.1f} GiB or more, not compiled")
         return None
-    compiled = _compile(step_fn, (state, batch, key), what, machine, report)
+    if machine.counted:
+        compiled = _counted(what, least, formula, mesh, params, report)
+    else:
+        compiled = _compile(step_fn, (state, batch, key), what, machine, report)
     if compiled is None:
         return None
     return Step(
@@ -424,7 +457,8 @@ def _least_bytes(models, inputs, params, mesh) -> float:
         tokens = packing.size(blocks)
         # Every elementwise function of a layer keeps something, much of it in float32.
         layer = tokens * (24 * d + 7 * f)
-        layer += 12 * shape.num_heads * sum(block.rows * block.width**2 for block in blocks)
+        if shape.attention != "ragged":
+            layer += 12 * shape.num_heads * sum(block.rows * block.width**2 for block in blocks)
         values = {"none": layer, "dots": tokens * (6 * d + f), "full": tokens * d}[shape.remat]
         kept += width * shape.num_layers * values
         busiest = max(busiest, width * layer)
@@ -450,15 +484,42 @@ def _forward_step(config, models, mesh, name, drawn, machine, report) -> Step:
         rows, tokens = sum(block.rows for block in shapes), packing.size(shapes)
         what = f"{name}, {rows} rows of {tokens} tokens together a device"
         inputs = params, _packed(mesh.shards, shapes, rows, mesh.batch)
-        compiled = _compile(mesh.per_shard(fn), inputs, what, machine, report)
+        formula = rows * float(forward_flops(_encoder(models, kind), 1, usual_N).mean())
+        if machine.counted:
+            shape = _encoder(models, kind)
+            wide = 24 * shape.hidden_size + 7 * shape.intermediate_size
+            least = _bytes(params) + jnp.dtype(shape.dtype).itemsize * tokens * wide
+            compiled = _counted(what, least, formula, mesh, {}, report)
+        else:
+            compiled = _compile(mesh.per_shard(fn), inputs, what, machine, report)
         if compiled is not None:
             memory, *rest = compiled
-            formula = rows * float(forward_flops(_encoder(models, kind), 1, usual_N).mean())
             return Step(name, "", 1, memory, tokens, rows * mesh.shards, formula, 0, *rest)
         limit //= 2
     raise InputError(
         f"{name}: no row of {longest} tokens fits on {machine.topology}; take larger chips"
     )
+
+
+def _bytes(tree) -> float:
+    """Returns the bytes of float32 arrays."""
+    return 4.0 * sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
+
+
+def _counted(what, least, formula, mesh, trained, report) -> tuple[int, hlo.Cost, float]:
+    """Returns what `_compile` does, by count: model FLOPs, and the weights' bytes in a step.
+
+    Args:
+      least: bytes that the step needs at least.
+      trained: params that the step changes. It reads and writes them with Adam's two moments, and
+        reduces their gradients over the devices.
+    """
+    cost, size = hlo.Cost(flops=formula, bytes=7 * _bytes(trained)), _bytes(trained)
+    if mesh.shards > 1 and trained:
+        cost.collectives["all-reduce"] = 1
+        cost.collective_bytes["all-reduce"] = size
+    report(f"{what}: {least / GIB:.2f} GiB or more, counted, not compiled")
+    return int(least), cost, 0.0
 
 
 def program_memory(compiled) -> int:
@@ -500,6 +561,7 @@ def render(plan: Plan, machine: Machine, lengths: str) -> str:
     lines = [
         f"\n{machine.topology}: {len(machine.devices)} devices with {machine.memory / GIB:.1f} GiB and "
         f"{machine.flops / 1e12:.3g} TFLOP/s each; {long[lengths]}",
+        *["counted, as nothing can be compiled for GPUs that are not there"] * machine.counted,
         "",
         "| step | rematerialised | parts | memory, GiB | TFLOP, model | compiled / model "
         "| collectives | reduced / gradients | no faster than, s | compiled in, s |",

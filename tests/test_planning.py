@@ -254,6 +254,39 @@ def test_lengths_like_msmarcos_cost_little_more_than_their_tokens(config):
     assert encode.tokens < 1.15 * 79 * encode.items / 2
 
 
+def test_gpus_are_counted(config):
+    """By the formulas alone, with the kernel's flat rows; nothing is compiled."""
+    lines, gpus = [], planning.machine("h100:2")
+    assert (gpus.flops, gpus.bandwidth) == (989e12, 3350e9)
+    assert gpus.memory == pytest.approx(0.98 * 80e9)
+    plan = planning.make(config, gpus, "msmarco", report=lines.append)
+    assert all(line.endswith("or more, counted, not compiled") for line in lines)
+    joint = plan.steps["joint"]
+    assert joint.cost.flops == joint.formula
+    # Rows of whole multiples, for queries, passages and pairs.
+    assert joint.tokens % 128 == 0
+    assert joint.cost.collective_bytes["all-reduce"] == joint.gradients
+    assert joint.compile_seconds == plan.steps["encode"].compile_seconds == 0
+    text = planning.render(plan, gpus, "msmarco")
+    assert "counted, as nothing can be compiled for GPUs that are not there" in text
+    half = dataclasses.replace(gpus, memory=joint.memory - 1)
+    fewer = planning.make(config, half, "msmarco", report=lines.append).steps["joint"]
+    assert fewer.memory < joint.memory
+
+
+def test_a_policy_that_a_later_stage_has_no_room_for_is_given_up(config):
+    """Joint training could be done in parts that keep all, but the retriever's warm-up cannot."""
+    own = config_lib.loads(config_lib.dumps(config))
+    own.retriever.batch, own.joint.batch = 512, 8
+    gpus = planning.machine("h100:2")
+    steps = planning.make(own, gpus, "full", report=lambda line: None).steps
+    tight = dataclasses.replace(gpus, memory=steps["retriever"].memory - 1)
+    assert steps["joint"].memory < tight.memory
+    found = planning.make(own, tight, "full", report=lambda line: None).steps
+    assert steps["joint"].remat == "none"
+    assert {found[name].remat for name in ("joint", "reranker", "retriever")} == {"dots"}
+
+
 def test_what_fits_in_no_way_is_one_line(config):
     with pytest.raises(InputError, match=r"config\.joint: its step fits in no way on toy:2; lower"):
         planning.make(config, machine(1e5), "full", report=lambda line: None)
