@@ -20,11 +20,13 @@
 #              full      the joint step, every input at its full length, against PyTorch
 #   VERSUS   "" leaves the rivals out (--vs torch where PyTorch is installed)
 #   LIMIT    most seconds of a part (240)
+#   TOTAL    most seconds of all (480)
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 OUT="${1:-gpu_check}"
 PYTHON="${PYTHON:-python3}"
 LIMIT="${LIMIT:-240}"
+TOTAL="${TOTAL:-480}"
 PARTS="${PARTS:-agree joint encode profile exact minilm lists128 full}"
 "$PYTHON" -c 'import torch, sentence_transformers' 2>/dev/null && with_rivals="--vs torch" || with_rivals=""
 read -r -a versus <<<"${VERSUS-$with_rivals}"
@@ -48,11 +50,16 @@ fi
 # run PART BENCHMARK ARGUMENTS: a benchmark with the models and lengths of configs/msmarco.py.
 failed=0
 run() {
-  local part="$1" benchmark="$2" started=$SECONDS
+  local part="$1" benchmark="$2" started=$SECONDS left=$((TOTAL - SECONDS))
   shift 2
+  if [ "$left" -le 0 ]; then
+    failed=1
+    echo "$part: not run, TOTAL=$TOTAL seconds are over"
+    return
+  fi
   local command=("$PYTHON" -m rqv2_jax.bench "$benchmark" --config configs/msmarco.py)
   command+=(--config.model.remat=dots "$@" --json "$OUT/$part.jsonl")
-  if timeout "$LIMIT" "${command[@]}" >"$OUT/$part.log" 2>&1; then
+  if timeout $((left < LIMIT ? left : LIMIT)) "${command[@]}" >"$OUT/$part.log" 2>&1; then
     echo "$part: done in $((SECONDS - started)) s"
   else
     failed=1

@@ -108,9 +108,9 @@ def profile(run: Run, texts: Texts, steps: int) -> dict:
     Their milliseconds are sums over a step, of all streams of a device.
     """
     batches = joint_batches(run, texts, steps)
-    step, state, _ = compiled_joint(run, run.config, batches, steps)
+    step, first_state, _ = compiled_joint(run, run.config, batches, steps)
     batch, key = run.sharding.put_batch(batches.make(0)), jax.random.key(0)
-    state, _ = jax.block_until_ready(step(state, batch, key))
+    state, _ = jax.block_until_ready(step(first_state(), batch, key))
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             jax.block_until_ready(step(state, batch, key))

@@ -8,7 +8,7 @@ A tokens that ask, H heads, K size of a head, D hidden size, E projections side 
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import jax
@@ -17,6 +17,7 @@ import numpy as np
 
 from rqv2_jax import ragged_attention
 from rqv2_jax.data.packing import Block
+from rqv2_jax.errors import InputError
 
 # "plain" is written out here, for CPUs and TPUs; "ragged" is our kernel for GPUs, which reads one flat
 # row; the others are implementations of jax.nn.dot_product_attention, which drop out no weights.
@@ -36,11 +37,22 @@ class Rows(NamedTuple):
     length_R: jax.Array | None
 
 
-def implementation(choice: str, platform: str) -> str:
-    """Returns what `config.model.attention` asks for; "auto" goes by the platform."""
+def implementation(choice: str, platform: str, head_sizes: Iterable[int]) -> str:
+    """Returns what `config.model.attention` asks for; "auto" goes by platform and sizes of heads.
+
+    Raises:
+      InputError: the kernel is asked for, and cannot compute heads of such a size.
+    """
+    # Triton's products take powers of 2 from 16 on.
+    fits = all(size >= 16 and size & (size - 1) == 0 for size in head_sizes)
+    if choice == "ragged" and not fits:
+        raise InputError(
+            "config.model.attention is 'ragged', whose heads must have 16, 32, 64, ... columns; choose "
+            "'cudnn' or 'plain' for this model"
+        )
     if choice != "auto":
         return choice
-    return "ragged" if platform == "gpu" else "plain"
+    return "ragged" if platform == "gpu" and fits else "plain"
 
 
 def views(name: str, blocks: tuple[Block, ...]):

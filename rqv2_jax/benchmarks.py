@@ -169,16 +169,19 @@ def _take_turns(takers: dict[str, _Taker], total: int, turn: int):
 
 
 def compiled_joint(run: Run, config, batches: ListBatches, steps: int):
-    """Returns the compiled joint step, its first state, and the seconds that compiling took."""
+    """Returns the compiled joint step, what makes its first state, and the seconds of compiling."""
     stage = train.make_stage(config, run.models, "joint")
     optimizer = train.make_optimizer(config.optimizer, config.joint, steps, stage.rates)
-    initial = {model: run.initial(model) for model in stage.models}
-    state = train.init_state(initial, optimizer, run.sharding)
+
+    def first_state():
+        initial = {model: run.initial(model) for model in stage.models}
+        return train.init_state(initial, optimizer, run.sharding)
+
     step_fn = train.make_step(stage.loss_fn, optimizer, run.sharding)
     example = run.sharding.put_batch(batches.make(0))
     started = time.perf_counter()
-    compiled = step_fn.lower(state, example, jax.random.key(config.seed)).compile()
-    return compiled, state, time.perf_counter() - started
+    compiled = step_fn.lower(first_state(), example, jax.random.key(config.seed)).compile()
+    return compiled, first_state, time.perf_counter() - started
 
 
 def joint(run: Run, texts: Texts, steps: int, versus: bool) -> Iterator[dict]:
@@ -200,8 +203,8 @@ def joint(run: Run, texts: Texts, steps: int, versus: bool) -> Iterator[dict]:
     total = turn * -(-steps // (turn - 1))
     batches = joint_batches(run, texts, total)
     sequences = [{kind: batches.ragged(kind, step) for kind in KINDS} for step in range(total)]
-    compiled, state, compile_seconds = compiled_joint(run, config, batches, total)
-    key = jax.random.key(config.seed)
+    compiled, first_state, compile_seconds = compiled_joint(run, config, batches, total)
+    key, state = jax.random.key(config.seed), None
 
     def prepare(step):
         return jax.block_until_ready(run.sharding.put_batch(batches.make(step)))
@@ -217,6 +220,7 @@ def joint(run: Run, texts: Texts, steps: int, versus: bool) -> Iterator[dict]:
         if name is not None:
             rival = make()
             takers[name] = _Taker(lambda step, r=rival: r.prepare(sequences[step]), rival.step)
+        state = first_state()
         taken, losses, first_seconds = _take_turns(takers, total, turn)
         found = _work_of_a_step(run, config, batches, sequences, float(np.median(taken["ours"])))
         model_flop = found["model_gflop"] * 1e9
@@ -268,7 +272,7 @@ def _shares_of_peak(run: Run, rate: float) -> dict:
     best, chip = peak(run.config.model.dtype), planning.chip(jax.devices()[0])
     rate /= run.sharding.shards
     found = {"peak_gflop_per_second": best / 1e9, "share_of_peak": rate / best}
-    if chip is not None:
+    if chip is not None and run.config.model.dtype == "bfloat16":
         found["share_of_makers_peak"] = rate / planning.GPUS[chip][1]
     return found
 

@@ -10,9 +10,10 @@ import pathlib
 
 import jax
 import orbax.checkpoint as ocp
+import tqdm
 
 from rqv2_jax import hosts
-from rqv2_jax.errors import InputError
+from rqv2_jax.errors import InputError, readable
 
 
 def _abstract(tree):
@@ -31,19 +32,40 @@ class Checkpoints:
     def restore_last(self, state):
         """The last saved state in the shapes and shardings of `state`; `state` itself if none was.
 
+        If it is damaged, a line says so, the stage's checkpoints are deleted, and it is `state` too.
+
         Raises:
-          InputError: the checkpoint cannot be read or has other shapes.
+          InputError: the checkpoint has other shapes.
         """
         step = hosts.from_first(self._last.latest_step)
         if step is None:
             return state
+        path = self.folder / "last" / str(step)
         try:
             return self._last.restore(step, args=ocp.args.StandardRestore(_abstract(state)))
-        except (ValueError, OSError, KeyError) as e:
-            raise InputError(
-                f"{self.folder / 'last' / str(step)}: cannot be restored ({_one_line(e)}); delete "
-                f"{self.folder} to train this stage again"
-            ) from e
+        except Exception as e:
+            # Orbax and tensorstore have no exception of their own for damaged files.
+            if self._has_other_shapes(step, state):
+                raise InputError(
+                    f"{path}: cannot be restored ({_one_line(e)}); delete {self.folder} to train this "
+                    "stage again"
+                ) from e
+            tqdm.tqdm.write(f"{path}: cannot be read ({_one_line(e)}); this stage is trained again")
+        for manager in (self._last, self._best):
+            for saved in manager.all_steps():
+                manager.delete(saved)
+        return state
+
+    def _has_other_shapes(self, step: int, state) -> bool:
+        """Says whether a checkpoint can be read and is one of another state."""
+        try:
+            saved = jax.tree.leaves(self._last.item_metadata(step))
+            # None are there where the list of arrays is gone.
+            return bool(saved) and [x.shape for x in saved] != [
+                x.shape for x in jax.tree.leaves(state)
+            ]
+        except Exception:
+            return False
 
     def save_last(self, step: int, state):
         """Saves the state of `step`, then drops the one before."""
@@ -74,13 +96,12 @@ class Checkpoints:
         self._best.wait_until_finished()
 
     def best_score(self) -> float | None:
-        """The dev score of the best params."""
+        """The dev score of the best params; None if there are none, or none can be read."""
         step = self._best.latest_step()
         if step is None:
             return None
-        return json.loads((self.folder / "best" / str(step) / "score" / "metadata").read_text())[
-            "score"
-        ]
+        path = self.folder / "best" / str(step) / "score" / "metadata"
+        return readable(path, lambda: json.loads(path.read_text())["score"])
 
     def close(self):
         """Waits for what is still being written."""
@@ -112,7 +133,8 @@ def restore_best(folder: pathlib.Path, model: str, params):
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             return checkpointer.restore(path, _abstract(params))
-    except (ValueError, OSError, KeyError) as e:
+    except Exception as e:
+        # Orbax and tensorstore have no exception of their own for damaged files.
         raise InputError(
             f"{path}: cannot be restored ({_one_line(e)}); delete {folder} to train it again"
         ) from e

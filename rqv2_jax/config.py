@@ -403,7 +403,8 @@ def complete(config: ml_collections.ConfigDict) -> tuple[list[str], list[str]]:
     """Gives the config of an older workdir the settings it lacks, with the values that held then.
 
     Returns:
-      The settings it lacked, and those it still lacks, for which no such value is known.
+      The settings it lacked; and what else is wrong with it, as a clause: settings it still lacks,
+      for which no such value is known, and those that there are no more.
     """
     known, own = dict(_flat(default())), dict(_flat(config))
     if own.get("packing.row_width") == 0:
@@ -432,7 +433,9 @@ def complete(config: ml_collections.ConfigDict) -> tuple[list[str], list[str]]:
                 group[name] = ml_collections.ConfigDict()
             group = group[name]
         group[last] = then[key]
-    return added, [key for key in known if key not in own and key not in then]
+    wrong = [f"has no config.{key}" for key in known if key not in own and key not in then]
+    wrong += [f"has config.{key}" for key in dict(_flat(config)) if key not in known]
+    return added, wrong
 
 
 def dumps(config: ml_collections.ConfigDict) -> str:

@@ -9,7 +9,7 @@ import re
 import numpy as np
 import tqdm
 
-from rqv2_jax import artifacts, hosts, metrics, mining, results
+from rqv2_jax import artifacts, hosts, metrics, mining, optional, results
 from rqv2_jax.data import answers as answers_lib
 from rqv2_jax.data import collection, own_texts, tokens, topics
 from rqv2_jax.data import lists as lists_lib
@@ -490,10 +490,17 @@ def _released(run: Run, store: tokens.Store, split: str, rows_Q: np.ndarray):
     """
     if _left_out("released", run, store):
         return None
-    own, queries, settings = as_released(run), store.splits[split], run.config.evaluate
+    try:
+        own = as_released(run)
+    except InputError as e:
+        tqdm.tqdm.write(f"  released: left out, as the folder cannot be read as it is ({e})")
+        return None
+    queries, settings = store.splits[split], run.config.evaluate
 
     def reading(x):
-        return x.inputs, x.models.retriever, x.models.pooling, x.models.similarity
+        # What the retriever alone reads.
+        inputs = dataclasses.replace(x.inputs, pair_length=0, pair_cls=0, pair_sep=0)
+        return inputs, x.models.retriever, x.models.pooling, x.models.similarity
 
     if reading(own) == reading(run):
         found, _ = _search(run, store, split, rows_Q, "zero_shot", "exact")
@@ -525,6 +532,12 @@ def _bm25(run: Run, store: tokens.Store, split: str, rows_Q: np.ndarray):
     settings, queries = run.config.evaluate, store.splits[split]
     if _left_out("bm25", run, store):
         return None
+    try:
+        for package in bm25.PACKAGES:
+            optional.load(package, "the floor BM25")
+    except InputError as e:
+        tqdm.tqdm.write(f"  bm25: left out ({e})")
+        return None
 
     def compute():
         if not hosts.first():
@@ -541,6 +554,12 @@ def _bm25(run: Run, store: tokens.Store, split: str, rows_Q: np.ndarray):
         depth = own_texts.deeper(settings.retrieve_depth, own_Q)
         found = bm25.search(read, asked, depth, settings.bm25)
         found = own_texts.without(*found, own_Q)
+        if (found[0] < 0).all():
+            tqdm.tqdm.write(
+                "  bm25: left out, as no query has a word of a passage; words are runs of two letters "
+                "or more, which does not do for languages written without spaces"
+            )
+            return {}
         return dict(zip(("passages", "scores"), metrics.sort_run(*found, store.passage_ids)))
 
     own_Q = own_texts.of_rows(queries, rows_Q)

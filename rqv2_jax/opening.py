@@ -67,6 +67,9 @@ def open_models(config: ml_collections.ConfigDict) -> Opened:
         )
     reranker_shape = read_shape(config, reranker.folder, config.model.reranker)
     _check_inputs(config, sources, shape, reranker_shape)
+    sizes = [own.hidden_size // own.num_heads for own in (shape, reranker_shape)]
+    backend = jax.default_backend()
+    config.model.attention = attention.implementation(config.model.attention, backend, sizes)
     if isinstance(query.head, released.Head):
         notes.append(f"{query.folder}: is a re-ranker; the retriever starts from its encoder alone")
     for folder in dict.fromkeys(source.folder for source in sources):
@@ -79,7 +82,7 @@ def open_models(config: ml_collections.ConfigDict) -> Opened:
         similarity=config.model.similarity,
         scale=config.model.scale,
         head="linear" if head is None else head.form,
-    )
+    ).reshaped(attention=config.model.attention)
     return Opened(config, sources, models, list(dict.fromkeys(notes)))
 
 
@@ -245,7 +248,6 @@ def resolve(
     lengths = {"query": query, "passage": passage, "pair": reranker}
     for kind, source in lengths.items():
         choose(data, f"{kind}_length", 0, source.longest, source)
-    model.attention = attention.implementation(model.attention, jax.default_backend())
     own = model.reranker
     own.weights = own.weights or model.weights
     own.num_layers = own.num_layers or given or reranker.num_layers

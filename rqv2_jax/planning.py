@@ -115,7 +115,7 @@ class Plan:
 
 def chip(device: jax.Device) -> str | None:
     """Returns which of `GPUS` a device is, None if it is none."""
-    names = device.device_kind.lower().split()
+    names = re.split(r"[\s-]+", device.device_kind.lower())
     return next((name for name in names if name in GPUS), None)
 
 
@@ -282,6 +282,8 @@ def _models(config, machine, report) -> tuple[ml_collections.ConfigDict, models_
         )
         config, _ = opening.resolve(config, released.Sources(base, base, base))
         model = config.model
+        if model.attention == "auto":
+            model.attention = "plain"
         how = {name: model[name] for name in ("dtype", "remat", "attention")}
         shapes = {
             name: bert.BertConfig(

@@ -4,6 +4,7 @@ Strict: every tensor of the files is used once or is one of the heads that a mod
 param comes from the files, every shape is what `config.json` promises, and every number is finite.
 """
 
+import contextlib
 import pathlib
 import re
 
@@ -43,6 +44,16 @@ LAYERS = {
 }
 
 
+@contextlib.contextmanager
+def _opened(path: pathlib.Path):
+    """Opens a safetensors file; what cannot be read of it is an `InputError`."""
+    try:
+        with safe_open(path, framework="flax") as f:
+            yield f
+    except (SafetensorError, OSError) as e:
+        raise InputError(f"{path}: not a readable safetensors file ({e}); copy it again") from e
+
+
 class _Tensors:
     """All tensors of a folder, without the `bert.` or `ernie.` prefix; floats as float32.
 
@@ -56,14 +67,9 @@ class _Tensors:
         paths = released.tensor_files(folder)
         self.folder = paths[0] if len(paths) == 1 else folder
         for path in paths:
-            try:
-                with safe_open(path, framework="flax") as f:
-                    for name in f.keys():  # noqa: SIM118
-                        self._add(path, name, np.asarray(f.get_tensor(name)))
-            except (SafetensorError, OSError) as e:
-                raise InputError(
-                    f"{path}: not a readable safetensors file ({e}); copy it again"
-                ) from e
+            with _opened(path) as f:
+                for name in f.keys():  # noqa: SIM118
+                    self._add(path, name, np.asarray(f.get_tensor(name)))
 
     def _add(self, path, name, tensor):
         plain = _plain(name)
@@ -116,7 +122,7 @@ def unused(folder: pathlib.Path, head: released.Head | None) -> list[str]:
     kept = own[head.form] if head is not None and head.folder == folder else ()
     names = []
     for path in released.tensor_files(folder):
-        with safe_open(path, framework="flax") as f:
+        with _opened(path) as f:
             names += [_plain(name) for name in f.keys()]  # noqa: SIM118
     return sorted(n for n in names if UNWANTED.fullmatch(n) and not n.startswith(kept))
 

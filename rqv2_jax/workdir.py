@@ -31,6 +31,8 @@ from rqv2_jax.retrieval.stream import Forward, make_forward
 FREE = ("mesh.", "model.remat:", "reranker.accumulate:", "joint.accumulate:", "evaluate.")
 # Where the models' folders are; free too, if they hold what they held, as SOURCES says.
 PLACES = ("model.weights:", "model.reranker.weights:")
+# Attention that "auto" stands for, which goes by the device.
+DEVICES = ("plain", "ragged")
 SOURCES = "sources.txt"
 
 # In a stage's folder: what it is trained on, and a name of its own; and that it has come to its end.
@@ -214,7 +216,12 @@ def open_workdir(workdir: pathlib.Path, *, data: str = "", weights: str = "") ->
                 "give its new place as --weights DIR, or run rqv2_jax.main once more with "
                 f"--config.model.{setting}=DIR"
             ) from e
-    run, _ = _open_run(config, workdir)
+    try:
+        run, _ = _open_run(config, workdir)
+    except InputError as e:
+        if earlier:
+            raise _of_another_version(path, f"cannot be opened ({e})") from e
+        raise
     _check_head(run, earlier, path)
     if weights:
         _same_sources(run)
@@ -230,8 +237,10 @@ def _moved(run: Run, line: str) -> bool:
     manifest = run.workdir / "data" / "tokens" / "manifest.json"
     if not line.startswith("data.path:") or not manifest.is_file():
         return False
+    made_from = readable(manifest, lambda: json.loads(manifest.read_text())["source"])
+    # A store that is made again tells by its own fingerprint what was trained on it.
     texts = open_collection(run.config.data, run.workdir / "data" / "tfds")
-    return texts.fingerprint == json.loads(manifest.read_text())["source"]
+    return made_from in (None, texts.fingerprint)
 
 
 def _read_config(path: pathlib.Path) -> tuple[ml_collections.ConfigDict, bool]:
@@ -244,13 +253,13 @@ def _read_config(path: pathlib.Path) -> tuple[ml_collections.ConfigDict, bool]:
     """
     try:
         config = config_lib.loads(path.read_text())
-        added, missing = config_lib.complete(config)
+        added, wrong = config_lib.complete(config)
     except (ValueError, AttributeError, TypeError) as e:
         raise InputError(
             f"{path}: not as rqv2_jax.main wrote it ({e}); give the command of rqv2_jax.main again"
         ) from e
-    if missing:
-        raise _of_another_version(path, f"has no config.{missing[0]}")
+    if wrong:
+        raise _of_another_version(path, wrong[0])
     return config, bool(added)
 
 
@@ -334,10 +343,13 @@ def claim(run: Run):
                 free += PLACES
             changed = [line for line in changed if not line.startswith(free)]
             changed = [line for line in changed if not _moved(run, line)]
+            # By devices; both drop out weights.
+            either = [f"model.attention: {a!r} -> {b!r}" for a, b in (DEVICES, DEVICES[::-1])]
+            changed = [line for line in changed if line not in either]
             if changed:
                 more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
                 mend = "give another --workdir, or the config it was made by"
-                if all(line.startswith(("data.path:", "model.weights:")) for line in changed):
+                if all(line.startswith(("data.path:", *PLACES)) for line in changed):
                     mend = "the files there are not those it was made from; give a copy of these"
                 if all(line.startswith("joint.") for line in changed):
                     mend += f"; or delete {joint} to train that stage again"
@@ -455,7 +467,8 @@ def branch(run: Run, warm: Run):
     for pattern in (
         *("data", "retriever", "reranker", "vectors/zero_shot", "vectors/retriever"),
         *("lists/*.retrieved.npz", "lists/*.scores", "eval/test.zero_shot.*.npz"),
-        *("eval/test.retriever.*.npz", "eval/test.reranker.*.npz"),
+        *("eval/test.retriever.*.npz", "eval/test.reranker.*.npz", "vectors/released"),
+        *("eval/test.released.npz", "eval/test.bm25.npz"),
     ):
         for path in warm_folder.glob(pattern):
             link = run.workdir / path.relative_to(warm_folder)

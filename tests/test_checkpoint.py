@@ -2,6 +2,7 @@
 
 import gc
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -248,6 +249,45 @@ def test_files_that_cannot_be_read(tmp_path):
         if path.is_file():
             path.write_bytes(b"\x00")
     line(lambda: restore_best(tmp_path, "retriever", params()["retriever"]), "best/3/retriever")
+
+
+@given_up
+@pytest.mark.parametrize("damage", ["all", "empty", "cut", "missing"])
+def test_a_last_state_that_cannot_be_read_starts_the_stage_again(tmp_path, damage, capsys):
     checkpoints = Checkpoints(tmp_path)
-    line(lambda: checkpoints.restore_last(state_on(1, 1)), "last/3")
+    checkpoints.save_best(3, params(), "RR@10", 0.5)
+    checkpoints.close()
+    saved(tmp_path, state_on(1, 1, step=3))
+    files = [path for path in (tmp_path / "last/3").rglob("*") if path.is_file()]
+    for path in files if damage == "all" else [max(files, key=lambda p: p.stat().st_size)]:
+        content = path.read_bytes()
+        path.write_bytes({"all": b"\x00", "cut": content[: len(content) // 2]}.get(damage, b""))
+        if damage == "missing":
+            path.unlink()
+    checkpoints = Checkpoints(tmp_path)
+    start = state_on(1, 1, seed=5)
+    capsys.readouterr()
+    assert checkpoints.restore_last(start) is start
+    assert re.search(
+        r"last/3: cannot be read .*; this stage is trained again", capsys.readouterr().out
+    )
+    assert checkpoints.best_score() is None
+    # Steps from the start are saved again, however far the damaged one was.
+    checkpoints.save_best(0, params(), "RR@10", 0.1)
+    checkpoints.save_last(2, state_on(1, 1, seed=2, step=2))
+    checkpoints.close()
+    checkpoints = Checkpoints(tmp_path)
+    assert_same(checkpoints.restore_last(state_on(1, 1)), state_on(1, 1, seed=2, step=2))
+    assert checkpoints.best_score() == 0.1
+    checkpoints.close()
+
+
+def test_a_torn_score_counts_as_none(tmp_path, capsys):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save_best(3, params(), "RR@10", 0.5)
+    (tmp_path / "best/3/score/metadata").write_text('{"metric": "RR')
+    assert checkpoints.best_score() is None
+    assert "score/metadata: cannot be read" in capsys.readouterr().out
+    checkpoints.save_best(6, params(), "RR@10", 0.2)
+    assert checkpoints.best_score() == 0.2
     checkpoints.close()

@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -39,7 +40,7 @@ from rqv2_jax.checkpoint import Checkpoints
 from rqv2_jax.data import lists as lists_lib
 from rqv2_jax.data import tokens
 from rqv2_jax.errors import InputError
-from rqv2_jax.retrieval import encode
+from rqv2_jax.retrieval import bm25, encode
 from rqv2_jax.workdir import (
     alone,
     as_released,
@@ -273,6 +274,39 @@ def test_the_released_model_takes_the_untrained_rows_where_the_run_reads_alike(r
     report = evaluation.evaluate(own, store, "test", ("exact",), states=("zero_shot",))
     rows = {row["state"]: row["metrics"] for row in report["rows"]}
     assert rows["released"] == rows["zero_shot"]
+    assert "released: the starting model" not in capsys.readouterr().out
+
+
+def test_a_floor_that_says_nothing_is_left_out_with_a_line(released, monkeypatch, capsys, tmp_path):
+    """Texts without a word in common; a folder that only the config makes readable; no bm25s."""
+    run, store, _, _ = released
+    run = dataclasses.replace(run, workdir=tmp_path)
+    rows_Q = np.arange(8)
+
+    def nothing(passages, queries, depth, settings):
+        return np.full((len(queries), depth), -1), np.full((len(queries), depth), -np.inf)
+
+    monkeypatch.setattr(bm25, "search", nothing)
+    assert evaluation._bm25(run, store, "test", rows_Q) is None
+    assert "bm25: left out, as no query has a word of a passage" in capsys.readouterr().out
+    monkeypatch.setitem(sys.modules, "Stemmer", None)
+    assert evaluation._bm25(run, store, "test", rows_Q) is None
+    assert "bm25: left out (the floor BM25 needs the package Stemmer" in capsys.readouterr().out
+
+    def refuse(run):
+        raise InputError("similarity 'euclidean' is not understood")
+
+    monkeypatch.setattr(evaluation, "as_released", refuse)
+    assert evaluation._released(run, store, "test", rows_Q) is None
+    assert "released: left out, as the folder cannot be read" in capsys.readouterr().out
+
+
+def test_a_retriever_that_reads_alike_is_not_measured_twice(released, capsys):
+    """Whatever the re-ranker reads."""
+    run, store, _, _ = released
+    own = as_released(run)
+    own = dataclasses.replace(own, inputs=dataclasses.replace(own.inputs, pair_length=20))
+    evaluation._released(own, store, "test", np.arange(8))
     assert "released: the starting model" not in capsys.readouterr().out
 
 
@@ -877,7 +911,11 @@ def test_settings_may_change_until_they_have_been_used(finished, tmp_path):
     # Which drops out no attention weights.
     with pytest.raises(InputError, match=r"model\.attention: 'plain' -> 'xla'"):
         claim(open_run(changed, tmp_path / "w"))
+    # What "auto" stands for on a GPU and elsewhere: a run may go on on the other.
+    changed.model.attention = "ragged"
+    claim(open_run(changed, tmp_path / "w"))
     changed.model.attention = "plain"
+    claim(open_run(changed, tmp_path / "w"))
     changed.mine.depth = 7
     with pytest.raises(InputError, match=r"mine\.depth: 8 -> 7"):
         claim(open_run(changed, tmp_path / "w"))

@@ -9,6 +9,7 @@ import pytest
 
 from rqv2_jax import attention, ragged_attention
 from rqv2_jax.data import packing
+from rqv2_jax.errors import InputError
 
 LENGTHS = (7, 80, 3, 100, 1, 33)
 TOKENS, HEADS, SIZE, LONGEST = 256, 2, 16, 128
@@ -119,6 +120,17 @@ def test_sequences_that_fill_whole_tiles(count):
     keys_2xG, queries_2xC = np.asarray(own.keys_2xG), np.asarray(own.queries_2xC)
     assert (np.diff(keys_2xG, axis=0) * ragged_attention.KEYS == count).all()
     assert (np.diff(queries_2xC, axis=0) * ragged_attention.QUERIES == count).all()
+
+
+def test_auto_goes_by_device_and_sizes_of_heads():
+    assert attention.implementation("auto", "gpu", (64, 32)) == "ragged"
+    assert attention.implementation("auto", "cpu", (64, 32)) == "plain"
+    assert attention.implementation("auto", "tpu", (64, 64)) == "plain"
+    for sizes in ((26, 64), (64, 48), (8, 64)):
+        assert attention.implementation("auto", "gpu", sizes) == "plain"
+        with pytest.raises(InputError, match="heads must have 16, 32, 64"):
+            attention.implementation("ragged", "gpu", sizes)
+    assert attention.implementation("cudnn", "cpu", (26,)) == "cudnn"
 
 
 def views_of(name, lengths):

@@ -357,6 +357,14 @@ def test_reranker_scores_stand_where_their_candidates_stand(world, forward):
             assert scores[i, j] == pytest.approx(one[0, 0], abs=1e-5)
 
 
+def test_no_candidates_at_all_are_scored_0(world, forward):
+    texts, none_QxK = world.store.splits["train"].texts, np.full((2, 3), -1)
+    found = rerank.scores(
+        forward, world.params["reranker"], world.store, texts, np.arange(2), none_QxK
+    )
+    np.testing.assert_array_equal(found, np.zeros((2, 3), np.float32))
+
+
 def test_query_tower_and_passage_tower_are_not_swapped(world, forward):
     texts = world.store.splits["train"].texts
     towers = world.params["retriever"]

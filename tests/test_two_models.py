@@ -169,6 +169,20 @@ def test_workdirs_that_cannot_be_followed_name_the_commit(old, teacher):
         open_workdir(workdir)
 
 
+@pytest.mark.parametrize("width", [0, 256])
+def test_workdirs_of_rows_that_sequences_shared(old, width):
+    """Which there are no more; where every sequence had a row of its own, nothing has changed."""
+    _, workdir = old()
+    said = json.loads((workdir / "config.json").read_text())
+    said["packing"]["row_width"] = width
+    (workdir / "config.json").write_text(json.dumps(said))
+    if width == 0:
+        assert "row_width" not in open_workdir(workdir).config.packing
+        return
+    with pytest.raises(InputError, match=r"has config\.packing\.row_width, .* commit 8355232"):
+        open_workdir(workdir)
+
+
 def test_a_models_folder_may_move(old, bert_folder, make_bert, tmp_path):
     """Its place is no part of what a workdir is made by; its content is."""
     config, workdir = old()

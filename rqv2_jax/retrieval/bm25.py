@@ -11,6 +11,7 @@ import tqdm
 
 # Of BM25's variants the one of Lucene, and so of Anserini, Elasticsearch and the papers' baselines.
 METHOD = "lucene"
+PACKAGES = ("bm25s", "Stemmer")
 
 
 def search(

@@ -86,6 +86,9 @@ def corpus(
         if manifest.is_file():
             made_from = readable(manifest, lambda: json.loads(manifest.read_text()))
         if made_from != wanted:
+            if folder.is_symlink():
+                # Another workdir's, of which this one began.
+                folder.unlink()
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             artifacts.replace_text(manifest, json.dumps(wanted))

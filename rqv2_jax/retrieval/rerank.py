@@ -23,6 +23,8 @@ def scores(
     `passages_QxK` are row numbers; a negative one is padding, whose score is 0.
     """
     real_QxK = passages_QxK >= 0
+    if not real_QxK.any():
+        return np.zeros(passages_QxK.shape, np.float32)
     queries_N = np.repeat(query_rows_Q, real_QxK.sum(axis=1))
     passages_N = passages_QxK[real_QxK]
     inputs = forward.inputs
