@@ -1692,8 +1692,8 @@ def test_tiny_presets_run_the_whole_recipe(tmp_path, name, metrics):
     rows = json.loads((workdir / "results.json").read_text())["rows"]
     exact = [(row["state"], row["model"]) for row in rows if row["index"] == "exact"]
     assert exact == [
-        *(("zero_shot", "retriever"), ("retriever", "retriever"), ("reranker", "reranker")),
-        *(("joint", "retriever"), ("joint", "reranker")),
+        *(("released", "retriever"), ("zero_shot", "retriever"), ("retriever", "retriever")),
+        *(("reranker", "reranker"), ("joint", "retriever"), ("joint", "reranker")),
     ]
     for row in rows:
         assert set(row["metrics"]) == metrics
