@@ -912,10 +912,11 @@ def test_settings_may_change_until_they_have_been_used(finished, tmp_path):
     with pytest.raises(InputError, match=r"model\.attention: 'plain' -> 'xla'"):
         claim(open_run(changed, tmp_path / "w"))
     # What "auto" stands for on a GPU and elsewhere: a run may go on on the other.
-    changed.model.attention = "ragged"
-    claim(open_run(changed, tmp_path / "w"))
     changed.model.attention = "plain"
-    claim(open_run(changed, tmp_path / "w"))
+    elsewhere = open_run(changed, tmp_path / "w")
+    for attention in ("ragged", "plain"):
+        elsewhere.config.model.attention = attention
+        claim(elsewhere)
     changed.mine.depth = 7
     with pytest.raises(InputError, match=r"mine\.depth: 8 -> 7"):
         claim(open_run(changed, tmp_path / "w"))
