@@ -65,7 +65,7 @@ def main():
             graded.setdefault((query, passage), 1)
     write("2019qrels-pass.txt", [f"{q} 0 {p} {level}" for (q, p), level in graded.items()])
     whole = {passage: f"{titles[passage]} {text}" for passage, text in texts.items()}
-    write("bm25.trec", ranking(test, whole, "words"))
+    write("anserini.trec", ranking(test, whole, "words"))
     write("A.trec", ranking(test, whole, "words"))
     write("B.trec", ranking(test, titles, "titles"))
 
