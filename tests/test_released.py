@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from refusals import refused
 from safetensors.torch import load_file, save_file
 from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
@@ -122,17 +123,6 @@ def classifier(make_bert):
 def copy(tmp_path):
     """`copy(folder)`: a copy to spoil."""
     return lambda folder: shutil.copytree(folder, tmp_path / f"copy{len(list(tmp_path.iterdir()))}")
-
-
-def refused(call, *names):
-    """The message of the InputError `call` raises: one line that names all of `names`."""
-    with pytest.raises(InputError) as raised:
-        call()
-    message = str(raised.value)
-    assert "\n" not in message
-    for name in names:
-        assert str(name) in message, message
-    return message
 
 
 # Vectors.
