@@ -1,4 +1,4 @@
-"""Attention within sequences, by the implementations of `IMPLEMENTATIONS`.
+"""Attention within sequences, by the implementations that `config.model.attention` names.
 
 What tells tokens of one sequence from those of others is made once for a batch (`views`) and read by
 every layer.
@@ -18,13 +18,7 @@ import numpy as np
 from rqv2_jax import ragged_attention
 from rqv2_jax.data.packing import Block
 from rqv2_jax.errors import InputError
-
-# "plain" is written out here, for CPUs and TPUs; "ragged" is our kernel for GPUs, which reads one flat
-# row; the others are implementations of jax.nn.dot_product_attention, which drop out no weights.
-IMPLEMENTATIONS = ("plain", "ragged", "xla", "cudnn")
-
-# Finite: -inf gives NaN gradients in a softmax row that is masked throughout.
-MASKED = -1e9
+from rqv2_jax.ragged_attention import MASKED
 
 
 class Rows(NamedTuple):
@@ -90,7 +84,7 @@ def by_rows(name: str, projections, views: tuple[Rows, ...], heads: int, dropout
     """Returns what every asking token reads from the values of its sequence [A, D].
 
     Args:
-      name: one of `IMPLEMENTATIONS` but "ragged".
+      name: "plain", or an implementation of `jax.nn.dot_product_attention`.
       projections: ([N, 3 D],) queries, keys and values of all tokens side by side; or ([A, D],
         [N, 2 D]) where only some ask.
       views: from `views` or `first_views`.

@@ -132,7 +132,7 @@ def _memory() -> float:
 
 def _compiled_over_model(run: Run, compiled, formula: float) -> float | None:
     """None on GPUs and for their kernel, whose products the compiled text does not tell."""
-    if jax.default_backend() == "gpu" or run.models.retriever.attention == "ragged":
+    if jax.default_backend() == "gpu" or run.models.flat:
         return None
     return run.sharding.shards * hlo.cost(compiled.as_text()).flops / formula
 
@@ -277,8 +277,8 @@ def _shares_of_peak(run: Run, rate: float) -> dict:
     return found
 
 
-def _in_turn(texts: Texts, ours: Callable, theirs: Callable | None, rounds: int):
-    """Seconds of every round of ours, tokenising included, and of theirs if there is one.
+def _in_turn(ours: Callable, theirs: Callable | None, rounds: int):
+    """Returns the seconds of every round of ours, and of theirs if there is one.
 
     Ours has had a round to compile in; theirs gets one to find its memory.
     """
@@ -286,7 +286,7 @@ def _in_turn(texts: Texts, ours: Callable, theirs: Callable | None, rounds: int)
     if theirs is not None:
         theirs()
     for _ in range(rounds):
-        own.append(texts.tokenised_in + _seconds(ours, 1)[0])
+        own += _seconds(ours, 1)
         if theirs is not None:
             other += _seconds(theirs, 1)
     return own, other
@@ -335,7 +335,8 @@ def encode_and_rerank(run: Run, texts: Texts, rounds: int, versus: bool) -> list
         ),
     ):
         first_seconds = _seconds(ours, 1)[0]
-        own, other = _in_turn(texts, ours, theirs if versus else None, rounds)
+        own, other = _in_turn(ours, theirs if versus else None, rounds)
+        own = [texts.tokenised_in + seconds for seconds in own]
         seconds = float(np.median(own))
         encoder = run.models.retriever if name == "encode" else run.models.reranker
         flops = planning.forward_flops(encoder, 1, lengths_N)
@@ -389,7 +390,8 @@ def mine(run: Run, texts: Texts, rounds: int, versus: bool) -> dict:
     rival = rivals.SentenceTransformers(run) if versus else None
     passages = [_joined(passage) for passage in texts.passages]
     _seconds(ours, 1)
-    own, other = _in_turn(texts, ours, theirs if versus else None, rounds)
+    own, other = _in_turn(ours, theirs if versus else None, rounds)
+    own = [texts.tokenised_in + seconds for seconds in own]
     result = {
         "benchmark": "mine",
         "passages": len(passages),
@@ -466,18 +468,14 @@ def exact(vectors: int, size: int, queries: int, depth: int, rounds: int, versus
 
     rows_QxK = ours()
     found = {"benchmark": "exact", "vectors": vectors, "dimensions": size, "depth": depth}
-    own, other = [], []
     theirs = rivals.exact_search(passages_NxD, queries_QxD, depth) if versus else None
-    common = index.recall(theirs(), rows_QxK) if versus else None
-    for _ in range(rounds):
-        own += _seconds(ours, 1)
-        if versus:
-            other += _seconds(theirs, 1)
+    own, other = _in_turn(ours, theirs, rounds)
     seconds = float(np.median(own))
     bytes_read = passages_NxD.nbytes
     found |= {"queries": queries, "seconds": seconds, "gb_per_second": bytes_read / seconds / 1e9}
     if versus:
-        found |= _against("torch", "seconds", other, own) | {"found_in_common": common}
+        found |= _against("torch", "seconds", other, own)
+        found["found_in_common"] = index.recall(theirs(), rows_QxK)
     return found
 
 

@@ -17,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from rqv2_jax import attention, ragged_attention
 from rqv2_jax.data.packing import Block
+from rqv2_jax.dropout import survive
 
 # Dense products with their biases, which libraries add on the way.
 KEPT = "dense"
@@ -41,8 +42,8 @@ ACTIVATIONS = {
 class BertConfig:
     """The shape of an encoder; field meanings are those of a Hugging Face `config.json`.
 
-    `remat` is one of `REMAT`, `attention` one of `attention.IMPLEMENTATIONS`; `unrolled` says whether
-    the layer loop is unrolled.
+    `remat` is one of `REMAT`, `attention` what `attention.implementation` gives; `unrolled` says
+    whether the layer loop is unrolled.
     """
 
     vocab_size: int
@@ -61,6 +62,11 @@ class BertConfig:
     attention: str
     unrolled: bool
 
+    @property
+    def head_size(self) -> int:
+        """The columns of one head's queries."""
+        return self.hidden_size // self.num_heads
+
 
 class Dropout(nn.Module):
     """Zeroes a share `rate` of the values and scales the others up."""
@@ -76,19 +82,12 @@ class Dropout(nn.Module):
 
 
 def drop(x, rate: float, key):
-    """Zeroes a share `rate` of the values and scales the others up.
-
-    Whether a value is kept is a hash of its place: its number, made another by two words of the key,
-    goes through MurmurHash3's finaliser. Unlike JAX's generators it is a few operations that XLA fuses
-    into what follows, where on a CPU the generators take most of a training step.
-    """
+    """Zeroes a share `rate` of the values and scales the others up."""
     start, factor = jax.random.bits(key, (2,), jnp.uint32)
-    h = (jax.lax.iota(jnp.uint32, x.size).reshape(x.shape) + start) * (factor | 1)
-    h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
-    h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
+    index = jax.lax.iota(jnp.uint32, x.size).reshape(x.shape)
     # In bfloat16 1 - rate itself would be rounded, and every value scaled up by too much or too little.
     scaled = (x.astype(jnp.float32) / (1 - rate)).astype(x.dtype)
-    return jnp.where((h ^ (h >> 16)) >= jnp.uint32(rate * 2**32), scaled, 0)
+    return jnp.where(survive(index, start, factor, rate), scaled, 0)
 
 
 class Embeddings(nn.Module):

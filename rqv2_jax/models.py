@@ -40,6 +40,11 @@ class Models:
     scale: float
     head: str
 
+    @property
+    def flat(self) -> bool:
+        """Whether the models read sequences end to end in one row, in place of a row for each."""
+        return self.retriever.attention == "ragged"
+
     def reshaped(self, **changes) -> "Models":
         """Returns the models with fields of both encoders' configs changed."""
         encoders = {"retriever": self.retriever, "reranker": self.reranker}

@@ -67,7 +67,7 @@ def open_models(config: ml_collections.ConfigDict) -> Opened:
         )
     reranker_shape = read_shape(config, reranker.folder, config.model.reranker)
     _check_inputs(config, sources, shape, reranker_shape)
-    sizes = [own.hidden_size // own.num_heads for own in (shape, reranker_shape)]
+    sizes = shape.head_size, reranker_shape.head_size
     backend = jax.default_backend()
     config.model.attention = attention.implementation(config.model.attention, backend, sizes)
     if isinstance(query.head, released.Head):

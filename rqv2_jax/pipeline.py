@@ -138,7 +138,7 @@ def stage_batches(
         accumulate=stage.accumulate,
         own=run.sharding.own_parts(shards * stage.accumulate),
         max_blocks=run.config.packing.blocks,
-        flat=run.models.retriever.attention == "ragged",
+        flat=run.models.flat,
     )
 
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from rqv2_jax import bert, hlo, opening, random_model, released, train
+from rqv2_jax import attention, bert, hlo, opening, random_model, released, train
 from rqv2_jax import config as config_lib
 from rqv2_jax import models as models_lib
 from rqv2_jax import sharding as sharding_lib
@@ -241,8 +241,6 @@ def make(
     config = config_lib.loads(config_lib.dumps(config))
     # No data is read here.
     config.data.path = config.data.path or "DIR"
-    if machine.counted and config.model.attention == "auto":
-        config.model.attention = "ragged"
     config_lib.check(config)
     fsdp = config.mesh.fsdp
     if len(machine.devices) % fsdp:
@@ -271,6 +269,7 @@ def make(
 
 def _models(config, machine, report) -> tuple[ml_collections.ConfigDict, models_lib.Models]:
     """The resolved config and the models' shapes; those of BERT base where the weights are missing."""
+    asked = config.model.attention
     try:
         opened = opening.open_models(config)
         config, models = opened.config, opened.models
@@ -298,6 +297,9 @@ def _models(config, machine, report) -> tuple[ml_collections.ConfigDict, models_
             scale=model.scale,
             head="linear",
         )
+    if asked == "auto" and machine.counted:
+        sizes = models.retriever.head_size, models.reranker.head_size
+        models = models.reshaped(attention=attention.implementation(asked, "gpu", sizes))
     return config, models.reshaped(unrolled=machine.devices[0].platform == "cpu")
 
 
@@ -395,7 +397,7 @@ def _train_step(config, models, mesh, name, drawn, machine, report) -> Step | No
     for kind in (kind for model in stage.models for kind in batches_lib.READS[model]):
         lengths_LxN = drawn[kind]
         lengths_BxN = batches_lib.by_part(lengths_LxN, settings.batch, slots_SxB)
-        if models.retriever.attention == "ragged":
+        if models.flat:
             tokens = int(lengths_BxN.sum(axis=1).max())
             shapes[kind] = (packing.plan_flat(tokens, lengths_BxN.shape[1]),)
         else:
@@ -444,14 +446,14 @@ def _train_step(config, models, mesh, name, drawn, machine, report) -> Step | No
         tokens * kept,
         settings.batch,
         formula,
-        sum(4 * math.prod(x.shape) for x in jax.tree.leaves(params)),
+        _bytes(params),
         *compiled[1:],
     )
 
 
 def _least_bytes(models, inputs, params, mesh) -> float:
     """About the fewest bytes a training step can need: state, gradients, kept activations."""
-    size = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
+    size = _bytes(params)
     kept, busiest = 0.0, 0.0
     for kind, blocks in inputs.items():
         shape = _encoder(models, kind)
@@ -468,7 +470,7 @@ def _least_bytes(models, inputs, params, mesh) -> float:
         # One layer at a time is computed again, and then keeps all.
         kept += busiest
     # Weights and both of Adam's moments, split over fsdp; whole weights' gradients.
-    return 12.0 * size / mesh.mesh.shape["fsdp"] + 4.0 * size + kept
+    return 3.0 * size / mesh.mesh.shape["fsdp"] + size + kept
 
 
 def _forward_step(config, models, mesh, name, drawn, machine, report) -> Step:
@@ -503,9 +505,9 @@ def _forward_step(config, models, mesh, name, drawn, machine, report) -> Step:
     )
 
 
-def _bytes(tree) -> float:
+def _bytes(tree) -> int:
     """Returns the bytes of float32 arrays."""
-    return 4.0 * sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
+    return 4 * sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
 
 
 def _counted(what, least, formula, mesh, trained, report) -> tuple[int, hlo.Cost, float]:
@@ -516,7 +518,8 @@ def _counted(what, least, formula, mesh, trained, report) -> tuple[int, hlo.Cost
       trained: params that the step changes. It reads and writes them with Adam's two moments, and
         reduces their gradients over the devices.
     """
-    cost, size = hlo.Cost(flops=formula, bytes=7 * _bytes(trained)), _bytes(trained)
+    size = _bytes(trained)
+    cost = hlo.Cost(flops=formula, bytes=7.0 * size)
     if mesh.shards > 1 and trained:
         cost.collectives["all-reduce"] = 1
         cost.collective_bytes["all-reduce"] = size

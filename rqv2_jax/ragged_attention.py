@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from rqv2_jax.data.packing import FLAT_SLOTS
+from rqv2_jax.dropout import survive
 
 # Queries and keys of a tile; FLAT_TOKENS is a multiple of both. Where only first tokens ask, a tile
 # holds few: each belongs to another sequence, whose keys the whole tile visits.
@@ -32,6 +33,7 @@ WARPS, STAGES = 4, 3
 KEPT = "attention"
 
 LOG2E = 1.4426950408889634
+# Finite: -inf gives NaN gradients in a softmax row that is masked throughout.
 MASKED = -1e9
 
 
@@ -135,11 +137,8 @@ def _dropped(shape, x_qxk, seed_ref, head, query_tile, start_q, key_k):
         jnp.uint32
     )
     place_qxk = (key_k[None] - start_q[:, None]).astype(jnp.uint32)
-    h = query_q[:, None] * jnp.uint32(shape.longest) + place_qxk
-    h = (h + seed_ref[0]) * (seed_ref[1] | jnp.uint32(1))
-    h = (h ^ (h >> jnp.uint32(16))) * jnp.uint32(0x85EBCA6B)
-    h = (h ^ (h >> jnp.uint32(13))) * jnp.uint32(0xC2B2AE35)
-    kept_qxk = (h ^ (h >> jnp.uint32(16))) >= jnp.uint32(shape.rate * 2**32)
+    index_qxk = query_q[:, None] * jnp.uint32(shape.longest) + place_qxk
+    kept_qxk = survive(index_qxk, seed_ref[0], seed_ref[1], shape.rate)
     return jnp.where(kept_qxk, x_qxk * (1 / (1 - shape.rate)), 0.0)
 
 

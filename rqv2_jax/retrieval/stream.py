@@ -142,7 +142,7 @@ def make_forward(
         sharding,
         batch_tokens,
         max_blocks,
-        models.retriever.attention == "ragged",
+        models.flat,
         sharding.per_shard(models.vectors),
         sharding.per_shard(models.reranker_scores),
     )
