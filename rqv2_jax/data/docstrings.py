@@ -36,6 +36,9 @@ FULL += ("click", "pyarrow")
 PRESETS = {"core": CORE, "full": FULL}
 SPLITS = ("train", "dev", "test")
 
+# Raised when other records are made of the same source files: it is a part of the fingerprint.
+VERSION = 1
+
 # Share of the function names, by hash: train below the first bound, dev below the second.
 TRAIN_BELOW, DEV_BELOW = 0.75, 0.85
 MIN_QUERY_WORDS, MAX_QUERY_WORDS, MIN_PASSAGE_WORDS = 4, 40, 30
@@ -192,7 +195,7 @@ class Docstrings(prepared.Builder):
     """Documentation of installed packages; a query is a docstring's first paragraph."""
 
     VERSION = tfds.core.Version("1.0.0")
-    # The code is the version: `docstrings` keeps each state of it in a folder of its own.
+    # Never raised: `docstrings` keeps each state in a folder of its own, named by its fingerprint.
     BUILDER_CONFIGS = tuple(
         tfds.core.BuilderConfig(name=preset, description=f"Documentation of {', '.join(packages)}.")
         for preset, packages in PRESETS.items()
@@ -208,7 +211,7 @@ def docstrings(data_dir, *, preset: str) -> Collection:
     """The embedded collection, prepared below `data_dir` unless it is there already.
 
     `preset` is a key of `PRESETS`. The fingerprint hashes every source file that would be read, the
-    Python version and this code, and names the folder: another package version is another set.
+    Python version and `VERSION`, and names the folder: another package version is another set.
     """
     if preset not in PRESETS:
         raise InputError(f"docstrings: no preset {preset!r}; choose from {', '.join(PRESETS)}")
@@ -298,9 +301,7 @@ def _digest(text: str) -> str:
 
 
 def _fingerprint(preset: str) -> str:
-    total = hashlib.sha256(f"{preset} {platform.python_version()}\n".encode())
-    for module in (__file__, prepared.__file__):
-        total.update(Path(module).read_bytes())
+    total = hashlib.sha256(f"{VERSION} {preset} {platform.python_version()}\n".encode())
     for package in PRESETS[preset]:
         for path, file in source_files(package).items():
             total.update(f"{path} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
