@@ -102,10 +102,11 @@ def run_all(
     """
     import numpy as np
 
-    from rqv2_jax import checkpoint, evaluation, mining, pipeline
     from rqv2_jax import config as config_lib
     from rqv2_jax.errors import InputError
-    from rqv2_jax.workdir import alone, branch, claim, open_run
+    from rqv2_jax.recipe import evaluation, mining, pipeline
+    from rqv2_jax.recipe.workdir import alone, branch, claim, open_run
+    from rqv2_jax.training import checkpoint
 
     changes = rows(config, sizes)
     unknown = set(only or ()) - set(changes)
@@ -184,7 +185,7 @@ def summarise(measured: list[dict], *, permutations: int) -> list[dict]:
     import numpy as np
     from scipy import stats
 
-    from rqv2_jax import metrics
+    from rqv2_jax.ranking import metrics
 
     names = list(dict.fromkeys(m["row"] for m in measured))
     kept = {name: [m["kept_step"] for m in measured if m["row"] == name] for name in names}
@@ -275,7 +276,7 @@ def main():
     """
     from rqv2_jax import artifacts
     from rqv2_jax.errors import InputError
-    from rqv2_jax.workdir import alone
+    from rqv2_jax.recipe.workdir import alone
 
     given = flags.FLAGS
     config, workdir = given.config, pathlib.Path(given.workdir)

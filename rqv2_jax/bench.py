@@ -62,9 +62,10 @@ def main(benchmark: str = ""):
         raise InputError(f"no benchmark {benchmark!r}; choose one of {', '.join(known)}")
     to, plot = program.file_to_write("json"), program.file_to_write("plot")
 
-    from rqv2_jax import accelerator_checks, benchmarks, random_model
+    from rqv2_jax.models import random_model
+    from rqv2_jax.recipe.workdir import open_run
     from rqv2_jax.report import draw_scaling
-    from rqv2_jax.workdir import open_run
+    from rqv2_jax.tools import accelerator_checks, benchmarks
 
     config, versus = flags.FLAGS.config, _VERSUS.value is not None
     chosen = BENCHMARKS if benchmark == "all" else (benchmark,)

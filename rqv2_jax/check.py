@@ -39,8 +39,8 @@ def main():
 
 
 def _data(config):
-    from rqv2_jax import opening, workdir
-    from rqv2_jax.data import doctor
+    from rqv2_jax.recipe import opening, workdir
+    from rqv2_jax.tools import doctor
 
     opened, tokenizer, inputs = opening.open_inputs(config)
     for note in opened.notes:
@@ -57,9 +57,10 @@ def _data(config):
 
 
 def _denoising(workdir: pathlib.Path, labels: str, samples: int):
-    from rqv2_jax import artifacts, pipeline
+    from rqv2_jax import artifacts
     from rqv2_jax.data import denoise
-    from rqv2_jax.workdir import alone, open_workdir
+    from rqv2_jax.recipe import pipeline
+    from rqv2_jax.recipe.workdir import alone, open_workdir
 
     run = open_workdir(workdir, **program.places())
     with alone(workdir):

@@ -9,8 +9,8 @@ import math
 
 import ml_collections
 
-from rqv2_jax import losses
 from rqv2_jax.errors import InputError
+from rqv2_jax.models import losses
 
 # The two readings of the joint loss: equations 4 to 6, and what the authors' release computes.
 LOSSES = {
@@ -328,7 +328,7 @@ def _flat(config, prefix=""):
 def check(config: ml_collections.ConfigDict):
     """Raises InputError unless the config has the keys of `default()`, with usable values."""
     # Imports scipy.stats, which takes longer than all that loading a config needs.
-    from rqv2_jax import metrics
+    from rqv2_jax.ranking import metrics
 
     known, given = dict(_flat(default())), dict(_flat(config))
     for key in given:

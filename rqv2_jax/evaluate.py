@@ -69,7 +69,7 @@ def _evaluate(workdir: pathlib.Path):
 
     if _DISTRIBUTED.value:
         hosts.start()
-    from rqv2_jax.workdir import alone, open_workdir
+    from rqv2_jax.recipe.workdir import alone, open_workdir
 
     run = open_workdir(workdir, **program.places())
     with alone(workdir):
@@ -77,8 +77,8 @@ def _evaluate(workdir: pathlib.Path):
 
 
 def _report(run):
-    from rqv2_jax import evaluation, results
-    from rqv2_jax.workdir import open_store
+    from rqv2_jax.recipe import evaluation, results
+    from rqv2_jax.recipe.workdir import open_store
 
     store, split = open_store(run), _SPLIT.value
     if _TOPICS.value:
@@ -99,8 +99,8 @@ def _report(run):
 
 
 def _compare(a: str, b: str):
-    from rqv2_jax import compare
     from rqv2_jax import config as config_lib
+    from rqv2_jax.recipe import compare
 
     defaults = config_lib.default()
     rows, queries, named = compare.compare(

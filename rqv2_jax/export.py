@@ -36,7 +36,7 @@ _STATE = flags.DEFINE_enum(
 
 def main():
     """Writes the folder or file."""
-    from rqv2_jax.workdir import alone, open_workdir
+    from rqv2_jax.recipe.workdir import alone, open_workdir
 
     if _FORMAT.value == "huggingface" and pathlib.Path(_TO.value).exists():
         raise InputError(f"--to {_TO.value}: exists; name a folder that does not")
@@ -50,14 +50,14 @@ def main():
 
 
 def _lists(run, path: pathlib.Path):
-    from rqv2_jax import pipeline
+    from rqv2_jax.recipe import pipeline
 
     pipeline.export_lists(run, path)
     print(f"lists: {path}")
 
 
 def _models(run, path: pathlib.Path):
-    from rqv2_jax import exported
+    from rqv2_jax.models import exported
 
     models, data = run.models, run.config.data
     retriever, reranker = (run.params(_STATE.value, model) for model in ("retriever", "reranker"))

@@ -27,7 +27,7 @@ def main():
 
     if _DISTRIBUTED.value:
         hosts.start()
-    from rqv2_jax import pipeline
+    from rqv2_jax.recipe import pipeline
 
     pipeline.main(_CONFIG.value, pathlib.Path(_WORKDIR.value))
 

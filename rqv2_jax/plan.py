@@ -41,7 +41,7 @@ def main():
     # An installed libtpu would look for the metadata server of a cloud that this is not.
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
     os.environ["TPU_ACCELERATOR_TYPE"] = "v5litepod-8"
-    from rqv2_jax import planning
+    from rqv2_jax.tools import planning
 
     config = flags.FLAGS.config
     sizes = planning.sizes(config, _QUERIES.value, _PASSAGES.value)

@@ -42,8 +42,8 @@ def main(*question: str):
         raise InputError("the question is empty; --help shows an example")
     to = program.file_to_write("to")
 
-    from rqv2_jax import score
-    from rqv2_jax.workdir import alone, open_store, open_workdir
+    from rqv2_jax.recipe import scorer as score
+    from rqv2_jax.recipe.workdir import alone, open_store, open_workdir
 
     run = open_workdir(pathlib.Path(_WORKDIR.value), **program.places())
     with alone(run.workdir):
@@ -63,8 +63,8 @@ def render(run, store, passages_1xK, retriever_1xK, reranker_1xR, *, shown: int)
     """
     import numpy as np
 
+    from rqv2_jax.recipe.workdir import texts_of
     from rqv2_jax.retrieval import rerank
-    from rqv2_jax.workdir import texts_of
 
     scores_1xK = rerank.merge(reranker_1xR, retriever_1xK)
     order = np.argsort(-scores_1xK[0], kind="stable").tolist()
@@ -86,9 +86,11 @@ def render(run, store, passages_1xK, retriever_1xK, reranker_1xR, *, shown: int)
 def _write_run(run, store, topics_file: pathlib.Path, path: pathlib.Path):
     import numpy as np
 
-    from rqv2_jax import metrics, score
-    from rqv2_jax.data import own_texts, tokens, topics
+    from rqv2_jax.data import own_texts, tokens
     from rqv2_jax.data.collection import Left
+    from rqv2_jax.data.readers import topics
+    from rqv2_jax.ranking import metrics
+    from rqv2_jax.recipe import scorer as score
     from rqv2_jax.retrieval import rerank
 
     left = Left()

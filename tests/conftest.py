@@ -130,7 +130,8 @@ class World:
         A joint loss is a preset of LOSSES, or one of JOINT, which changes other settings. With
         ", cosine" behind its name the retriever compares by that, scaled.
         """
-        from rqv2_jax import config, train
+        from rqv2_jax import config
+        from rqv2_jax.training import train
 
         models = models or self.models
         if name.endswith(COSINE):
@@ -152,11 +153,11 @@ def world(make_bert):
     import jax
     from shapes import models_of, read_shape
 
-    from rqv2_jax import models as models_lib
-    from rqv2_jax import weights
     from rqv2_jax.data.inputs import Inputs
     from rqv2_jax.data.lists import Lists, Provenance
     from rqv2_jax.data.tokens import Queries, Store, Texts
+    from rqv2_jax.models import scoring as models_lib
+    from rqv2_jax.models import weights
 
     made = {
         tower: make_bert(seed, num_hidden_layers=1)
@@ -289,8 +290,8 @@ def stepper(world, first_batch, optimizer_settings, stage_settings):
 
     Compiled once.
     """
-    from rqv2_jax import sharding as sharding_lib
-    from rqv2_jax import train
+    from rqv2_jax.training import sharding as sharding_lib
+    from rqv2_jax.training import train
 
     made = {}
 

@@ -1,6 +1,7 @@
 """The shape of an encoder, and of both models, as most tests compute them."""
 
-from rqv2_jax import models, released
+from rqv2_jax.models import released
+from rqv2_jax.models import scoring as models
 
 
 def read_shape(folder, num_layers, *, dropout=0.1, unrolled=True):

@@ -8,7 +8,7 @@ import regex
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rqv2_jax.data import answers
+from rqv2_jax.ranking import answers
 
 
 @pytest.mark.parametrize(

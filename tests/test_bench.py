@@ -5,10 +5,11 @@ import json
 import numpy as np
 import pytest
 
-from rqv2_jax import benchmarks, planning, workdir
 from rqv2_jax import config as config_lib
 from rqv2_jax.data.batches import KINDS
 from rqv2_jax.errors import InputError
+from rqv2_jax.recipe import workdir
+from rqv2_jax.tools import benchmarks, planning
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ import torch
 import transformers
 from shapes import read_shape
 
-from rqv2_jax import bert, released, weights
 from rqv2_jax.data.packing import Block
+from rqv2_jax.models import bert, released, weights
 
 LENGTHS = (7, 12, 4)
 # One shape for all blocks, so that little is compiled.

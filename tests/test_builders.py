@@ -18,9 +18,10 @@ import test_tables
 import test_tevatron
 
 from rqv2_jax import config as config_lib
-from rqv2_jax import workdir
-from rqv2_jax.data import builders, collection, dpr, prepared, tables, tevatron
+from rqv2_jax.data import collection, prepared
+from rqv2_jax.data.readers import builders, dpr, tables, tevatron
 from rqv2_jax.errors import InputError
+from rqv2_jax.recipe import workdir
 
 
 def write_beir(folder):

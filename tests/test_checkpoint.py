@@ -11,9 +11,9 @@ import optax
 import pytest
 from refusals import refused
 
-from rqv2_jax import sharding as sharding_lib
-from rqv2_jax import train
-from rqv2_jax.checkpoint import Checkpoints, restore_best
+from rqv2_jax.training import sharding as sharding_lib
+from rqv2_jax.training import train
+from rqv2_jax.training.checkpoint import Checkpoints, restore_best
 
 
 def params(seed=0):

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from test_pipeline import run_program
 
-from rqv2_jax import compare
 from rqv2_jax.errors import InputError
+from rqv2_jax.recipe import compare
 
 NAMES = ("RR@10", "Success@5", "R@1000", "nDCG@10")
 

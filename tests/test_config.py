@@ -10,8 +10,9 @@ import pytest
 import Stemmer
 
 from rqv2_jax import config as config_lib
-from rqv2_jax import losses, opening, released
 from rqv2_jax.errors import InputError
+from rqv2_jax.models import losses, released
+from rqv2_jax.recipe import opening
 
 
 def read_config_file(name):

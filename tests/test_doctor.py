@@ -13,10 +13,12 @@ from test_pipeline import run_program, tiny_config, write_beir
 
 from rqv2_jax import check
 from rqv2_jax import config as config_lib
-from rqv2_jax.data import collection, doctor, dpr, tables
+from rqv2_jax.data import collection
 from rqv2_jax.data.inputs import Inputs
+from rqv2_jax.data.readers import dpr, tables
 from rqv2_jax.data.tokens import Tokenizer
 from rqv2_jax.errors import InputError
+from rqv2_jax.tools import doctor
 
 # A token for each word.
 WORDS = Tokenizer(lambda texts: [[5] * len(text.split()) for text in texts], "words", 9, 1, 2)

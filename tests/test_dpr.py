@@ -6,7 +6,7 @@ import json
 import pytest
 
 from rqv2_jax.data.collection import Left, Passage, Query, left_out
-from rqv2_jax.data.dpr import dpr
+from rqv2_jax.data.readers.dpr import dpr
 from rqv2_jax.errors import InputError
 
 

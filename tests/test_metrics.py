@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from rqv2_jax import metrics
 from rqv2_jax.errors import InputError
+from rqv2_jax.ranking import metrics
 
 REPORTED = [
     "RR@10",

@@ -10,8 +10,9 @@ import pytest
 import torch
 from shapes import models_of, read_shape
 
-from rqv2_jax import models, weights
 from rqv2_jax.data import packing
+from rqv2_jax.models import scoring as models
+from rqv2_jax.models import weights
 
 # Neither sorted by length nor alone in its block, so that order and offsets matter.
 LENGTHS = (7, 12, 4, 9, 3)

@@ -7,8 +7,8 @@ accuracy (dpr/data/qa_validation.py of github.com/facebookresearch/DPR) and trec
 import numpy as np
 import pytest
 
-from rqv2_jax import compare, metrics
-from rqv2_jax.data import answers
+from rqv2_jax.ranking import answers, metrics
+from rqv2_jax.recipe import compare
 
 
 def means(folder, run, qrels, names, min_relevance=1):

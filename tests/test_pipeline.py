@@ -24,24 +24,15 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 
 from rqv2_jax import config as config_lib
-from rqv2_jax import (
-    evaluate,
-    evaluation,
-    metrics,
-    mining,
-    pipeline,
-    report,
-    results,
-    score,
-    train,
-    weights,
-)
-from rqv2_jax.checkpoint import Checkpoints
+from rqv2_jax import evaluate, report
 from rqv2_jax.data import lists as lists_lib
 from rqv2_jax.data import tokens
 from rqv2_jax.errors import InputError
-from rqv2_jax.retrieval import bm25, encode
-from rqv2_jax.workdir import (
+from rqv2_jax.models import weights
+from rqv2_jax.ranking import metrics
+from rqv2_jax.recipe import evaluation, mining, pipeline, results
+from rqv2_jax.recipe import scorer as score
+from rqv2_jax.recipe.workdir import (
     alone,
     as_released,
     branch,
@@ -51,6 +42,9 @@ from rqv2_jax.workdir import (
     open_store,
     open_workdir,
 )
+from rqv2_jax.retrieval import bm25, encode
+from rqv2_jax.training import train
+from rqv2_jax.training.checkpoint import Checkpoints
 
 ROOT = pathlib.Path(__file__).parent.parent
 WORDS = [
@@ -976,7 +970,7 @@ def test_workdir_of_another_config_is_refused_and_left_alone(finished):
 def test_two_processes_do_not_work_in_one_workdir(finished, tmp_path):
     config, workdir = finished
     hold = (
-        "import pathlib, sys; from rqv2_jax.workdir import alone\n"
+        "import pathlib, sys; from rqv2_jax.recipe.workdir import alone\n"
         "with alone(pathlib.Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
     )
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}

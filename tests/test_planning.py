@@ -10,10 +10,11 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from rqv2_jax import bert, hlo, planning, released, weights
 from rqv2_jax import config as config_lib
 from rqv2_jax.data.packing import Block
 from rqv2_jax.errors import InputError
+from rqv2_jax.models import bert, released, weights
+from rqv2_jax.tools import hlo, planning
 
 ROWS, WIDTH, LAYERS = 24, 16, 5
 

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rqv2_jax import attention, ragged_attention
 from rqv2_jax.data import packing
 from rqv2_jax.errors import InputError
+from rqv2_jax.models import attention, ragged_attention
 
 LENGTHS = (7, 80, 3, 100, 1, 33)
 TOKENS, HEADS, SIZE, LONGEST = 256, 2, 16, 128

@@ -15,10 +15,13 @@ from absl.testing import flagsaver
 from test_pipeline import run_program, tiny_config, write_beir
 
 from rqv2_jax import config as config_lib
-from rqv2_jax import evaluate, evaluation, metrics, mining, pipeline, score
+from rqv2_jax import evaluate
 from rqv2_jax.data import own_texts, tokens
 from rqv2_jax.errors import InputError
-from rqv2_jax.workdir import claim, open_run, open_store, open_workdir, texts_of
+from rqv2_jax.ranking import metrics
+from rqv2_jax.recipe import evaluation, mining, pipeline
+from rqv2_jax.recipe import scorer as score
+from rqv2_jax.recipe.workdir import claim, open_run, open_store, open_workdir, texts_of
 
 
 def write_messy(folder):

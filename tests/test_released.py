@@ -19,13 +19,13 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from shapes import models_of
 
 from rqv2_jax import config as config_lib
-from rqv2_jax import exported, released, weights
 from rqv2_jax.data import packing
 from rqv2_jax.data.tokens import TOKENIZER_FILES, Store
 from rqv2_jax.errors import InputError
-from rqv2_jax.opening import open_inputs, open_models
+from rqv2_jax.models import exported, released, weights
+from rqv2_jax.recipe.opening import open_inputs, open_models
+from rqv2_jax.recipe.workdir import open_run
 from rqv2_jax.retrieval import encode, rerank
-from rqv2_jax.workdir import open_run
 
 KEY = jax.random.key(0)
 IDENTITY = torch.nn.Identity()

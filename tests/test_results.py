@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from rqv2_jax import config as config_lib
-from rqv2_jax import results
 from rqv2_jax.data.tokens import Queries, Store, Texts
+from rqv2_jax.recipe import results
 
 
 def outcome(a, b, difference, p_value):

@@ -10,8 +10,8 @@ import tqdm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rqv2_jax import sharding as sharding_lib
 from rqv2_jax.retrieval import bm25, encode, index, rerank, stream
+from rqv2_jax.training import sharding as sharding_lib
 
 SCANN = types.SimpleNamespace(
     brute_force_below=20_000, leaves_per_sqrt=1.0, searched_share=0.3, seen=10.0, reorder=4.0

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rqv2_jax import sharding as sharding_lib
-from rqv2_jax import train
 from rqv2_jax.errors import InputError
+from rqv2_jax.training import sharding as sharding_lib
+from rqv2_jax.training import train
 
 
 def named_leaves(tree):

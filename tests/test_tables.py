@@ -4,8 +4,8 @@ import gzip
 
 import pytest
 
-from rqv2_jax.data import tables
 from rqv2_jax.data.collection import Left, Passage, Query, left_out
+from rqv2_jax.data.readers import tables
 from rqv2_jax.errors import InputError
 
 QUERIES = 250

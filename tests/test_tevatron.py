@@ -6,7 +6,7 @@ import json
 import pytest
 
 from rqv2_jax.data.collection import Left, Passage, Query, check_qrels, left_out
-from rqv2_jax.data.tevatron import tevatron
+from rqv2_jax.data.readers.tevatron import tevatron
 from rqv2_jax.errors import InputError
 
 

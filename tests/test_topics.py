@@ -6,7 +6,7 @@ import json
 import pytest
 
 from rqv2_jax.data.collection import Left, Query
-from rqv2_jax.data.topics import asked, topics
+from rqv2_jax.data.readers.topics import asked, topics
 from rqv2_jax.errors import InputError
 
 # The layout of topics 301 to 450, of 51 to 100, and of collections that close their tags.

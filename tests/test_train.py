@@ -13,10 +13,11 @@ from conftest import COSINE, SCALE
 from ml_collections import ConfigDict
 from safetensors.torch import save_file
 
-from rqv2_jax import losses, train, weights
-from rqv2_jax import sharding as sharding_lib
 from rqv2_jax.errors import InputError
-from rqv2_jax.models import retriever_scores
+from rqv2_jax.models import losses, weights
+from rqv2_jax.models.scoring import retriever_scores
+from rqv2_jax.training import sharding as sharding_lib
+from rqv2_jax.training import train
 
 KEY = jax.random.key(0, impl="rbg")
 

@@ -10,10 +10,11 @@ import sentence_transformers
 from test_pipeline import run_program, tiny_config, write_beir
 
 from rqv2_jax import config as config_lib
-from rqv2_jax import pipeline, score
 from rqv2_jax.data import tokens
 from rqv2_jax.errors import InputError
-from rqv2_jax.workdir import claim, open_run, open_workdir
+from rqv2_jax.recipe import pipeline
+from rqv2_jax.recipe import scorer as score
+from rqv2_jax.recipe.workdir import claim, open_run, open_workdir
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ import tqdm
 
 from rqv2_jax.data import packing
 from rqv2_jax.data.inputs import Inputs
-from rqv2_jax.models import Models
-from rqv2_jax.sharding import Sharding
+from rqv2_jax.models.scoring import Models
+from rqv2_jax.training.sharding import Sharding
 
 # Of a usual batch's tokens, a spare one's.
 SPARE_SHARE = 0.25

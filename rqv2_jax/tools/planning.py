@@ -18,15 +18,18 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from rqv2_jax import attention, bert, hlo, opening, random_model, released, train
 from rqv2_jax import config as config_lib
-from rqv2_jax import models as models_lib
-from rqv2_jax import sharding as sharding_lib
 from rqv2_jax.data import batches as batches_lib
 from rqv2_jax.data import packing
 from rqv2_jax.data.lists import training_lists
 from rqv2_jax.errors import InputError
+from rqv2_jax.models import attention, bert, random_model, released
+from rqv2_jax.models import scoring as models_lib
+from rqv2_jax.recipe import opening
 from rqv2_jax.retrieval import stream
+from rqv2_jax.tools import hlo
+from rqv2_jax.training import sharding as sharding_lib
+from rqv2_jax.training import train
 
 GIB = 2**30
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 import regex
 
-from rqv2_jax.metrics import Qrels
+from rqv2_jax.ranking.metrics import Qrels
 
 _TOKEN = regex.compile(r"[\p{L}\p{N}\p{M}]+|[^\p{Z}\p{C}]")
 

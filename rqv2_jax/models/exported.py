@@ -7,10 +7,10 @@ import shutil
 import numpy as np
 from safetensors.numpy import save_file
 
-from rqv2_jax import bert, released
 from rqv2_jax import config as config_lib
 from rqv2_jax.data.tokens import TOKENIZER_FILES
-from rqv2_jax.weights import EMBEDDINGS, LAYERS
+from rqv2_jax.models import bert, released
+from rqv2_jax.models.weights import EMBEDDINGS, LAYERS
 
 
 def save_encoder(

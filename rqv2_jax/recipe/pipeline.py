@@ -15,14 +15,15 @@ import ml_collections
 import numpy as np
 import tqdm
 
-from rqv2_jax import artifacts, evaluation, hosts, mining, optional, results, train
-from rqv2_jax.checkpoint import Checkpoints, best_step
-from rqv2_jax.data import collection, denoise, joint_tsv, own_texts, tokens
+from rqv2_jax import artifacts, hosts, optional
+from rqv2_jax.data import collection, denoise, own_texts, tokens
 from rqv2_jax.data import lists as lists_lib
 from rqv2_jax.data.batches import ListBatches
+from rqv2_jax.data.readers import joint_tsv
 from rqv2_jax.errors import InputError
-from rqv2_jax.evaluation import DEV_METRIC
-from rqv2_jax.workdir import (
+from rqv2_jax.recipe import evaluation, mining, results
+from rqv2_jax.recipe.evaluation import DEV_METRIC
+from rqv2_jax.recipe.workdir import (
     Run,
     alone,
     begin,
@@ -35,6 +36,8 @@ from rqv2_jax.workdir import (
     open_store,
     texts_of,
 )
+from rqv2_jax.training import train
+from rqv2_jax.training.checkpoint import Checkpoints, best_step
 
 
 def main(config: ml_collections.ConfigDict, workdir: pathlib.Path):

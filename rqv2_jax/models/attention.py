@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rqv2_jax import ragged_attention
 from rqv2_jax.data.packing import Block
 from rqv2_jax.errors import InputError
-from rqv2_jax.ragged_attention import MASKED
+from rqv2_jax.models import ragged_attention
+from rqv2_jax.models.ragged_attention import MASKED
 
 
 class Rows(NamedTuple):

@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from rqv2_jax.data.packing import FLAT_SLOTS
-from rqv2_jax.dropout import survive
+from rqv2_jax.models.dropout import survive
 
 # Queries and keys of a tile; FLAT_TOKENS is a multiple of both. Where only first tokens ask, a tile
 # holds few: each belongs to another sequence, whose keys the whole tile visits.

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from rqv2_jax.data.collection import Left, Query, lines, objects, open_file, text_of
-from rqv2_jax.data.tables import pairs, unique
+from rqv2_jax.data.readers.tables import pairs, unique
 from rqv2_jax.errors import InputError
 
 _TAG = re.compile(r"<(/?\w+)>(.*)")

@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rqv2_jax import ragged_attention, sharding, train
-from rqv2_jax.benchmarks import Texts, compiled_joint, joint_batches
+from rqv2_jax.models import ragged_attention
+from rqv2_jax.recipe.workdir import Run
 from rqv2_jax.retrieval import encode, rerank, stream
-from rqv2_jax.workdir import Run
+from rqv2_jax.tools.benchmarks import Texts, compiled_joint, joint_batches
+from rqv2_jax.training import sharding, train
 
 LISTED = 10  # operations of a profile
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import numpy as np
 import tqdm
 
-from rqv2_jax import metrics
 from rqv2_jax.data import collection, own_texts
 from rqv2_jax.errors import InputError
+from rqv2_jax.ranking import metrics
 
 
 def read_qrels(path: pathlib.Path) -> dict[tuple[str, str], int]:

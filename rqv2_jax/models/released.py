@@ -13,8 +13,8 @@ import re
 import shlex
 from typing import Any, NamedTuple
 
-from rqv2_jax import bert
 from rqv2_jax.errors import InputError
+from rqv2_jax.models import bert
 
 FILE = "model.safetensors"
 # Names the files of a model that is saved in several.

@@ -19,7 +19,8 @@ from pathlib import Path
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.download import util
 
-from rqv2_jax.data import collection, dpr, prepared, tables, tevatron
+from rqv2_jax.data import collection, prepared
+from rqv2_jax.data.readers import dpr, tables, tevatron
 from rqv2_jax.errors import InputError
 
 _BEIR = "https://public.ukp.informatik.tu-darmstadt.de/thakur/BEIR/datasets/"

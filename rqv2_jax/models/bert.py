@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from rqv2_jax import attention, ragged_attention
 from rqv2_jax.data.packing import Block
-from rqv2_jax.dropout import survive
+from rqv2_jax.models import attention, ragged_attention
+from rqv2_jax.models.dropout import survive
 
 # Dense products with their biases, which libraries add on the way.
 KEPT = "dense"

@@ -16,8 +16,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from rqv2_jax import bert
 from rqv2_jax.data.packing import Block, Packed
+from rqv2_jax.models import bert
 
 # Vectors shorter than this are not made longer.
 SHORTEST = 1e-12

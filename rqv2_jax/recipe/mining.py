@@ -8,11 +8,12 @@ import numpy as np
 import tqdm
 
 from rqv2_jax import artifacts, hosts
-from rqv2_jax.data import joint_tsv, own_texts, tokens
 from rqv2_jax.data import lists as lists_lib
+from rqv2_jax.data import own_texts, tokens
+from rqv2_jax.data.readers import joint_tsv
 from rqv2_jax.errors import InputError
+from rqv2_jax.recipe.workdir import Run
 from rqv2_jax.retrieval import encode, index, rerank
-from rqv2_jax.workdir import Run
 
 MINED_AT_ONCE = 1024
 

@@ -9,13 +9,16 @@ import re
 import numpy as np
 import tqdm
 
-from rqv2_jax import artifacts, hosts, metrics, mining, optional, results
-from rqv2_jax.data import answers as answers_lib
-from rqv2_jax.data import collection, own_texts, tokens, topics
+from rqv2_jax import artifacts, hosts, optional
+from rqv2_jax.data import collection, own_texts, tokens
 from rqv2_jax.data import lists as lists_lib
+from rqv2_jax.data.readers import topics
 from rqv2_jax.errors import InputError
+from rqv2_jax.ranking import answers as answers_lib
+from rqv2_jax.ranking import metrics
+from rqv2_jax.recipe import mining, results
+from rqv2_jax.recipe.workdir import Run, as_released, texts_of
 from rqv2_jax.retrieval import bm25, encode, index, rerank
-from rqv2_jax.workdir import Run, as_released, texts_of
 
 STATES = ("zero_shot", "retriever", "reranker", "joint")
 # States that are not trained and that training has to beat.

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rqv2_jax import bert, exported
 from rqv2_jax.data.packing import Block
+from rqv2_jax.models import bert, exported
 
 # Devlin et al. 2019, and ERNIE 2.0 base.
 BASE = {

@@ -21,12 +21,13 @@ import ml_collections
 import numpy as np
 import tqdm
 
-from rqv2_jax import metrics
-from rqv2_jax.data import collection, joint_tsv, own_texts
+from rqv2_jax.data import collection, own_texts
 from rqv2_jax.data.inputs import Inputs
 from rqv2_jax.data.lists import subset, training_lists
+from rqv2_jax.data.readers import joint_tsv
 from rqv2_jax.data.tokens import Store, Tokenizer
 from rqv2_jax.errors import InputError
+from rqv2_jax.ranking import metrics
 
 SAMPLED = 20_000
 # Of all tokens; more, lost to truncation, is a warning.

@@ -16,10 +16,10 @@ import numpy as np
 import optax
 import tqdm
 
-from rqv2_jax import losses
 from rqv2_jax.errors import InputError
-from rqv2_jax.models import Models, retriever_scores
-from rqv2_jax.sharding import Sharding
+from rqv2_jax.models import losses
+from rqv2_jax.models.scoring import Models, retriever_scores
+from rqv2_jax.training.sharding import Sharding
 
 # Of the lists that a CPU computes at once: what their layers hold stays in its caches.
 CPU_TOKENS = 10_000

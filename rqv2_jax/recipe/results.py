@@ -5,9 +5,9 @@ import textwrap
 
 import numpy as np
 
-from rqv2_jax.checkpoint import best_step
 from rqv2_jax.data import tokens
-from rqv2_jax.workdir import Run
+from rqv2_jax.recipe.workdir import Run
+from rqv2_jax.training.checkpoint import best_step
 
 P_VALUE = 0.05
 WIDTH = 100

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from rqv2_jax import evaluation
 from rqv2_jax.data import tokens
+from rqv2_jax.recipe import evaluation
+from rqv2_jax.recipe.workdir import Run, open_workdir
 from rqv2_jax.retrieval import encode, rerank
-from rqv2_jax.workdir import Run, open_workdir
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,15 +16,18 @@ import jax
 import ml_collections
 import tqdm
 
-from rqv2_jax import artifacts, hosts, opening, optional, released, weights
+from rqv2_jax import artifacts, hosts, optional
 from rqv2_jax import config as config_lib
-from rqv2_jax import models as models_lib
-from rqv2_jax import sharding as sharding_lib
-from rqv2_jax.checkpoint import best_step, restore_best
-from rqv2_jax.data import collection, own_texts, tables, tevatron, tokens
+from rqv2_jax.data import collection, own_texts, tokens
 from rqv2_jax.data.inputs import Inputs
+from rqv2_jax.data.readers import tables, tevatron
 from rqv2_jax.errors import DAMAGE, InputError, readable
+from rqv2_jax.models import released, weights
+from rqv2_jax.models import scoring as models_lib
+from rqv2_jax.recipe import opening
 from rqv2_jax.retrieval.stream import Forward, make_forward
+from rqv2_jax.training import sharding as sharding_lib
+from rqv2_jax.training.checkpoint import best_step, restore_best
 
 # Settings that change where numbers are computed, and when, but not which, unless it be what dropout
 # draws; and those of evaluation, whose files say what they were made by.
@@ -481,7 +484,7 @@ def branch(run: Run, warm: Run):
 def open_collection(data: ml_collections.ConfigDict, folder: pathlib.Path) -> collection.Collection:
     """The texts and labels that `config.data` names; the embedded ones are extracted into a folder."""
     if data.dataset != "docstrings" and not data.path:
-        return _prepared("builders").fetched(data.dataset)
+        return _prepared("readers.builders").fetched(data.dataset)
     match data.dataset.split("_")[0]:
         case "docstrings":
             docstrings = _prepared("docstrings").docstrings
@@ -495,7 +498,7 @@ def open_collection(data: ml_collections.ConfigDict, folder: pathlib.Path) -> co
         case "rocketqa":
             return tables.rocketqa(data.path)
         case "dpr":
-            return optional.load("rqv2_jax.data.dpr", "data in DPR's layout").dpr(data.path)
+            return optional.load("rqv2_jax.data.readers.dpr", "data in DPR's layout").dpr(data.path)
         case "tevatron":
             return tevatron.tevatron(data.path)
 

@@ -9,12 +9,12 @@ from typing import NamedTuple
 import jax
 import ml_collections
 
-from rqv2_jax import attention, bert, released, weights
 from rqv2_jax import config as config_lib
-from rqv2_jax import models as models_lib
 from rqv2_jax.data import tokens
 from rqv2_jax.data.inputs import Inputs
 from rqv2_jax.errors import InputError
+from rqv2_jax.models import attention, bert, released, weights
+from rqv2_jax.models import scoring as models_lib
 
 # The scale that sentence-transformers trains cosines with.
 COSINE_SCALE = 20.0

@@ -11,8 +11,8 @@ import re
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from rqv2_jax import bert, released
 from rqv2_jax.errors import InputError
+from rqv2_jax.models import bert, released
 
 # An encoder gives the raw hidden states, so it has no use for a pooler or a head.
 UNWANTED = re.compile(r"(pooler|cls|classifier|lm_head|ernie_cls)\..*|embeddings\.position_ids")

@@ -16,14 +16,17 @@ import jax
 import numpy as np
 import tqdm
 
-from rqv2_jax import bert, hlo, pipeline, planning, random_model, rivals, train
 from rqv2_jax import config as config_lib
 from rqv2_jax.data import lists as lists_lib
 from rqv2_jax.data import packing, tokens
 from rqv2_jax.data.batches import KINDS, ListBatches
 from rqv2_jax.errors import InputError
+from rqv2_jax.models import bert, random_model
+from rqv2_jax.recipe import pipeline
+from rqv2_jax.recipe.workdir import Run, open_collection, open_run
 from rqv2_jax.retrieval import encode, index, rerank, stream
-from rqv2_jax.workdir import Run, open_collection, open_run
+from rqv2_jax.tools import hlo, planning, rivals
+from rqv2_jax.training import train
 
 # Steps in a row that are timed before it is the rival's turn.
 TURN = 3

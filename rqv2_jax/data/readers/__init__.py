@@ -1,0 +1,1 @@
+"""A module for each file format; all give what `data.collection` describes."""

@@ -1,0 +1,1 @@
+"""Metrics, run files and answers. Nothing in here imports jax."""

@@ -1,0 +1,1 @@
+"""The run: its stages, its workdir, mining between them and evaluation at their ends."""

@@ -1,0 +1,1 @@
+"""What serves engineers and no run: planning, benchmarks and the data doctor."""
