@@ -7,7 +7,7 @@ the data are not usable.
 With --workdir: is the re-ranker to be believed, and where? Prints score histograms, counts by threshold
 and some candidates that were not trusted as negatives; writes the counts to eval/denoise.json. With
 fuller labels than those trained on, in a qrels folder beside them, also how often denoising is right.
-Data or weights that have moved since are given as --data, --weights.
+Data or weights that have moved since are given as --data, --weights, --reranker_weights.
 
 Examples:
   python -m rqv2_jax.check --config configs/beir.py --config.data.path=FOLDER
@@ -32,7 +32,7 @@ def main():
     given = flags.FLAGS
     if given.config is None:
         return _denoising(pathlib.Path(given.workdir), given.labels, given.samples)
-    for name in ("labels", "samples", "data", "weights"):
+    for name in ("labels", "samples", "data", "weights", "reranker_weights"):
         if given[name].present:
             raise InputError(f"--{name} goes with --workdir; leave it out")
     return _data(given.config)

@@ -5,7 +5,7 @@ and labels are those of the files (`qid <tab> text`, TREC topics or BEIR's queri
 or BEIR qrels), the passages the workdir's; what it writes is named after the topics file. With
 --candidates, a run file of any system, nothing is retrieved: the re-rankers re-rank the first passages
 that the file lists. With --distributed all these run on several hosts, as rqv2_jax.main does. Data or
-weights that have moved since are given as --data, --weights.
+weights that have moved since are given as --data, --weights, --reranker_weights.
 The last form takes any two run files and qrels and prints differences, 95% intervals and paired
 p-values. Run files are TREC's, MS MARCO's (qid, pid, rank) or RocketQA's (qid, pid, rank, score).
 

@@ -9,7 +9,7 @@ joint-tsv: the hybrid lists of joint training, as the authors' release reads the
 label); the same file can be trained on with --config.joint.lists=FILE --config.joint.epochs=1 and
 --config.joint.list_size as this run has it.
 
-Data or weights that have moved since are given as --data, --weights.
+Data or weights that have moved since are given as --data, --weights, --reranker_weights.
 
 Examples:
   python -m rqv2_jax.export --workdir workdir/docstrings --format huggingface --to models

@@ -25,14 +25,15 @@ def define_config(help_text: str = "Config file, as configs/nq.py[:preset].") ->
 
 
 def define_places():
-    """The flags --data and --weights, for a workdir whose data or weights have moved."""
+    """The flags of new places, for a workdir whose data or weights have moved."""
     flags.DEFINE_string("data", "", "The data's new place, if they have moved since.")
     flags.DEFINE_string("weights", "", "The weights' new place, if they have moved since.")
+    flags.DEFINE_string("reranker_weights", "", "That of the re-ranker's, if they are others.")
 
 
 def places() -> dict[str, str]:
     """What the flags of `define_places` say, as `workdir.open_workdir` takes it."""
-    return {name: flags.FLAGS[name].value for name in ("data", "weights")}
+    return {name: flags.FLAGS[name].value for name in ("data", "weights", "reranker_weights")}
 
 
 def run(

@@ -2,7 +2,8 @@
 
 With a question, prints the best passages with both models' scores. With --topics, writes what is found
 for each query of the file (`qid <tab> text`, TREC topics or BEIR's queries.jsonl), which needs no
-labels, as a TREC run file. Data or weights that have moved since are given as --data, --weights.
+labels, as a TREC run file. Data or weights that have moved since are given as --data, --weights,
+--reranker_weights.
 
 Examples:
   python -m rqv2_jax.search --workdir workdir/quickstart "sort an array"

@@ -1,5 +1,6 @@
 """The data doctor: sound data are sound, and each finding is made, where it belongs."""
 
+import dataclasses
 import json
 import re
 
@@ -363,11 +364,14 @@ def test_a_language_that_the_vocabulary_lacks_is_a_warning(tmp_path):
     folder, config = write(tmp_path), config_of()
     known = {"passage", "question", "title", "number"}
 
-    def examined(unknown):
-        words = Tokenizer(
+    def tokenizer_of(unknown):
+        return Tokenizer(
             lambda texts: [[5 if w in known else 7 for w in t.split()] for t in texts],
             *("words", 9, 1, 2, unknown),
         )
+
+    def examined(unknown, pairs=None):
+        words = dataclasses.replace(tokenizer_of(unknown), pairs=pairs)
         found = collection.beir(folder, train_qrels="qrels", eval_qrels="qrels")
         return doctor.examine(config, lambda: found, words, inputs_of(config)).findings
 
@@ -379,6 +383,10 @@ def test_a_language_that_the_vocabulary_lacks_is_a_warning(tmp_path):
     assert passages.what.startswith("24 of 60 sampled tokens (40.0%) are [UNK]")
     assert queries[:2] == ("warning", "queries")
     assert queries.what.startswith("12 of 24 sampled tokens (50.0%) are [UNK]")
+    # By a tokenizer of the re-ranker's own.
+    both = examined(8, tokenizer_of(7))
+    assert [found.where for found in both] == ["passages", "queries"]
+    assert all("says nothing to the re-ranker; take" in found.what for found in both)
 
 
 def test_every_stream_has_its_say(tmp_path):

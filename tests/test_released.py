@@ -349,6 +349,20 @@ def test_the_first_layers_alone_are_told(make_bert):
         ),
         ("config_sentence_transformers.json", {"prompts": ["a"]}, ["prompts are not texts"]),
         ("1_Pooling/config.json", {"include_prompt": False}, ["include_prompt is false"]),
+        (
+            "1_Pooling/config.json",
+            {"pooling_mode": 3},
+            ["1_Pooling/config.json: pooling_mode is 3"],
+        ),
+        ("config_sentence_transformers.json", {"rqv2_jax": "x"}, ["rqv2_jax is 'x'"]),
+        ("sentence_bert_config.json", {"max_seq_length": "128"}, ["max_seq_length is '128'"]),
+        ("tokenizer_config.json", {"model_max_length": "128"}, ["model_max_length is '128'"]),
+        ("config.json", {"architectures": "BertModel"}, ["architectures is 'BertModel'"]),
+        ("config.json", {"hidden_size": "48"}, ["config.json: hidden_size is '48'"]),
+        ("config.json", {"num_attention_heads": 0}, ["num_attention_heads is 0"]),
+        ("config.json", {"max_position_embeddings": None}, ["max_position_embeddings is None"]),
+        ("config.json", {"layer_norm_eps": None}, ["layer_norm_eps is None"]),
+        ("tokenizer.json", {"model": [1]}, ["its tokenizer cannot be read"]),
         ("config.json", {"is_decoder": True}, ["config.json", "is_decoder"]),
         (
             "config_sentence_transformers.json",
@@ -381,6 +395,7 @@ def test_a_config_can_override_what_is_not_understood(make_st):
         ([module("WordEmbeddings"), module("Pooling", "1_Pooling")], "WordEmbeddings"),
         ([module("Transformer")], "module Transformer is not understood"),
         ([{"idx": 0}], "a module has no type"),
+        ([{"type": "Transformer", "path": None}], "a module has no type or no path"),
         ({}, "holds no JSON list"),
     ],
 )

@@ -202,6 +202,17 @@ def test_a_models_folder_may_move(old, bert_folder, make_bert, tmp_path):
     config.model.weights = str(moved)
     claim(open_run(config, workdir))
     assert open_workdir(workdir).config.model.reranker.weights == str(moved)
+    # That of the re-ranker alone, which has a flag of its own.
+    config.model.reranker.weights = str(shutil.copytree(moved, tmp_path / "teacher"))
+    claim(open_run(config, workdir))
+    teacher = (tmp_path / "teacher").rename(tmp_path / "moved teacher")
+    with pytest.raises(InputError, match=r"teacher', which .* as --reranker_weights DIR"):
+        open_workdir(workdir)
+    run = open_workdir(workdir, reranker_weights=str(teacher))
+    assert (run.config.model.weights, run.sources.reranker.folder) == (str(moved), teacher)
+    with pytest.raises(InputError, match="made from other weights or tokenizers than"):
+        open_workdir(workdir, reranker_weights=str(make_bert(5)[0]))
+    config.model.reranker.weights = ""
     other, _ = make_bert(5)
     for name in ("model.safetensors", "tokenizer_config.json"):
         before = (moved / name).read_bytes()

@@ -195,8 +195,18 @@ def read_json(path: pathlib.Path, kind: type = dict) -> Any:
     return found
 
 
-def _optional(path: pathlib.Path) -> dict:
-    return read_json(path) if path.is_file() else {}
+def _optional(path: pathlib.Path, **kinds) -> dict:
+    """Returns the object in a file, {} without one, as `_checked`."""
+    return _checked(path, read_json(path), **kinds) if path.is_file() else {}
+
+
+def _checked(path: pathlib.Path, found: dict, **kinds) -> dict:
+    """Returns what a file holds; raises InputError if one of the settings is not of its kind."""
+    for key, kind in kinds.items():
+        value = found.get(key)
+        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+            raise InputError(f"{path}: {key} is {value!r}; restore the model's file")
+    return found
 
 
 def read(folder: pathlib.Path) -> Released:
@@ -260,15 +270,17 @@ class _Modules:
         self.folder, self.notes = folder, []
         path = folder / "modules.json"
         self.there = path.is_file()
-        self.settings = _optional(folder / "config_sentence_transformers.json")
+        self.settings = _optional(folder / "config_sentence_transformers.json", **{OWN_KEY: dict})
         listed = read_json(path, list) if self.there else []
         self.modules = []
         for module in listed:
-            if not isinstance(module, dict) or not {"type", "path"} <= module.keys():
+            if not isinstance(module, dict) or not isinstance(module.get("path"), str):
                 raise InputError(
                     f"{path}: a module has no type or no path; restore the model's file"
                 )
-            self.modules.append((str(module["type"]).rsplit(".", 1)[-1], folder / module["path"]))
+            self.modules.append(
+                (str(module.get("type")).rsplit(".", 1)[-1], folder / module["path"])
+            )
         kinds = [kind for kind, _ in self.modules]
         kind = self.settings.get("model_type", "SentenceTransformer")
         if kind not in ("SentenceTransformer", "CrossEncoder"):
@@ -290,7 +302,7 @@ class _Modules:
         self.kinds = kinds
         self.encoder = self.modules[0][1] if self.there else folder
         path = self.encoder / "sentence_bert_config.json"
-        said = _optional(path)
+        said = _optional(path, max_seq_length=int)
         self.transformer = {"max_seq_length": None, "do_lower_case": False, **said}
         if unused := sorted(said.keys() - TRANSFORMER_KEYS):
             self.notes.append(f"{path}: settings left unused: {', '.join(unused)}")
@@ -300,9 +312,9 @@ class _Modules:
         path = self.modules[1][1] / "config.json"
         if not path.is_file():
             raise InputError(f"{path}: missing, though modules.json names it; copy the whole model")
-        found = read_json(path)
+        found = _checked(path, read_json(path), pooling_mode=(str, list))
         modes = found.get("pooling_mode", [n for k, n in POOLING_FLAGS.items() if found.get(k)])
-        modes = [modes] if isinstance(modes, str) else list(modes)
+        modes = [modes] if isinstance(modes, str) else modes
         # sentence-transformers takes the mean where nothing is said.
         return " + ".join(map(str, modes or ["mean"])), bool(found.get("include_prompt", True))
 
@@ -349,7 +361,8 @@ class _Modules:
         said = self.transformer["max_seq_length"]
         if said is None:
             # Tokenizers without a limit name a huge number.
-            tokenizer = _optional(self.encoder / "tokenizer_config.json")
+            path = self.encoder / "tokenizer_config.json"
+            tokenizer = _optional(path, model_max_length=(int, float))
             said = tokenizer.get("model_max_length") or positions
         return int(min(said, positions))
 
@@ -417,7 +430,13 @@ def _architecture(folder: pathlib.Path) -> dict:
     """
     path = folder / "config.json"
     hf = read_json(path)
-    named = hf.get("architectures") or [""]
+    named = _checked(path, hf, architectures=list).get("architectures") or [""]
+    for key, default in DEFAULTS.items():
+        value = hf.get(key, default)
+        wanted = int | float if isinstance(default, float) else type(default)
+        sound = isinstance(value, wanted) and not isinstance(value, bool)
+        if not sound or (wanted is int and value < 1):
+            raise InputError(f"{path}: {key} is {value!r}; restore the model's own config.json")
     kind = hf.get("model_type")
     if kind is None:
         kind = next(

@@ -52,13 +52,18 @@ class Scorer:
         return passages_PxD @ query_1xD[0], reranker_1xP[0]
 
 
-def open_scorer(workdir: str, state: str) -> Scorer:
+def open_scorer(
+    workdir: str, state: str, *, weights: str = "", reranker_weights: str = ""
+) -> Scorer:
     """The models of a workdir in a state: "reranker" (both warmed up) or "joint".
+
+    Weights that have moved since are given as for `open_workdir`.
 
     Raises:
       InputError: no workdir, or the state has not been reached.
     """
-    run = open_workdir(pathlib.Path(workdir))
+    places = {"weights": weights, "reranker_weights": reranker_weights}
+    run = open_workdir(pathlib.Path(workdir), **places)
     return Scorer(run, run.params(state, "retriever"), run.params(state, "reranker"))
 
 

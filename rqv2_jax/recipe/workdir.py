@@ -181,11 +181,14 @@ def as_released(run: Run) -> Run:
     return _open_run(config, run.workdir)[0]
 
 
-def open_workdir(workdir: pathlib.Path, *, data: str = "", weights: str = "") -> Run:
+def open_workdir(
+    workdir: pathlib.Path, *, data: str = "", weights: str = "", reranker_weights: str = ""
+) -> Run:
     """The run a workdir was made by, on the devices there are; says so if a stage is not finished.
 
     Args:
-      data, weights: new places of what has moved since, of the same content.
+      data, weights, reranker_weights: new places of what has moved since, of the same content; the
+        last where the re-ranker came from another folder.
 
     Raises:
       InputError: the folder is no workdir, or the weights are not those it was made from.
@@ -207,6 +210,8 @@ def open_workdir(workdir: pathlib.Path, *, data: str = "", weights: str = "") ->
         if config.model.reranker.weights == config.model.weights:
             config.model.reranker.weights = weights
         config.model.weights = weights
+    if reranker_weights:
+        config.model.reranker.weights = reranker_weights
     for setting, name in (
         ("weights", config.model.weights),
         ("reranker.weights", config.model.reranker.weights),
@@ -216,8 +221,8 @@ def open_workdir(workdir: pathlib.Path, *, data: str = "", weights: str = "") ->
         except InputError as e:
             raise InputError(
                 f"{path}: config.model.{setting} is {name!r}, which is not there; if it has moved, "
-                "give its new place as --weights DIR, or run rqv2_jax.main once more with "
-                f"--config.model.{setting}=DIR"
+                f"give its new place as --{setting.replace('.', '_')} DIR, or run rqv2_jax.main once "
+                f"more with --config.model.{setting}=DIR"
             ) from e
     try:
         run, _ = _open_run(config, workdir)
@@ -226,7 +231,7 @@ def open_workdir(workdir: pathlib.Path, *, data: str = "", weights: str = "") ->
             raise _of_another_version(path, f"cannot be opened ({e})") from e
         raise
     _check_head(run, earlier, path)
-    if weights:
+    if weights or reranker_weights:
         _same_sources(run)
     for stage in ("retriever", "reranker", "joint"):
         folder = workdir / stage

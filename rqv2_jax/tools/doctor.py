@@ -384,19 +384,23 @@ class _Doctor:
             self.found("note", where, f"{share}; such passages are ignored for them {setting}")
 
     def unknown_tokens(self, tokenizer: Tokenizer):
-        """Reports texts that the tokenizer has no tokens for."""
-        if tokenizer.unknown is None:
-            return
+        """Reports texts that a tokenizer, or the re-ranker's beside it, has no tokens for."""
         passages = [f"{title} {text}" for title, text in self.passage_sample.items]
-        for where, strings in (("passages", passages), ("queries", self.query_sample.items)):
-            tokens = tokenizer.texts(strings).tokens
-            count = (tokens == tokenizer.unknown).sum()
+        sampled = {"passages": passages, "queries": self.query_sample.items}
+        readers = {"the models": tokenizer}
+        if tokenizer.pairs is not None:
+            readers = {"the retriever": tokenizer, "the re-ranker": tokenizer.pairs}
+        for (reader, own), (where, strings) in itertools.product(readers.items(), sampled.items()):
+            if own.unknown is None:
+                continue
+            tokens = list(itertools.chain.from_iterable(own.encode(strings)))
+            count = tokens.count(own.unknown)
             if count > MUCH_UNKNOWN * len(tokens):
                 self.found(
                     "warning",
                     where,
                     f"{_share(count, len(tokens), 'sampled tokens')} are [UNK], which says nothing to "
-                    "the models; take weights whose vocabulary has this language",
+                    f"{reader}; take weights whose vocabulary has this language",
                 )
 
     def between_splits(self, texts: collection.Collection):
