@@ -10,6 +10,12 @@
 #   GPUS     how many GPUs to use                         (all that nvidia-smi lists)
 #   VENV     the virtual environment                      (.venv)
 #   PYTHON   the Python that makes it, 3.11, 3.12 or 3.13 (python3)
+# And XLA's flags, all at XLA's defaults and none measured here (docs/accelerators.md):
+#   DETERMINISTIC    1: a step taken again gives the same bits (0)
+#   AUTOTUNE         0, off, to 5: how carefully the kernels of products are chosen
+#   LATENCY_HIDING   true or false: gradients are reduced while others are computed
+#   COMMAND_BUFFERS  kinds of operations launched as CUDA graphs, as FUSION,CUBLAS; empty: none
+#   TRITON_GEMM      true or false: products by XLA's own kernels where they are faster
 set -euo pipefail
 CONFIG="${CONFIG:-configs/docstrings.py}"
 WORKDIR="${WORKDIR:-workdir/gpus}"
@@ -19,5 +25,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
   die "nvidia-smi lists no GPUs: install the driver, or give their number as GPUS=8"
 
 set_up requirements-gpu.txt
+XLA_FLAGS="$(xla_flags)"
+export XLA_FLAGS
 exec "$VENV/bin/python" -m rqv2_jax.main --config "$CONFIG" --workdir "$WORKDIR" \
   --config.mesh.data="$GPUS" "$@"

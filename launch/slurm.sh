@@ -11,6 +11,7 @@
 #   GPUS     GPUs of a node                               (as given to sbatch)
 #   VENV     the virtual environment                      (.venv)
 #   PYTHON   the Python that makes it, 3.11, 3.12 or 3.13 (python3)
+# And XLA's flags, as in launch/gpus.sh: DETERMINISTIC, AUTOTUNE, LATENCY_HIDING, COMMAND_BUFFERS, TRITON_GEMM.
 #SBATCH --job-name=rqv2_jax
 #SBATCH --ntasks-per-node=1
 #SBATCH --output=slurm-%j.out
@@ -31,6 +32,8 @@ GPUS="${GPUS##*:}"
 [ -n "$GPUS" ] || die "the number of GPUs is not known: give --gpus-per-node to sbatch, or set GPUS"
 
 set_up requirements-gpu.txt
+XLA_FLAGS="$(xla_flags)"
+export XLA_FLAGS
 # Without this JAX would take one GPU for each task.
 JAX_LOCAL_DEVICE_IDS="$(seq -s, 0 "$((GPUS - 1))")"
 export JAX_LOCAL_DEVICE_IDS

@@ -19,8 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
-# What a process waits with for the first one's hours of tokenising; JAX exports nothing for it, and
-# collectives on devices give up after a while.
+# The only private name of JAX here, see `_coordination`.
 from jax._src import distributed
 from jax.experimental import multihost_utils
 
@@ -58,6 +57,15 @@ def start():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
+def _coordination():
+    """Returns the client of JAX's coordination service, which lets processes wait for hours.
+
+    JAX has no public name for it, and collectives on devices give up after a while. Used of it are
+    `key_value_set`, `blocking_key_value_get` and `wait_at_barrier`.
+    """
+    return distributed.global_state.client
+
+
 def first() -> bool:
     """Whether this process is the one that writes."""
     return jax.process_index() == 0
@@ -73,7 +81,7 @@ def from_first(compute: Callable[[], Any]) -> Any:
     """
     if jax.process_count() == 1:
         return compute()
-    client, key = distributed.global_state.client, f"rqv2_jax/{next(_numbers)}"
+    client, key = _coordination(), f"rqv2_jax/{next(_numbers)}"
     if not first():
         said = json.loads(client.blocking_key_value_get(key, FOREVER_MS))
         if not said:
@@ -102,7 +110,7 @@ def check_same(what: str, *arrays: np.ndarray):
 def barrier():
     """Waits until all processes are here."""
     if jax.process_count() > 1:
-        distributed.global_state.client.wait_at_barrier(f"rqv2_jax/{next(_numbers)}", FOREVER_MS)
+        _coordination().wait_at_barrier(f"rqv2_jax/{next(_numbers)}", FOREVER_MS)
 
 
 def share(count: int) -> range:
