@@ -2,10 +2,11 @@
 
   python .ci/samples.py
 
-FOLDER in BEIR layout, queries and labels as TREC publishes them, labels, and runs of other systems, all
-from the invented towns in tests/fixtures/msmarco.
+FOLDER in BEIR layout, questions with their answers as a CSV file, queries and labels as TREC publishes
+them, labels, and runs of other systems, all from the invented towns in tests/fixtures/msmarco.
 """
 
+import csv
 import gzip
 import json
 import pathlib
@@ -56,6 +57,11 @@ def main():
         write(f"FOLDER/qrels/{split}.tsv", judged)
         if split == "test":
             write("qrels/test.tsv", judged)
+    with open("questions.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["question", "title", "answer"])
+        for query, passage in (pair for pairs in labels.values() for pair in pairs):
+            writer.writerow([(train | test)[query], titles[passage], texts[passage]])
     topics = [f"{query}\t{text}" for query, text in test.items()]
     write("msmarco-test2019-queries.tsv", topics)
     write("msmarco-test2020-queries.tsv", topics)

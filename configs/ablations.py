@@ -6,7 +6,7 @@ Command:
   launch/ablations.sh FOLDER
   PRESET=shallow launch/ablations.sh FOLDER
 Time and scores: a row and seed takes 4 to 10 minutes on docstrings and 7 to 14 on a BEIR folder, 3 to
-5 with `shallow`; docs/ablations.md.
+5 with `shallow`; docs/lab.md.
 """
 
 from rqv2_jax import config as config_lib

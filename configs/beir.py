@@ -8,7 +8,7 @@ each gzipped or not; without dev.tsv some training queries are held out. The lab
 measure by may lie in folders of their own:
   --config.data.train_qrels=qrels_sparse --config.data.eval_qrels=qrels_full
 Time: 30 to 45 minutes of two cores for 15,000 short passages. Scores: none are claimed at present
-(README, Results).
+(docs/results.md).
 """
 
 from rqv2_jax import config as config_lib

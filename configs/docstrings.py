@@ -4,7 +4,7 @@ Aims at: showing a retriever and a re-ranker learn from each other on real text 
 inputs are short, lists small and the starting model, a retriever already, is not warmed up.
 Command:
   python -m rqv2_jax.main --config configs/docstrings.py --workdir workdir/docstrings
-Time: about 20 minutes of two cores. Scores: those of the floor, not more (README, Results).
+Time: about 20 minutes of two cores. Scores: those of the floor, not more (docs/results.md).
 """
 
 from rqv2_jax import config as config_lib

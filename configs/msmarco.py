@@ -12,7 +12,8 @@ Command:
   python -m rqv2_jax.main --config configs/msmarco.py --workdir DIR --config.data.path=FOLDER \
     --config.model.weights=FOLDER --flagfile=FLAGS
 where FLAGS is what rqv2_jax.plan wrote for the machine (--topology v5e:4x8 --overlay FLAGS).
-Time: not measured. Lists of 128 are at the edge of the memory of v5e:4x8, 32 chips (README).
+Time: not measured. Lists of 128 are at the edge of the memory of v5e:4x8, 32 chips
+(docs/accelerators.md).
 """
 
 import pathlib

@@ -1,5 +1,6 @@
 """The program that runs what README.md and docs/ show."""
 
+import csv
 import importlib.util
 import os
 import pathlib
@@ -7,6 +8,8 @@ import subprocess
 import sys
 
 import pytest
+
+from rqv2_jax.data import collection
 
 ROOT = pathlib.Path(__file__).parent.parent
 PROGRAM = ROOT / ".ci" / "documented.py"
@@ -168,3 +171,23 @@ def test_commands_of_our_documents_that_are_not_run_are_right(monkeypatch):
     rows = [r for f in fences if f.rule == "no-run" for r in module.checked(f)]
     assert rows
     assert not [row for row in rows if row.wrong]
+
+
+def test_the_tutorials_folder_holds_what_its_csv_file_holds(tmp_path):
+    """Its lines of Python on answers with what CSV quotes, one answer to several questions."""
+    rows = [(f"question {i}", f"title {i % 7}", f'answer, "{i % 7}"\nnext line') for i in range(50)]
+    with (tmp_path / "questions.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("question", "title", "answer"), *rows, rows[0]])
+    fences = load().fences(ROOT / "docs" / "tutorial.md")
+    script = next(fence.text for fence in fences if fence.language == "python")
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
+    texts = collection.beir(tmp_path / "questions", train_qrels="qrels", eval_qrels="qrels")
+    passages = {passage.id: (passage.title, passage.text) for passage in texts.passages()}
+    assert set(passages.values()) == {row[1:] for row in rows}
+    found = {}
+    for split in texts.splits:
+        asked = {query.id: query.text for query in texts.queries(split)}
+        for label in texts.qrels(split):
+            assert asked[label.query_id] not in found
+            found[asked[label.query_id]] = passages[label.passage_id]
+    assert found == {question: (title, answer) for question, title, answer in rows}
