@@ -13,9 +13,8 @@ from test_pipeline import run_program, tiny_config, write_beir
 
 from rqv2_jax import check
 from rqv2_jax import config as config_lib
-from rqv2_jax.data import collection
 from rqv2_jax.data.inputs import Inputs
-from rqv2_jax.data.readers import dpr, tables
+from rqv2_jax.data.readers import beir, dpr, tables
 from rqv2_jax.data.tokens import Tokenizer
 from rqv2_jax.errors import InputError
 from rqv2_jax.tools import doctor
@@ -95,7 +94,7 @@ def examine(folder, reader=None, lists=False, **changes):
     config = config_of(**{"joint.lists": str(folder / "lists.tsv") if lists else "", **changes})
 
     def beir():
-        return collection.beir(folder, train_qrels="qrels", eval_qrels="qrels")
+        return beir.beir(folder, train_qrels="qrels", eval_qrels="qrels")
 
     return doctor.examine(config, reader or beir, WORDS, inputs_of(config))
 
@@ -368,7 +367,7 @@ def test_a_language_that_the_vocabulary_lacks_is_a_warning(tmp_path):
             lambda texts: [[5 if w in known else 7 for w in t.split()] for t in texts],
             *("words", 9, 1, 2, unknown),
         )
-        found = collection.beir(folder, train_qrels="qrels", eval_qrels="qrels")
+        found = beir.beir(folder, train_qrels="qrels", eval_qrels="qrels")
         return doctor.examine(config, lambda: found, words, inputs_of(config)).findings
 
     assert examined(None) == []

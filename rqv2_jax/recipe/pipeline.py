@@ -16,7 +16,7 @@ import numpy as np
 import tqdm
 
 from rqv2_jax import artifacts, hosts, optional
-from rqv2_jax.data import collection, denoise, own_texts, tokens
+from rqv2_jax.data import collection, denoise, files, own_texts, tokens
 from rqv2_jax.data import lists as lists_lib
 from rqv2_jax.data.batches import ListBatches
 from rqv2_jax.data.readers import joint_tsv
@@ -373,7 +373,7 @@ def denoise_report(run: Run, labels: str, samples: int) -> tuple[dict, list[dict
         folder = pathlib.Path(data.path) / labels
         if not folder.is_dir():
             raise InputError(f"{folder}: no such qrels folder; add it or name another one")
-        fuller = collection.labels(collection.required(folder, "qrels", "train.tsv"))
+        fuller = files.labels(files.required(folder, "qrels", "train.tsv"))
         query_rows, passage_rows = (
             dict(zip(ids, range(len(ids)))) for ids in (queries.ids, store.passage_ids)
         )
