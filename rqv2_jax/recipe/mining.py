@@ -176,7 +176,7 @@ def draw_lists(
 
     All of the stage's, or `number` of them for the steps from `step` on.
     """
-    settings = run.config[stage]
+    settings, mine = run.config[stage], run.config.mine
     share = settings.denoised_share if stage == "joint" else 0.0
     probability = (1.0, 0.0)
     if share > 0:
@@ -186,12 +186,11 @@ def draw_lists(
         return lists_lib.draw(
             candidates["train"],
             store.splits["train"].positives(),
-            own_2xN=store.splits["train"].own_2xN,
+            store.splits["train"].own_2xN,
             list_size=settings.list_size,
-            denoised_share=share,
-            probability=probability,
-            negative_below=run.config.mine.negative_below,
-            positive_above=run.config.mine.positive_above,
+            denoising=lists_lib.Denoising(
+                share, probability, mine.negative_below, mine.positive_above
+            ),
             num_passages=len(store.passage_ids),
             # The two stages draw apart, and so do all refreshes.
             seed=2 * run.config.seed + (stage == "joint"),
