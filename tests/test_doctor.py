@@ -15,7 +15,7 @@ from rqv2_jax import check
 from rqv2_jax import config as config_lib
 from rqv2_jax.data.inputs import Inputs
 from rqv2_jax.data.readers import beir, dpr, tables
-from rqv2_jax.data.tokens import Tokenizer
+from rqv2_jax.data.tokenise import Tokenizer
 from rqv2_jax.errors import InputError
 from rqv2_jax.tools import doctor
 

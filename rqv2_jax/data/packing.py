@@ -1,4 +1,4 @@
-"""Token sequences to dense blocks of a few fixed shapes, all in vectorised numpy.
+"""Packing of token sequences into dense blocks of a few fixed shapes, in vectorised numpy.
 
 Shape suffixes: N sequences, R rows of a block, T its width, S sequences a row may hold, B batches (or
 shards of batches).
@@ -11,7 +11,7 @@ import numpy as np
 
 WIDTH_MULTIPLE = 8
 SLACK = 1.01
-# Multiples in which a flat row's tokens and the sequences that it may hold come.
+# A flat row's width in tokens, and the number of sequences it may hold, are multiples of these.
 FLAT_TOKENS, FLAT_SLOTS = 128, 16
 
 
@@ -63,8 +63,8 @@ class Piece(NamedTuple):
     type: int
 
 
-def _ranges(starts_N, lengths_N):
-    """The numbers starts_N[i] .. starts_N[i] + lengths_N[i] - 1 for every i, end to end."""
+def _ranges(starts_N: np.ndarray, lengths_N: np.ndarray) -> np.ndarray:
+    """Returns the numbers starts_N[i] .. starts_N[i] + lengths_N[i] - 1 for every i, end to end."""
     ends_N = np.cumsum(lengths_N)
     total = ends_N[-1] if len(ends_N) else 0
     return np.arange(total) + np.repeat(starts_N - (ends_N - lengths_N), lengths_N)
@@ -85,7 +85,7 @@ def assemble(pieces: Sequence[Piece]) -> Ragged:
 
 
 def plan(longest_N: np.ndarray, max_blocks: int) -> tuple[Shape, ...]:
-    """At most `max_blocks` shapes that hold every batch, one sequence a row.
+    """Returns at most `max_blocks` shapes that hold every batch, one sequence a row.
 
     `longest_N` says how long the j-th shortest sequence of a batch may be; widths are multiples of 8.
     Of all ways to cut the sorted sequences into groups this one has the fewest groups that compute no
@@ -117,12 +117,12 @@ def plan(longest_N: np.ndarray, max_blocks: int) -> tuple[Shape, ...]:
 
 
 def size(shapes: Sequence[Shape]) -> int:
-    """The tokens that blocks of these shapes hold, those of padding included."""
+    """Returns the number of tokens, padding included, in blocks of these shapes."""
     return sum(shape.rows * shape.width for shape in shapes)
 
 
 def plan_flat(tokens: int, sequences: int) -> Shape:
-    """Returns the shape of one row that holds this many sequences of so many tokens end to end."""
+    """Returns the shape of one row that holds so many sequences, with this many tokens, end to end."""
     width, slots = -(-tokens // FLAT_TOKENS) * FLAT_TOKENS, -(-sequences // FLAT_SLOTS) * FLAT_SLOTS
     return Shape(1, width, slots)
 
@@ -140,7 +140,7 @@ def pack(ragged: Ragged, shapes: Sequence[Shape]) -> Packed:
         if ends_N[-1] > shape.width or count > shape.slots:
             raise ValueError(f"{shape} for {count} sequences of {ends_N[-1]} tokens")
         start_N, slot_N = ends_N - ragged.lengths_N, np.arange(count)
-        # Those without tokens may stand at the very end; slots without a sequence do.
+        # Sequences without tokens may begin behind the last token, where empty slots point.
         first_S = np.full(shape.slots, min(ends_N[-1], shape.width - 1))
         first_S[:count] = start_N.clip(max=shape.width - 1)
     else:
@@ -175,7 +175,7 @@ def pack(ragged: Ragged, shapes: Sequence[Shape]) -> Packed:
 
 
 def stack(parts: Sequence[Packed]) -> Packed:
-    """One shard after the other along a new leading axis; all have the same shapes."""
+    """Stacks shards along a new leading axis; all have the same shapes."""
     blocks = tuple(
         Block(*(np.stack(arrays) for arrays in zip(*blocks)))
         for blocks in zip(*(part.blocks for part in parts))

@@ -9,7 +9,7 @@ import tqdm
 
 from rqv2_jax import artifacts, hosts
 from rqv2_jax.data import lists as lists_lib
-from rqv2_jax.data import own_texts, tokens
+from rqv2_jax.data import own_texts, tokenise, tokens
 from rqv2_jax.data.readers import joint_tsv
 from rqv2_jax.errors import InputError
 from rqv2_jax.recipe.workdir import Run
@@ -233,7 +233,7 @@ def read_lists(run: Run) -> tuple[tokens.Store, lists_lib.Lists]:
     settings = run.config.joint
     texts, given = joint_tsv.read(pathlib.Path(settings.lists), settings.list_size)
     folder = run.workdir / "lists" / "given"
-    hosts.from_first(lambda: tokens.prepare(texts, run.tokenizer, folder))
+    hosts.from_first(lambda: tokenise.prepare(texts, run.tokenizer, folder))
     store = tokens.open_store(folder)
     for line in texts.remarks:
         tqdm.tqdm.write(f"  {settings.lists}: {line}")

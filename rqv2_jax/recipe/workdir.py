@@ -18,7 +18,7 @@ import tqdm
 
 from rqv2_jax import artifacts, hosts, optional
 from rqv2_jax import config as config_lib
-from rqv2_jax.data import collection, files, own_texts, tokens
+from rqv2_jax.data import collection, files, own_texts, tokenise, tokens
 from rqv2_jax.data.inputs import Inputs
 from rqv2_jax.data.readers import beir, tables, tevatron
 from rqv2_jax.errors import DAMAGE, InputError, readable
@@ -53,7 +53,7 @@ class Run:
     workdir: pathlib.Path
     sources: released.Sources
     models: models_lib.Models
-    tokenizer: tokens.Tokenizer
+    tokenizer: tokenise.Tokenizer
     inputs: Inputs
     sharding: sharding_lib.Sharding
     forward: Forward
@@ -522,7 +522,7 @@ def open_store(run: Run) -> tokens.Store:
                 made_from = tokens.read_fingerprint(folder)
             except DAMAGE:
                 made_from = ""
-            tokens.prepare(_texts(run, made_from), run.tokenizer, folder)
+            tokenise.prepare(_texts(run, made_from), run.tokenizer, folder)
 
     hosts.from_first(mend)
     return own_texts.marked(tokens.open_store(folder), run.config.data.ignore_identical_ids)
