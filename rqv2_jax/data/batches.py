@@ -3,8 +3,8 @@
 Every leaf has a leading axis that counts parts, the same number for each device; no list is divided
 between parts.
 
-Shape suffixes: S parts of the batch (in `balance`, halves of batches), O parts made here, L lists of the
-run in the order of training, P passages of a list, B lists of a part (of a batch, where no S or O
+Shape suffixes: S parts of the batch (in `balance`, halves of batches), O parts made here, L lists of
+the run in the order of training, P passages of a list, B lists of a part (of a batch where no S or O
 precedes), C lists that get labels, N sequences or pairs, T steps, W widths, M exchanged pairs.
 """
 
@@ -34,23 +34,14 @@ KINDS = (*READS["retriever"], *READS["reranker"])
 
 @dataclasses.dataclass(frozen=True)
 class BatchLayout:
-    """How many lists a batch has, the parts it is computed in, and the rows that hold its sequences.
+    """How many lists a batch has, the parts it is computed in, and the rows that hold its sequences."""
 
-    Args:
-      batch: lists of a batch.
-      shards: device shards. Where they do not divide the batch, some hold lists without passages.
-      accumulate: parts of a shard, computed one after the other; must divide `batch`.
-      made_here: numbers of the parts to make; the others are made on other hosts.
-      max_blocks: most shapes for one kind of input, with a row for each sequence.
-      flat: whether all sequences of a part lie end to end in one row instead.
-    """
-
-    batch: int
-    shards: int
-    accumulate: int
-    made_here: Sequence[int]
-    max_blocks: int
-    flat: bool
+    batch: int  # lists of a batch
+    shards: int  # of devices; if they do not divide the batch, some hold lists without passages
+    accumulate: int  # parts of a shard, computed one after the other; must divide `batch`
+    made_here: Sequence[int]  # numbers of the parts that this host makes
+    max_blocks: int  # most shapes for one kind of input, with a row for each sequence
+    flat: bool  # whether all sequences of a part lie end to end in one row instead
 
 
 class ListBatches:
@@ -86,8 +77,8 @@ class ListBatches:
             )
         if count < batch:
             raise InputError(
-                f"the stage has {count} lists, fewer than one batch of {batch}; lower the stage's batch "
-                "or raise its epochs"
+                f"the stage has {count} lists, fewer than one batch of {batch}; "
+                "lower the stage's batch or raise its epochs"
             )
         self.store, self.queries, self.inputs = store, queries, inputs
         self.never_negative_2xN = queries.never_negative()
@@ -101,9 +92,9 @@ class ListBatches:
             raise ValueError("a list does not have its one positive first")
         self.shapes = {kind: self._plan(kind, layout) for model in models for kind in READS[model]}
 
-    def _lengths(self, kind: str, queries_L: np.ndarray, passages_LxP: np.ndarray) -> np.ndarray:
-        """Returns the lengths of some lists' sequences of a kind [L, 1 or P]."""
-        queries_Lx1 = queries_L[:, None]
+    def _lengths(self, kind: str, lists: Lists) -> np.ndarray:
+        """Returns the lengths of lists' sequences of a kind [L, 1 or P]."""
+        queries_Lx1, passages_LxP = lists.query_rows_L[:, None], lists.passages_LxP
         if kind == "queries":
             return self.inputs.query_lengths(self.queries.texts, queries_Lx1)
         if kind == "passages":
@@ -112,27 +103,22 @@ class ListBatches:
 
     def _balanced(self, lists: Lists) -> Lists:
         order = []
-        for first, steps in self._windows():
-            rows_L = np.arange(first * self.batch, (first + steps) * self.batch)
-            texts = lists.query_rows_L[rows_L], lists.passages_LxP[rows_L]
+        for rows_L in self._windows():
             # All kinds, so that the batches do not depend on the models that are trained.
-            lengths = [self._lengths(kind, *texts) for kind in KINDS]
+            lengths = [self._lengths(kind, lists.take(rows_L)) for kind in KINDS]
             order.append(rows_L[balance(lengths, self.batch)])
         return lists.take(np.concatenate(order))
 
-    def _windows(self) -> list[tuple[int, int]]:
-        """Returns the first step of each window and the number of its steps."""
-        most = max(WINDOW // self.batch, 1)
-        return [(first, min(most, self.steps - first)) for first in range(0, self.steps, most)]
+    def _windows(self) -> list[np.ndarray]:
+        """Returns the numbers of the lists of each window."""
+        size, total = max(WINDOW // self.batch, 1) * self.batch, self.steps * self.batch
+        return [np.arange(first, min(first + size, total)) for first in range(0, total, size)]
 
     def _plan(self, kind: str, layout: BatchLayout) -> tuple[packing.Shape, ...]:
         """Returns the shapes that hold this kind of input of all parts."""
         longest_N, tokens = 0, 0
-        for first, steps in self._windows():
-            window = slice(first * self.batch, (first + steps) * self.batch)
-            lengths_LxN = self._lengths(
-                kind, self.lists.query_rows_L[window], self.lists.passages_LxP[window]
-            )
+        for rows_L in self._windows():
+            lengths_LxN = self._lengths(kind, self.lists.take(rows_L))
             lengths_BxN = by_part(lengths_LxN, self.batch, self.slots_SxB)
             longest_N = np.maximum(longest_N, np.sort(lengths_BxN, axis=1).max(axis=0))
             tokens = max(tokens, int(lengths_BxN.sum(axis=1).max()))

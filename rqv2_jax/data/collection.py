@@ -159,9 +159,10 @@ def of_split(folder: Path, splits: Mapping[str, T], split: str) -> T:
     return splits[split]
 
 
-def takes(number: int, held_out: bool | None, every: int = HELD_OUT) -> bool:
-    """Says whether a split takes this training query: dev every `every`-th one, train the rest.
+def taken(items: Iterable[T], held_out: bool | None, every: int = HELD_OUT) -> Iterator[T]:
+    """Returns the training queries that a split takes: dev every `every`-th one, train the rest.
 
     `held_out` says which of the two the split is; None takes every query.
     """
-    return held_out is None or (number % every == every - 1) == held_out
+    numbered = enumerate(items, 1)
+    return (item for n, item in numbered if held_out is None or (n % every == 0) == held_out)

@@ -1,10 +1,8 @@
 """Counts of what denoising keeps and drops, by threshold (paper, section 3.3).
 
-Shape suffixes: Q queries, N candidates of a query (or pairs), C scored candidates of all queries, end to
-end, U those of them without a label, F candidates that are not trusted.
+Shape suffixes: Q queries, N candidates of a query (or pairs), C scored candidates of all queries,
+end to end, U those of them without a label, F candidates that are not trusted.
 """
-
-import functools
 
 import numpy as np
 
@@ -42,21 +40,17 @@ def table(
       (the share of the kept ones that is right) and `recall` (the share of the right ones that is
       kept), None of none.
     """
-    known = functools.partial(
-        lists_lib.known_positive,
-        query_rows_Q=candidates.query_rows_Q,
-        passages_QxN=candidates.passages_QxN,
-        num_passages=num_passages,
-    )
+    rows = candidates.query_rows_Q, candidates.passages_QxN, num_passages
     scored_QxN = ~np.isnan(candidates.reranker_QxN)
     score_C = candidates.reranker_QxN[scored_QxN]
     p_C = lists_lib.relevance(score_C.astype(np.float64), probability)
-    labelled_C = known(positives_2xN)[scored_QxN]
+    labelled_C = lists_lib.known_positive(positives_2xN, *rows)[scored_QxN]
     groups = {"labelled": labelled_C, "unlabelled": ~labelled_C}
     hidden_U = innocent_U = None
     if fuller_2xN is not None:
-        groups["hidden"] = known(fuller_2xN)[scored_QxN] & ~labelled_C
-        hidden_U = groups["hidden"][~labelled_C]
+        fuller_C = lists_lib.known_positive(fuller_2xN, *rows)[scored_QxN]
+        groups["hidden"] = fuller_C & ~labelled_C
+        hidden_U = fuller_C[~labelled_C]
         innocent_U = ~hidden_U
     p_U = p_C[~labelled_C]
     below, above = (sorted({*more, one}) for more, one in zip((BELOW, ABOVE), chosen))

@@ -6,7 +6,6 @@ by several libraries stays in: an unlabelled positive.
 """
 
 import ast
-import contextlib
 import gc
 import hashlib
 import importlib.util
@@ -103,7 +102,7 @@ def source_files(package: str) -> dict[str, Path]:
 
 
 def read_docs(path: str, source: bytes) -> Iterator[Doc]:
-    """Yields what the source of `path` (`package/relative/path.py`) documents, in the order of the file.
+    """Yields what the source of `path` (`package/relative/path.py`) documents, in its order.
 
     Only public names, and only docstrings whose first paragraph has 4 to 40 words of prose and
     whose remaining text has 30 words or more. White space is normalised to single blanks.
@@ -129,18 +128,22 @@ def read_docs(path: str, source: bytes) -> Iterator[Doc]:
 
 
 def read_packages(packages: Iterable[str]) -> list[Doc]:
-    """Reads all docs of the installed packages, in the order of `packages` and of their sorted paths."""
-    with _no_garbage_collection():
+    """Reads all docs of the installed packages, in the order of `packages` and of sorted paths."""
+    # Syntax trees hold no cycles, and looking for some takes half the time.
+    gc.disable()
+    try:
         return [
             doc
             for package in packages
             for path, file in source_files(package).items()
             for doc in read_docs(path, file.read_bytes())
         ]
+    finally:
+        gc.enable()
 
 
 def select(docs: Iterable[Doc]) -> list[Doc]:
-    """Selects one doc per passage text and per package and query; none whose query fits several names.
+    """Selects one doc per passage text and per package and query; no query fits several names.
 
     The first of equal docs is kept. A query shared by functions of different names is boilerplate, or
     asks for any of them: all its docs are dropped. Under one name one doc per package is kept.
@@ -166,7 +169,7 @@ def name_key(name: str) -> str:
 
 
 def split_of(name: str) -> str:
-    """Returns train (75%), dev (10%) or test (15%) by a hash of the name's key: namesakes stay together.
+    """Returns train (75%), dev (10%) or test (15%) by a hash of the name's key, so of namesakes.
 
     A query text belongs to one name key after `select`, so none is in two splits.
     """
@@ -309,15 +312,3 @@ def _fingerprint(preset: str) -> str:
         for path, file in source_files(package).items():
             total.update(f"{path} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
     return total.hexdigest()
-
-
-@contextlib.contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """Stops garbage collection, which takes half the time on syntax trees; they hold no cycles."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()

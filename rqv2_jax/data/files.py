@@ -175,7 +175,7 @@ def objects(file: Path, id_field: str) -> Iterator[tuple[str, str, dict]]:
         yield source, key, value
 
 
-def check_whole(source: str, text: str) -> None:
+def check_characters(source: str, text: str) -> None:
     """Raises `InputError` for a text with half a character in it, as JSON's \\u may write them."""
     try:
         text.encode()
@@ -186,7 +186,7 @@ def check_whole(source: str, text: str) -> None:
 
 def check_id(source: str, key: str) -> None:
     """Raises `InputError` for an id that no TREC run file could hold."""
-    check_whole(source, key)
+    check_characters(source, key)
     if key.split() != [key]:
         raise InputError(
             f"{source}: id {key!r} has white space, which separates the columns of a TREC run file; "
@@ -205,7 +205,7 @@ def text_of(source: str, value: dict, what: str, field: str = "text") -> str:
     text = "" if value[field] is None else value[field]
     if not isinstance(text, str):
         raise InputError(f"{source}: `{field}` is {text!r}; make it a string")
-    check_whole(source, text)
+    check_characters(source, text)
     return text
 
 
@@ -225,5 +225,5 @@ def read_passages(file: Path, id_field: str) -> Iterator[Passage]:
         title = value.get("title")
         if not isinstance(title, str | None):
             raise InputError(f"{source}: `title` is {title!r}; make it a string or leave it out")
-        check_whole(source, title or "")
+        check_characters(source, title or "")
         yield Passage(key, title or "", text_of(source, value, "passage"))

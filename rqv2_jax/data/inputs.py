@@ -18,8 +18,8 @@ class Inputs:
     Query `[CLS] prompt query [SEP]`; pair `[CLS] query [SEP] title text [SEP]` with types 0 and 1, by
     the re-ranker's tokenizer; passage `[CLS] prompt title [SEP] text [SEP]` with types 0 and 1
     (`title_sep_text`, as RocketQAv2) or `[CLS] prompt title text [SEP]` of type 0 (`title_text`, as
-    sentence-transformers). Lengths are in tokens, special tokens included. A `title text`
-    that is too long is cut at its end in a passage of one type; elsewhere the longer of title and text
+    sentence-transformers). Lengths are in tokens, special tokens included. Where too long,
+    `title text` is cut at its end in a passage of one type; elsewhere the longer of title and text
     loses tokens first. A query has at most half of a pair.
     """
 
@@ -49,10 +49,8 @@ class Inputs:
         separate = self.passage_format == "title_sep_text"
         specials = (3 if separate else 2) + len(self.passage_prompt)
         budget_N = np.full(n, self.passage_length - specials)
-        titles, texts = store.titles, store.texts
-        pieces = self._title_and_text(
-            titles, texts, rows_N, budget_N, (0, int(separate)), title_first=not separate
-        )
+        types = 0, int(separate)
+        pieces = self._title_and_text(store, rows_N, budget_N, types, title_first=not separate)
         between = [_special((self.sep,), n, 0)] if separate else []
         start = _special((self.cls, *self.passage_prompt), n, 0)
         end = _special((self.sep,), n, int(separate))
@@ -66,9 +64,8 @@ class Inputs:
         kept_N = self._pair_query_lengths(texts, query_rows_N)
         query = Piece(texts.tokens, texts.offsets[query_rows_N], kept_N, 0)
         budget_N = self.pair_length - 3 - kept_N
-        titles, bodies = store.titles.for_pairs(), store.texts.for_pairs()
         pieces = self._title_and_text(
-            titles, bodies, passage_rows_N, budget_N, (1, 1), title_first=False
+            store.for_pairs(), passage_rows_N, budget_N, (1, 1), title_first=False
         )
         start, middle = _special((self.pair_cls,), n, 0), _special((self.pair_sep,), n, 0)
         return assemble([start, query, middle, *pieces, _special((self.pair_sep,), n, 1)])
@@ -81,15 +78,15 @@ class Inputs:
         """Returns the lengths `passages` gives, without building them; any shape of rows."""
         specials = 3 if self.passage_format == "title_sep_text" else 2
         specials += len(self.passage_prompt)
-        body = self._body_lengths(store.titles, store.texts, rows)
+        body = self._body_lengths(store, rows)
         return np.minimum(body + specials, self.passage_length)
 
     def pair_lengths(
         self, store: Store, texts: Texts, query_rows: np.ndarray, passage_rows: np.ndarray
     ) -> np.ndarray:
-        """Returns the lengths `pairs` gives, without building them; the shapes of the rows broadcast."""
+        """Returns the lengths `pairs` gives, without building them; shapes of rows broadcast."""
         query = self._pair_query_lengths(texts.for_pairs(), query_rows)
-        body = self._body_lengths(store.titles.for_pairs(), store.texts.for_pairs(), passage_rows)
+        body = self._body_lengths(store.for_pairs(), passage_rows)
         return np.minimum(query + body + 3, self.pair_length)
 
     def _pair_query_lengths(self, texts: Texts, rows: np.ndarray) -> np.ndarray:
@@ -97,19 +94,19 @@ class Inputs:
         most = min(self.query_length - 2, (self.pair_length - 3) // 2)
         return np.minimum(texts.lengths(rows), most)
 
-    def _body_lengths(self, titles: Texts, texts: Texts, rows: np.ndarray) -> np.ndarray:
-        return texts.lengths(rows) + (titles.lengths(rows) if self.titles else 0)
+    def _body_lengths(self, store: Store, rows: np.ndarray) -> np.ndarray:
+        return store.texts.lengths(rows) + (store.titles.lengths(rows) if self.titles else 0)
 
     def _title_and_text(
         self,
-        titles: Texts,
-        texts: Texts,
+        store: Store,
         rows_N: np.ndarray,
         budget_N: np.ndarray,
         types: tuple[int, int],
         *,
         title_first: bool,
     ) -> tuple[Piece, Piece]:
+        titles, texts = store.titles, store.texts
         text_N = texts.lengths(rows_N)
         title_N = titles.lengths(rows_N) if self.titles else np.zeros_like(text_N)
         if title_first:

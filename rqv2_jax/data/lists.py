@@ -6,12 +6,11 @@ relevant, and those it is confident are relevant head lists of their own. Known 
 negatives.
 
 Shape suffixes: Q queries, N candidates of a query (or labelled pairs), L lists, P passages of a list, K
-candidates chosen for a list, H labelled heads, S those of queries with scores, F found heads.
+negatives of a list, H labelled heads, S those of queries with scores, F heads found relevant.
 """
 
 import dataclasses
 import enum
-from typing import NamedTuple
 
 import ml_collections
 import numpy as np
@@ -48,12 +47,8 @@ class Candidates:
 
     def first(self, queries: int, depth: int) -> "Candidates":
         """Returns the first `depth` candidates of the first `queries` queries."""
-        return Candidates(
-            self.query_rows_Q[:queries],
-            self.passages_QxN[:queries, :depth],
-            self.retriever_QxN[:queries, :depth],
-            self.reranker_QxN[:queries, :depth],
-        )
+        tables = self.passages_QxN, self.retriever_QxN, self.reranker_QxN
+        return Candidates(self.query_rows_Q[:queries], *(x[:queries, :depth] for x in tables))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,14 +180,23 @@ def draw(
         never_negative_2xN, candidates.query_rows_Q, candidates.passages_QxN, num_passages
     )
     trusted_QxN, relevant_QxN = _judged(candidates, known_QxN, denoising)
-    heads = _choose_heads(candidates, positives_2xN, relevant_QxN, denoising.share, rng)
-    query_L, denoised_Lx1 = heads.query_L, heads.denoised_L[:, None]
+    query_L, head_L, kind_L, denoised_L = _choose_heads(
+        candidates, positives_2xN, relevant_QxN, denoising.share, rng
+    )
+    denoised_Lx1, passages_LxN = denoised_L[:, None], candidates.passages_QxN[query_L]
     eligible_LxN = np.where(denoised_Lx1, trusted_QxN[query_L], ~known_QxN[query_L])
-    lists = _choose_negatives(candidates, heads, eligible_LxN, list_size, rng)
+    negatives_LxK = _choose_negatives(passages_LxN, eligible_LxN, list_size - 1, rng)
+    passages_LxP = np.concatenate([head_L[:, None], negatives_LxK], axis=1)
+    provenance_LxP = np.where(
+        denoised_Lx1, Provenance.DENOISED_NEGATIVE, Provenance.UNDENOISED_NEGATIVE
+    ).repeat(list_size, axis=1)
+    provenance_LxP[:, 0] = kind_L
+    provenance_LxP[passages_LxP < 0] = Provenance.RANDOM_FILL
+    lists = Lists(candidates.query_rows_Q[query_L], passages_LxP, provenance_LxP.astype(np.uint8))
     # A candidate that denoising rejects must not come back by chance.
     rejected_QxN = ~np.isnan(candidates.reranker_QxN) & ~trusted_QxN
     barred_LxN = np.where(denoised_Lx1, rejected_QxN[query_L], relevant_QxN[query_L])
-    barred_LxN = np.where(barred_LxN, candidates.passages_QxN[query_L], -1)
+    barred_LxN = np.where(barred_LxN, passages_LxN, -1)
     _fill(lists, barred_LxN, never_negative_2xN, num_passages, rng)
     return lists.take(rng.permutation(len(query_L)))
 
@@ -219,23 +223,18 @@ def _judged(
     return ~known_QxN & (p_QxN < below), ~known_QxN & (p_QxN > above)
 
 
-class _Heads(NamedTuple):
-    """Positives that head lists; `query_L` numbers their queries among those of the candidates."""
-
-    query_L: np.ndarray
-    passage_L: np.ndarray
-    provenance_L: np.ndarray
-    denoised_L: np.ndarray
-
-
 def _choose_heads(
     candidates: Candidates,
     positives_2xN: np.ndarray,
     relevant_QxN: np.ndarray,
     share: float,
     rng: np.random.Generator,
-) -> _Heads:
-    """Returns all labelled positives and a share of the candidates found relevant, as heads."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Returns all labelled positives and a share of the candidates found relevant.
+
+    As the number of the query among those of the candidates, the passage, its provenance, and whether
+    the list is denoised, each [L].
+    """
     number_of = {row: i for i, row in enumerate(candidates.query_rows_Q.tolist())}
     labelled = [
         (number_of[query], passage)
@@ -252,36 +251,24 @@ def _choose_heads(
     count = relevant_2xF.shape[1]
     relevant_2xF = relevant_2xF[:, rng.permutation(count)[: round(share * count)]]
     kinds = [Provenance.LABELLED_POSITIVE, Provenance.DENOISED_POSITIVE]
-    return _Heads(
+    return (
         np.concatenate([labelled_2xH[0], relevant_2xF[0]]),
         np.concatenate([labelled_2xH[1], candidates.passages_QxN[tuple(relevant_2xF)]]),
-        np.repeat(np.array(kinds, np.uint8), [len(order_H), relevant_2xF.shape[1]]),
+        np.repeat(kinds, [len(order_H), relevant_2xF.shape[1]]),
         np.concatenate([denoised_H, np.ones(relevant_2xF.shape[1], bool)]),
     )
 
 
 def _choose_negatives(
-    candidates: Candidates,
-    heads: _Heads,
-    eligible_LxN: np.ndarray,
-    list_size: int,
-    rng: np.random.Generator,
-) -> Lists:
-    """Returns the lists of these heads; -1 (`RANDOM_FILL`) where too few candidates are eligible."""
+    passages_LxN: np.ndarray, eligible_LxN: np.ndarray, count: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Draws `count` of the eligible passages of each list [L, K], -1 where there are too few."""
     keys_LxN = np.where(eligible_LxN, rng.random(eligible_LxN.shape), np.inf)
-    chosen_LxK = np.argsort(keys_LxN, axis=1)[:, : list_size - 1]
-    negatives_LxK = np.take_along_axis(candidates.passages_QxN[heads.query_L], chosen_LxK, axis=1)
+    chosen_LxK = np.argsort(keys_LxN, axis=1)[:, :count]
     usable_LxK = np.take_along_axis(eligible_LxN, chosen_LxK, axis=1)
-    passages_LxP = np.full((len(heads.query_L), list_size), -1, np.int64)
-    passages_LxP[:, 0] = heads.passage_L
-    passages_LxP[:, 1 : 1 + chosen_LxK.shape[1]] = np.where(usable_LxK, negatives_LxK, -1)
-    kinds_L = np.where(
-        heads.denoised_L, Provenance.DENOISED_NEGATIVE, Provenance.UNDENOISED_NEGATIVE
-    )
-    provenance_LxP = kinds_L[:, None].repeat(list_size, axis=1).astype(np.uint8)
-    provenance_LxP[:, 0] = heads.provenance_L
-    provenance_LxP[passages_LxP < 0] = Provenance.RANDOM_FILL
-    return Lists(candidates.query_rows_Q[heads.query_L], passages_LxP, provenance_LxP)
+    negatives_LxK = np.where(usable_LxK, np.take_along_axis(passages_LxN, chosen_LxK, axis=1), -1)
+    missing = count - negatives_LxK.shape[1]
+    return np.pad(negatives_LxK, ((0, 0), (0, missing)), constant_values=-1)
 
 
 def without_known_positives(lists: Lists, *, num_passages: int, seed: int) -> Lists:

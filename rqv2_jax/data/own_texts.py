@@ -1,9 +1,9 @@
 """Queries that are passages of the corpus too, with the same id, as in ArguAna and Quora.
 
-Such a passage, the query's own text, is retrieved first and is neither a negative nor a hit. As in BEIR,
-`config.data.ignore_identical_ids` ignores it: always, never, or automatically if most passages with a
-query's id have the query's text, as numbers may be ids of both by chance. A passage that is labelled
-relevant for the query is not ignored.
+Such a passage is the query's own text: retrieved first, it is neither a negative nor a hit. As in
+BEIR, `config.data.ignore_identical_ids` ignores it: always, never, or automatically if most passages
+with a query's id have the query's text, as numbers may be ids of both by chance. A passage that is
+labelled relevant for the query is not ignored.
 
 Shape suffixes: Q queries, K passages of a query, best first, N pairs of query and passage, or queries.
 """

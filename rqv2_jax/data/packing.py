@@ -93,26 +93,24 @@ def plan(longest_N: np.ndarray, max_blocks: int) -> tuple[Shape, ...]:
     """
     envelope_N = -(-longest_N // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
     widths, last = np.unique(envelope_N[::-1], return_index=True)
-    ends = len(envelope_N) - last  # one past the last sequence that fits in each width
+    # The number of sequences that fit in each width, after 0.
+    ends = [0, *(len(envelope_N) - last).tolist()]
     # best[k][i]: fewest tokens for the first ends[i] sequences in k blocks, and the cut before them.
-    best = [{-1: (0, -1)}]
+    best = [{0: (0, 0)}]
     for _ in range(max_blocks):
-        row = {-1: (0, -1)}
-        for i in range(len(ends)):
+        row = {0: (0, 0)}
+        for i in range(1, len(ends)):
             row[i] = min(
-                (best[-1][j][0] + (ends[i] - (ends[j] if j >= 0 else 0)) * widths[i], j)
-                for j in best[-1]
-                if j < i
+                (best[-1][j][0] + (ends[i] - ends[j]) * widths[i - 1], j) for j in best[-1] if j < i
             )
         best.append(row)
     shapes, i = [], len(ends) - 1
     enough = next(k for k in range(1, max_blocks + 1) if best[k][i][0] <= SLACK * best[-1][i][0])
     for row in reversed(best[1 : enough + 1]):
-        if i < 0:
-            break
-        j = row[i][1]
-        shapes.append(Shape(int(ends[i] - (ends[j] if j >= 0 else 0)), int(widths[i])))
-        i = j
+        if i > 0:
+            j = row[i][1]
+            shapes.append(Shape(ends[i] - ends[j], int(widths[i - 1])))
+            i = j
     return tuple(reversed(shapes))
 
 

@@ -7,20 +7,13 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import tqdm
 
-from rqv2_jax.data.collection import (
-    HELD_OUT,
-    Collection,
-    Left,
-    Passage,
-    Query,
-    check_qrels,
-    left_out,
-)
+from rqv2_jax.data import collection as collection_lib
+from rqv2_jax.data.collection import Collection, Passage, Query
 from rqv2_jax.data.tokens import Texts, read_store
 from rqv2_jax.errors import InputError, readable
 
@@ -178,17 +171,18 @@ def prepare(collection: Collection, tokenizer: Tokenizer, folder: pathlib.Path) 
     passage_rows = _write(bar, tokenizer, partial / "passages", texts)
     if not passage_rows:
         raise InputError(f"{collection.name}: the corpus is empty; give at least one passage")
-    left = Left()
-    mute = dict.fromkeys(left_out(collection, left), -1)
+    left = collection_lib.Left()
+    mute = dict.fromkeys(collection_lib.left_out(collection, left), -1)
     for split in collection.splits:
         queries = {"text": "queries"}
         query_rows = _write(collection.queries(split), tokenizer, partial / split, queries)
         if not query_rows:
             raise InputError(
                 f"{collection.name}: no query of {split} has a positive or an answer; label some "
-                f"(every {HELD_OUT}th training query is dev where the files have none)"
+                f"(every {collection_lib.HELD_OUT}th training query is dev where the files have none)"
             )
-        rows = check_qrels(collection.qrels(split), mute | query_rows, passage_rows, left)
+        labels = collection.qrels(split)
+        rows = collection_lib.check_qrels(labels, mute | query_rows, passage_rows, left)
         np.save(partial / split / "qrels.npy", np.stack([np.asarray(r, np.int64) for r in rows]))
         manifest[f"{split}_queries"] = len(query_rows)
     manifest["passages"] = len(passage_rows)
@@ -214,7 +208,7 @@ def _write(
     items: Iterable[Passage | Query],
     tokenizer: Tokenizer,
     folder: pathlib.Path,
-    files: Mapping[str, str],
+    files: dict[str, str],
 ) -> dict[str, int]:
     """Writes ids, and the tokens of each field that `files` names a file for; returns ids' rows."""
     folder.mkdir(parents=True)

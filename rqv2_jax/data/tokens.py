@@ -91,6 +91,11 @@ class Store:
     splits: dict[str, Queries]
     fingerprint: str
 
+    def for_pairs(self) -> "Store":
+        """Returns the store with the passages as the re-ranker reads them."""
+        titles, texts = self.titles.for_pairs(), self.texts.for_pairs()
+        return dataclasses.replace(self, titles=titles, texts=texts)
+
     def empty(self, titles: bool) -> np.ndarray:
         """Returns row numbers of passages without tokens, counting the title if `titles`."""
         lengths_N = np.diff(self.texts.offsets)

@@ -76,13 +76,8 @@ def sort_run(
     return _reorder(np.lexsort((-id_order_QxK, -scores_QxK), axis=1), passages_QxK, scores_QxK)
 
 
-def _reorder(
-    order_QxK: np.ndarray, passages_QxK: np.ndarray, scores_QxK: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    return (
-        np.take_along_axis(passages_QxK, order_QxK, axis=1),
-        np.take_along_axis(scores_QxK, order_QxK, axis=1),
-    )
+def _reorder(order_QxK: np.ndarray, *arrays_QxK: np.ndarray) -> tuple[np.ndarray, ...]:
+    return tuple(np.take_along_axis(array_QxK, order_QxK, axis=1) for array_QxK in arrays_QxK)
 
 
 def relevance_of(passages_QxK: np.ndarray, qrels: Qrels) -> np.ndarray:

@@ -109,12 +109,12 @@ def _parse_run_line(columns: list[str], where: str) -> tuple[str, str, float]:
     passage, rank, score = _COLUMNS[len(columns)]
     value = np.nan
     for what, column, read in (("rank", rank, lambda text: -int(text)), ("score", score, float)):
-        if column is None:
-            continue
-        try:
-            value = float(read(columns[column]))
-        except ValueError:
-            value = np.nan
-        if np.isnan(value):
-            raise InputError(f"{where}: the {what} {columns[column]!r} is not a number: correct it")
+        if column is not None:
+            try:
+                value = float(read(columns[column]))
+            except ValueError:
+                value = np.nan
+            if np.isnan(value):
+                fault = f"the {what} {columns[column]!r} is not a number: correct it"
+                raise InputError(f"{where}: {fault}")
     return columns[0], columns[passage], value

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rqv2_jax.data import files
-from rqv2_jax.data.collection import HELD_OUT, Collection, Qrel, Query, of_split, takes
+from rqv2_jax.data.collection import HELD_OUT, Collection, Qrel, Query, of_split, taken
 from rqv2_jax.errors import InputError
 
 # Of few training queries at most every tenth is dev; about a hundred are wanted.
@@ -24,7 +24,7 @@ FEWEST_HELD_OUT = 10
 
 @dataclasses.dataclass(frozen=True)
 class _Split:
-    """A split's files, and which of its queries it takes, as `collection.takes` has it."""
+    """A split's files, and which of its queries it takes, as `collection.taken` has it."""
 
     queries: Path
     labels: Path
@@ -92,7 +92,7 @@ def _queries(split: _Split) -> Iterator[Query]:
 
     count = 0 if split.held_out is None else sum(1 for _ in asked())
     every = min(max(count // HELD_OUT, FEWEST_HELD_OUT), HELD_OUT, max(count, 1))
-    yield from (q for number, q in enumerate(asked()) if takes(number, split.held_out, every))
+    yield from taken(asked(), split.held_out, every)
 
 
 def _qrels(split: _Split) -> Iterator[Qrel]:

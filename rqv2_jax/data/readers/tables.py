@@ -12,11 +12,12 @@ is held out as `dev`, because training itself evaluates on dev.
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
 from rqv2_jax.data import files
-from rqv2_jax.data.collection import HELD_OUT, Collection, Passage, Qrel, Query, of_split, takes
+from rqv2_jax.data.collection import HELD_OUT, Collection, Passage, Qrel, Query, of_split, taken
 from rqv2_jax.errors import InputError
 
 TITLES = "para.title.txt"
@@ -117,31 +118,26 @@ def unique(rows: Iterator[tuple[str, str, str]]) -> Iterator[tuple[str, str, str
 def _passages(texts: Path, titles: Path | None) -> Iterator[Passage]:
     rows = unique(pairs(texts, "passage"))
     if titles is None:
-        for _, key, text in rows:
-            yield Passage(key, "", text)
+        yield from (Passage(key, "", text) for _, key, text in rows)
         return
-    heads = pairs(titles, "title")
-    for source, key, text in rows:
-        head = next(heads, None)
+    for row, head in itertools.zip_longest(rows, pairs(titles, "title")):
         if head is None:
-            raise InputError(f"{titles}: ends before {source}; give every passage its line")
-        where, title_key, title = head
+            raise InputError(f"{titles}: ends before {row[0]}; give every passage its line")
+        if row is None:
+            raise InputError(f"{head[0]}: title of a passage that {texts} does not have; remove it")
+        (source, key, text), (where, title_key, title) = row, head
         if title_key != key:
             raise InputError(
                 f"{where}: title of {title_key!r}, but {source} is passage {key!r}; bring both files "
                 "into one order"
             )
         yield Passage(key, title, text)
-    head = next(heads, None)
-    if head is not None:
-        raise InputError(f"{head[0]}: title of a passage that {texts} does not have; remove it")
 
 
 def _ids(split: _Split) -> Iterator[tuple[str, str]]:
     """Yields (id, text) of the queries a split takes."""
-    for number, (_, key, text) in enumerate(unique(pairs(split.queries, "query"))):
-        if takes(number, split.held_out):
-            yield key, text
+    for _, key, text in taken(unique(pairs(split.queries, "query")), split.held_out):
+        yield key, text
 
 
 def _queries(split: _Split) -> Iterator[Query]:

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rqv2_jax.data import files
-from rqv2_jax.data.collection import HELD_OUT, Collection, Qrel, Query, of_split, takes
+from rqv2_jax.data.collection import HELD_OUT, Collection, Qrel, Query, of_split, taken
 from rqv2_jax.errors import InputError
 
 
@@ -39,9 +39,8 @@ class _Split:
 
     def queries(self) -> Iterator[tuple[Query, tuple[str, ...], str]]:
         """Yields (query, docids of its positives, `path:line`) of every line."""
-        for number, (source, key, value) in enumerate(files.objects(self.file, "query_id")):
-            if takes(number, self.held_out):
-                yield _query(source, key, value), _positives(source, value), source
+        for source, key, value in taken(files.objects(self.file, "query_id"), self.held_out):
+            yield _query(source, key, value), _positives(source, value), source
 
 
 def tevatron(path: str) -> Collection:
