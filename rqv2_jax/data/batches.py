@@ -189,20 +189,14 @@ class ListBatches:
 
 
 def balance(lengths: Sequence[np.ndarray], batch: int) -> np.ndarray:
-    """Orders lists so that consecutive batches hold about equally many sequences of each length.
+    """Returns an order of lists [L] whose batches hold about equally many sequences of any length.
 
+    `lengths` has the lengths of lists' sequences [L, N], for every kind of input; `batch` divides L.
     The batch with the most sequences of a length sets the number of rows of that width. As parts of a
-    batch may be computed apart, batches are halved as long as that leaves whole lists and 32 sequences
-    of a kind, and the halves are made alike: lists of two halves change places if that lowers their
-    summed excess, the fourth power of how far each exceeds the mean number of sequences longer than a
-    width, summed over the widths.
-
-    Args:
-      lengths: the lengths of the lists' sequences [L, N], for every kind of input.
-      batch: lists of a batch; divides L.
-
-    Returns:
-      The numbers of the lists in their new order [L].
+    batch may be computed apart, batches are halved as long as that leaves undivided lists and 32
+    sequences of a kind, and the halves are made alike: lists of two halves change places if that lowers
+    their summed excess, the fourth power of how far each exceeds the mean number of sequences longer
+    than a width, summed over the widths.
     """
     size = batch
     while size % 2 == 0 and size // 2 * max(x.shape[1] for x in lengths) >= 32:

@@ -66,9 +66,6 @@ NO_PROSE = re.compile(
 )
 
 
-Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
-
-
 class Doc(NamedTuple):
     """One documented function, class or method; `name` is its public name inside `package`."""
 
@@ -104,8 +101,8 @@ def source_files(package: str) -> dict[str, Path]:
 def read_docs(path: str, source: bytes) -> Iterator[Doc]:
     """Yields what the source of `path` (`package/relative/path.py`) documents, in its order.
 
-    Only public names, and only docstrings whose first paragraph has 4 to 40 words of prose and
-    whose remaining text has 30 words or more. White space is normalised to single blanks.
+    Only public names, and docstrings with 4 to 40 words of prose in the first paragraph and 30 words
+    or more after it. White space is normalised to single blanks.
     """
     if b'"""' not in source and b"'''" not in source:
         return
@@ -244,7 +241,9 @@ def _documented(body: list[ast.stmt], prefix: list[str]) -> Iterator[tuple[str, 
                 yield from _added_docs(args, prefix)
 
 
-def _names(node: Definition, prefix: list[str]) -> list[str] | None:
+def _names(
+    node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef, prefix: list[str]
+) -> list[str] | None:
     """Returns the parts of a definition's public name; None for what is private or deprecated."""
     names = [*prefix, node.name]
     for decorator in node.decorator_list:

@@ -39,11 +39,13 @@ def find_file(folder: Path, *names: str) -> Path | None:
       InputError: there are several.
     """
     patterns = [pattern for name in names for pattern in (name, f"{name}.gz")]
-    found = sorted(file for pattern in patterns for file in folder.glob(pattern) if file.is_file())
-    if len(found) > 1:
-        others = ", ".join(file.name for file in found[1:])
-        raise InputError(f"{found[0]}: stands beside {others}; keep one of them")
-    return found[0] if found else None
+    matches = sorted(
+        file for pattern in patterns for file in folder.glob(pattern) if file.is_file()
+    )
+    if len(matches) > 1:
+        others = ", ".join(file.name for file in matches[1:])
+        raise InputError(f"{matches[0]}: stands beside {others}; keep one of them")
+    return matches[0] if matches else None
 
 
 def required(folder: Path, layout: str, *names: str) -> Path:
@@ -94,7 +96,7 @@ def lines(file: Path) -> Iterator[tuple[int, str]]:
         ) from None
 
 
-# Which columns hold query, passage and relevance, by how many there are.
+# The columns of query, passage and relevance, by the number of columns.
 _COLUMNS = {2: (0, 1, None), 3: (0, 1, 2), 4: (0, 2, 3)}
 
 
@@ -105,7 +107,7 @@ def labels(file: Path) -> Iterator[Qrel]:
     header line, and RocketQA's `qid docid`; columns are separated by white space.
 
     Raises:
-      InputError: a line is none of these or not as the first one, or a pair has two relevances.
+      InputError: a line is none of these or unlike the first, or a pair has two relevances.
     """
     judged: dict[tuple[str, str], tuple[int, int]] = {}
     width = 0

@@ -326,8 +326,7 @@ def _fill(
                 f"{num_passages}; lower the list_size in the config"
             )
         for column in np.nonzero(passages_LxP[row] < 0)[0]:
-            passage = int(rng.integers(num_passages))
-            while passage in excluded:
-                passage = int(rng.integers(num_passages))
+            while (passage := int(rng.integers(num_passages))) in excluded:
+                pass
             excluded.add(passage)
             passages_LxP[row, column] = passage

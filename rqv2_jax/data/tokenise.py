@@ -139,8 +139,8 @@ class _TextsWriter:
         np.save(f"{self.path}.offsets.npy", np.cumsum(lengths))
 
 
-def _dtype(vocab_size: int) -> type[np.unsignedinteger]:
-    return np.uint16 if vocab_size <= 2**16 else np.uint32
+def _dtype(vocab_size: int) -> str:
+    return "uint16" if vocab_size <= 2**16 else "uint32"
 
 
 def prepare(collection: Collection, tokenizer: Tokenizer, folder: pathlib.Path) -> None:
@@ -157,11 +157,11 @@ def prepare(collection: Collection, tokenizer: Tokenizer, folder: pathlib.Path) 
         "collection": collection.name,
         "source": collection.fingerprint,
         "tokenizer": tokenizer.fingerprint,
-        "dtype": np.dtype(_dtype(tokenizer.vocab_size)).name,
+        "dtype": _dtype(tokenizer.vocab_size),
         "splits": list(collection.splits),
     }
     if tokenizer.pairs is not None:
-        manifest["pairs_dtype"] = np.dtype(_dtype(tokenizer.pairs.vocab_size)).name
+        manifest["pairs_dtype"] = _dtype(tokenizer.pairs.vocab_size)
     if _is_current(folder, manifest):
         return
     partial = folder.with_name(folder.name + ".partial")

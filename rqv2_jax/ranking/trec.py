@@ -10,7 +10,7 @@ from rqv2_jax.data import files
 from rqv2_jax.errors import InputError
 from rqv2_jax.ranking.metrics import sort_run
 
-# Which columns of a run file hold passage, rank and score, by how many there are.
+# The columns of passage, rank and score, by the number of columns.
 _COLUMNS = {6: (2, None, 4), 3: (1, 2, None), 4: (1, 2, 3)}
 
 
@@ -59,8 +59,7 @@ def read_run(path: str | os.PathLike[str]) -> dict[str, list[tuple[str, float]]]
     rank is the score, and RocketQA's `qid docid rank score`; columns are separated by white space. As
     float32 the scores are bit for bit those that `write_run` was given.
 
-    Where there are scores, ranks are not read, for it is the scores that rank (`sort_run`). Empty
-    lines are skipped.
+    Ranks are not read if there are scores, because these rank (`sort_run`). Empty lines are skipped.
 
     Raises:
       InputError: a line is none of these or unlike the first, a score or rank is no number, a passage

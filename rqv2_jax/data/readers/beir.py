@@ -32,11 +32,7 @@ class _Split:
 
 
 def beir(path: str | Path, *, train_qrels: str, eval_qrels: str) -> Collection:
-    """Returns the collection in folder `path`, with the labels in these folders of it.
-
-    Raises:
-      InputError: a file is missing; bad lines raise it when they are reached.
-    """
+    """Returns the collection in folder `path`, with the labels in these folders of it."""
     root = files.open_folder(path, "BEIR")
     corpus = files.required(root, "BEIR", "corpus.jsonl")
     splits = {}

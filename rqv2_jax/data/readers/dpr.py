@@ -23,18 +23,11 @@ from rqv2_jax.data import files
 from rqv2_jax.data.collection import Collection, Passage, Qrel, Query, of_split
 from rqv2_jax.errors import InputError
 
-PASSAGES = "psgs_w100.tsv"
-HEADER = ("id", "text", "title")
-
 
 def dpr(path: str) -> Collection:
-    """Returns the collection in a folder of DPR's files.
-
-    Raises:
-      InputError: a file is missing; bad lines raise it when they are reached.
-    """
+    """Returns the collection in a folder of DPR's files."""
     folder = files.open_folder(path, "DPR")
-    passages = files.required(folder, "DPR", PASSAGES)
+    passages = files.required(folder, "DPR", "psgs_w100.tsv")
     splits = {
         "train": files.required(folder, "DPR", "biencoder-*-train.json"),
         "dev": files.required(folder, "DPR", "biencoder-*-dev.json"),
@@ -85,7 +78,7 @@ def _rows(file: Path, count: int, what: str) -> Iterator[tuple[str, list[str]]]:
 def _passages(file: Path) -> Iterator[Passage]:
     seen = set()
     for source, (key, text, title) in _rows(file, 3, "id, text and title"):
-        if not seen and (key, text, title) == HEADER:
+        if not seen and (key, text, title) == ("id", "text", "title"):
             continue
         if not key or key in seen:
             what = f"duplicate id {key!r}" if key else "no id"

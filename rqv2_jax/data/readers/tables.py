@@ -20,8 +20,6 @@ from rqv2_jax.data import files
 from rqv2_jax.data.collection import HELD_OUT, Collection, Passage, Qrel, Query, of_split, taken
 from rqv2_jax.errors import InputError
 
-TITLES = "para.title.txt"
-
 
 @dataclasses.dataclass(frozen=True)
 class _Split:
@@ -34,11 +32,7 @@ class _Split:
 
 
 def msmarco(path: str) -> Collection:
-    """Returns MS MARCO's passages; test is `dev.small`, the papers' 6,980 dev queries.
-
-    Raises:
-      InputError: a file is missing; bad lines raise it when they are reached.
-    """
+    """Returns MS MARCO's passages; test is `dev.small`, the papers' 6,980 dev queries."""
     folder = files.open_folder(path, "MS MARCO")
     file = functools.partial(files.required, folder, "MS MARCO")
     train = file("queries.train.tsv"), file("qrels.train.tsv")
@@ -50,9 +44,6 @@ def rocketqa(path: str) -> Collection:
     """Returns the collection in a folder of RocketQA's `corpus/`: marco, or nq, judged by answers.
 
     Test is `test.query.txt` with `test.answers.txt` where there is one, else `dev.query.txt`.
-
-    Raises:
-      InputError: a file is missing; bad lines raise it when they are reached.
     """
     folder = files.open_folder(path, "RocketQA")
     file = functools.partial(files.required, folder, "RocketQA")
@@ -65,7 +56,7 @@ def rocketqa(path: str) -> Collection:
 
 
 def _collection(folder: Path, texts: Path, queries: Path, labels: Path, test: _Split) -> Collection:
-    titles = files.find_file(folder, TITLES)
+    titles = files.find_file(folder, "para.title.txt")
     splits = {
         "train": _Split(queries, labels, held_out=False),
         "dev": _Split(queries, labels, held_out=True),

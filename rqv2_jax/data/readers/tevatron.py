@@ -44,11 +44,7 @@ class _Split:
 
 
 def tevatron(path: str) -> Collection:
-    """Returns the collection in a folder of Tevatron's files.
-
-    Raises:
-      InputError: a file is missing; bad lines raise it when they are reached.
-    """
+    """Returns the collection in a folder of Tevatron's files."""
     folder = files.open_folder(path, "Tevatron")
     corpus = files.required(folder, "Tevatron", "corpus.jsonl")
     train = files.required(folder, "Tevatron", "train.jsonl", "*-train.jsonl")

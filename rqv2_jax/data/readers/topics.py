@@ -1,4 +1,4 @@
-"""Reader of queries in a file of their own, to search or evaluate on a corpus at hand.
+"""Reader of query files, to search a corpus or to evaluate on it.
 
     qid <tab> text                      MS MARCO's, as msmarco-test2019-queries.tsv of TREC's deep
                                         learning track
