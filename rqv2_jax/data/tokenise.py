@@ -166,9 +166,9 @@ def prepare(collection: Collection, tokenizer: Tokenizer, folder: pathlib.Path) 
         return
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    bar = tqdm.tqdm(collection.passages(), desc="tokenise passages", unit=" passages")
     texts = {"title": "titles", "text": "texts"}
-    passage_rows = _write(bar, tokenizer, partial / "passages", texts)
+    with tqdm.tqdm(collection.passages(), desc="tokenise passages", unit=" passages") as passages:
+        passage_rows = _write(passages, tokenizer, partial / "passages", texts)
     if not passage_rows:
         raise InputError(f"{collection.name}: the corpus is empty; give at least one passage")
     left = collection_lib.Left()

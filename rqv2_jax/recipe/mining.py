@@ -176,7 +176,7 @@ def draw_lists(
 
     All of the stage's, or `number` of them for the steps from `step` on.
     """
-    settings, mine = run.config[stage], run.config.mine
+    settings, thresholds = run.config[stage], run.config.mine
     share = settings.denoised_share if stage == "joint" else 0.0
     probability = (1.0, 0.0)
     if share > 0:
@@ -189,7 +189,7 @@ def draw_lists(
             store.splits["train"].own_2xN,
             list_size=settings.list_size,
             denoising=lists_lib.Denoising(
-                share, probability, mine.negative_below, mine.positive_above
+                share, probability, thresholds.negative_below, thresholds.positive_above
             ),
             num_passages=len(store.passage_ids),
             # The two stages draw apart, and so do all refreshes.
