@@ -93,10 +93,10 @@ def inputs_of(config, **changes):
 def examine(folder, reader=None, lists=False, **changes):
     config = config_of(**{"joint.lists": str(folder / "lists.tsv") if lists else "", **changes})
 
-    def beir():
+    def read_beir():
         return beir.beir(folder, train_qrels="qrels", eval_qrels="qrels")
 
-    return doctor.examine(config, reader or beir, WORDS, inputs_of(config))
+    return doctor.examine(config, reader or read_beir, WORDS, inputs_of(config))
 
 
 @pytest.mark.parametrize("lists", [False, True])
