@@ -43,7 +43,10 @@ def dpr(path: str) -> Collection:
         return (query for query in judged if query.text.strip())
 
     def qrels(split: str) -> Iterator[Qrel]:
-        return (label for query, label in read(split) if label and query.text.strip())
+        asked = read(split)
+        if split == "test":
+            return iter(())
+        return (label for query, label in asked if label and query.text.strip())
 
     return Collection(
         name=folder.resolve().name,
