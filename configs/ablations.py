@@ -1,4 +1,4 @@
-"""The paper's ablations at a size that two CPU cores carry, on the embedded data or a BEIR folder.
+"""The paper's ablations at a size for two CPU cores, on the embedded data or a BEIR folder.
 
 Aims at: the differences between the rows, not the best scores; every row trains on as many lists.
 Command:
@@ -13,23 +13,23 @@ from rqv2_jax import config as config_lib
 
 
 def get_config(preset: str = "docstrings"):
-    """Presets: docstrings or beir, and for half the layers from a warmed-up retriever beir,shallow."""
+    """Returns the config of a preset: docstrings or beir, also `,shallow`: half the layers."""
     config = config_lib.default()
     config_lib.two_cores(config)
     dataset, *more = preset.split(",")
     config.data.dataset = dataset
     if dataset == "beir":
-        # Passages of an encyclopedia or a manual lose what answers the query when cut at 48 tokens.
+        # Cut at 48 tokens, passages of an encyclopedia or a manual often lose the answer.
         config.data.update({"passage_length": 96, "pair_length": 112})
-    # As many lists of any data. So short a warm-up leaves the re-ranker much to learn in joint
-    # training, where it needs a higher rate than the retriever, which comes trained: dynamic
-    # distillation differs from static then.
+    # The same number of lists for all data. After so short a warm-up the re-ranker has much to learn
+    # in joint training, at a higher rate than the retriever, which starts trained; only then does
+    # dynamic distillation differ from static.
     config.reranker.update({"epochs": 4.0, "most_lists": 320})
     config.joint.update({"epochs": 4.0, "most_lists": 800, "reranker_rate": 5.0})
     config.joint.update({"evaluate_every": 25, "save_every": 25})
-    # Half of the queries have denoised lists, from as deep as the other half's, so that a row without
-    # them differs in the denoising alone. Of so weak a re-ranker's low probabilities the lowest are
-    # those of easy negatives, hence the higher threshold.
+    # Half of the queries have denoised lists, from the same depth as the others', so that a row
+    # without them differs in denoising alone. A weak re-ranker gives its lowest probabilities to easy
+    # negatives; a higher threshold lets harder ones in.
     config.mine.update({"queries": 1600, "depth": 32, "negative_below": 0.5})
     config.mine.update({"scored_queries": 800, "scored_depth": 32})
     config.joint.denoised_share = 1.0
@@ -50,7 +50,7 @@ def _shallow(config):
     config.model.num_layers = 3
     if config.data.dataset == "beir":
         config.data.update({"passage_length": 64, "pair_length": 80})
-    # Cut there the weights are a poor retriever, so that it has to be warmed up.
+    # With half the layers the weights are a poor retriever, which needs a warm-up.
     config.retriever.update(
         {"epochs": 4.0, "most_lists": 7168, "batch": 64, "learning_rate": 1e-4, "warmup_steps": 10}
         | {"schedule": "linear", "log_every": 20, "save_every": 50}
@@ -58,5 +58,5 @@ def _shallow(config):
     # Most queries of joint training are new to the re-ranker.
     config.mine.update({"queries": 2400, "scored_queries": 1200})
     config.reranker.most_lists = 800
-    # Runs are short; saving their optimizer takes longer than half of them would.
+    # Runs are short: saving the optimizer would take longer than repeating half a run.
     config.joint.update({"most_lists": 640, "evaluate_every": 20, "save_every": 1000})

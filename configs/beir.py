@@ -15,7 +15,7 @@ from rqv2_jax import config as config_lib
 
 
 def get_config(preset: str = "official_code"):
-    """Presets: paper or official_code (the loss)."""
+    """Returns the config of a preset: paper or official_code (the loss)."""
     config = config_lib.default()
     config_lib.two_cores(config)
     config.data.update({"dataset": "beir", "passage_length": 64, "pair_length": 80})

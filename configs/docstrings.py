@@ -1,7 +1,7 @@
 """The embedded data: documentation of the installed Python packages, from all-MiniLM-L6-v2.
 
 Aims at: showing a retriever and a re-ranker learn from each other on real text on two CPU cores, so
-inputs are short, lists small and the starting model, a retriever already, is not warmed up.
+inputs are short, lists small, and the starting model, already a retriever, is not warmed up.
 Command:
   python -m rqv2_jax.main --config configs/docstrings.py --workdir workdir/docstrings
 Time: about 20 minutes of two cores. Scores: those of the floor, not more (docs/results.md).
@@ -11,7 +11,7 @@ from rqv2_jax import config as config_lib
 
 
 def get_config(preset: str = "core"):
-    """Presets, joined by commas: core or full (the collection), paper or official_code (the loss)."""
+    """Returns the config of presets joined by commas: core or full, paper or official_code (loss)."""
     config = config_lib.default()
     config_lib.two_cores(config)
     config.data.dataset = "docstrings"

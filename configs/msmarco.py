@@ -24,7 +24,7 @@ FIXTURES = pathlib.Path(__file__).parent.parent / "tests" / "fixtures"
 
 
 def get_config(preset: str = "full"):
-    """Presets, joined by commas.
+    """Returns the config of presets, joined by commas.
 
     full, tiny (all of the recipe on invented passages, for a CPU) or warmstart (from a retriever and a
     re-ranker in config.model.weights); msmarco or rocketqa (the data's layout); paper or

@@ -185,7 +185,7 @@ def summarise(measured: list[dict], *, permutations: int) -> list[dict]:
     import numpy as np
     from scipy import stats
 
-    from rqv2_jax.ranking import metrics
+    from rqv2_jax.ranking import significance
 
     names = list(dict.fromkeys(m["row"] for m in measured))
     kept = {name: [m["kept_step"] for m in measured if m["row"] == name] for name in names}
@@ -212,14 +212,14 @@ def summarise(measured: list[dict], *, permutations: int) -> list[dict]:
                 # Equal differences differ by rounding, of which a t-test would make much.
                 if np.ptp(difference_S) > 1e-9:
                     row["seeds_p_value"] = float(stats.ttest_1samp(difference_S, 0).pvalue)
-                low, high = metrics.interval(difference_Q, resamples=permutations, seed=0)
-                difference, p = metrics.paired_test(
+                low, high = significance.interval(difference_Q, resamples=permutations, seed=0)
+                difference, p = significance.paired_test(
                     mean_Q, values["full"].mean(axis=0), permutations=permutations, seed=0
                 )
                 row |= {"difference": difference, "low": low, "high": high}
                 p_values.append(p)
             summary.append(row)
-        corrected = iter(metrics.holm(p_values))
+        corrected = iter(significance.holm(p_values))
         for row in summary:
             if row["row"] != "full":
                 row["p_value"] = next(corrected)

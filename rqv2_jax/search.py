@@ -90,7 +90,7 @@ def _write_run(run, store, topics_file: pathlib.Path, path: pathlib.Path):
     from rqv2_jax.data import own_texts, tokens
     from rqv2_jax.data.collection import Left
     from rqv2_jax.data.readers import topics
-    from rqv2_jax.ranking import metrics
+    from rqv2_jax.ranking import trec
     from rqv2_jax.recipe import scorer as score
     from rqv2_jax.retrieval import rerank
 
@@ -109,7 +109,7 @@ def _write_run(run, store, topics_file: pathlib.Path, path: pathlib.Path):
     scores_QxK = rerank.merge(reranker_QxR, retriever_QxK)
     ids = [query.id for query in queries]
     tag = f"rqv2_jax.{state}.reranker"
-    metrics.write_trec_run(path, ids, store.passage_ids, passages_QxK, scores_QxK, tag)
+    trec.write_run(path, ids, store.passage_ids, passages_QxK, scores_QxK, tag)
     for line in left.lines():
         print(f"{topics_file}: {line}")
     print(f"run: {path}   {len(ids)} queries, {passages_QxK.shape[1]} passages each")

@@ -107,21 +107,16 @@ class World:
     folders: dict
 
     def batches(self, *, models, in_batch, shards, accumulate=1, batch=8, max_blocks=1, flat=False):
-        from rqv2_jax.data.batches import ListBatches
+        from rqv2_jax.data.batches import BatchLayout, ListBatches
 
         return ListBatches(
             self.store,
             self.store.splits["train"],
             self.inputs,
             self.lists,
-            batch=batch,
+            BatchLayout(batch, shards, accumulate, range(shards * accumulate), max_blocks, flat),
             models=models,
             in_batch=in_batch,
-            shards=shards,
-            accumulate=accumulate,
-            own=range(shards * accumulate),
-            max_blocks=max_blocks,
-            flat=flat,
         )
 
     def loss(self, name, models=None, accumulate=1):

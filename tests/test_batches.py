@@ -6,7 +6,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from rqv2_jax.data import batches as batches_lib
-from rqv2_jax.data.batches import ListBatches, in_batch_labels
+from rqv2_jax.data.batches import BatchLayout, ListBatches, in_batch_labels
 from rqv2_jax.data.inputs import Inputs
 from rqv2_jax.data.lists import Lists, Provenance
 from rqv2_jax.data.packing import Packed, plan
@@ -57,12 +57,11 @@ def world(*, lists=18, passages_per_list=PASSAGES, seed=0):
 
 
 def batches_of(store, queries, lists, **changed):
-    given = dict(
-        batch=BATCH, models=("retriever", "reranker"), in_batch=False, shards=1, accumulate=1
-    )
-    given |= {"max_blocks": 3, "flat": False} | changed
-    own = range(given["shards"] * given["accumulate"])
-    return ListBatches(store, queries, INPUTS, lists, **{"own": own, **given})
+    given = dict(models=("retriever", "reranker"), in_batch=False)
+    given |= {name: changed.pop(name) for name in given.keys() & changed.keys()}
+    layout = dict(batch=BATCH, shards=1, accumulate=1, max_blocks=3, flat=False) | changed
+    layout.setdefault("made_here", range(layout["shards"] * layout["accumulate"]))
+    return ListBatches(store, queries, INPUTS, lists, BatchLayout(**layout), **given)
 
 
 def leaves(batch):
@@ -373,7 +372,7 @@ def test_slots_without_a_list_count_nowhere(in_batch):
 def test_a_host_makes_its_own_parts_of_the_same_batch(own):
     given, split = world(), {"in_batch": True, "shards": 3, "accumulate": 2}
     whole = leaves(batches_of(*given, **split).make(1))
-    parts = leaves(batches_of(*given, **split, own=own).make(1))
+    parts = leaves(batches_of(*given, **split, made_here=own).make(1))
     assert parts.keys() == whole.keys() > {"pairs.slot", "where", "in_batch_where"}
     for name, part in parts.items():
         np.testing.assert_array_equal(part, whole[name][own], err_msg=name)

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rqv2_jax.data.collection import Left, Passage, Qrel, Query, beir, check_qrels, left_out
+from rqv2_jax.data.collection import Left, Passage, Qrel, Query, check_qrels, left_out
+from rqv2_jax.data.readers.beir import beir
 from rqv2_jax.errors import InputError
 
 CORPUS = [

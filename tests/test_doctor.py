@@ -14,10 +14,9 @@ from test_pipeline import run_program, tiny_config, write_beir
 
 from rqv2_jax import check
 from rqv2_jax import config as config_lib
-from rqv2_jax.data import collection
 from rqv2_jax.data.inputs import Inputs
-from rqv2_jax.data.readers import dpr, tables
-from rqv2_jax.data.tokens import Tokenizer
+from rqv2_jax.data.readers import beir, dpr, tables
+from rqv2_jax.data.tokenise import Tokenizer
 from rqv2_jax.errors import InputError
 from rqv2_jax.tools import doctor
 
@@ -95,10 +94,10 @@ def inputs_of(config, **changes):
 def examine(folder, reader=None, lists=False, **changes):
     config = config_of(**{"joint.lists": str(folder / "lists.tsv") if lists else "", **changes})
 
-    def beir():
-        return collection.beir(folder, train_qrels="qrels", eval_qrels="qrels")
+    def read_beir():
+        return beir.beir(folder, train_qrels="qrels", eval_qrels="qrels")
 
-    return doctor.examine(config, reader or beir, WORDS, inputs_of(config))
+    return doctor.examine(config, reader or read_beir, WORDS, inputs_of(config))
 
 
 @pytest.mark.parametrize("lists", [False, True])
@@ -372,7 +371,7 @@ def test_a_language_that_the_vocabulary_lacks_is_a_warning(tmp_path):
 
     def examined(unknown, pairs=None):
         words = dataclasses.replace(tokenizer_of(unknown), pairs=pairs)
-        found = collection.beir(folder, train_qrels="qrels", eval_qrels="qrels")
+        found = beir.beir(folder, train_qrels="qrels", eval_qrels="qrels")
         return doctor.examine(config, lambda: found, words, inputs_of(config)).findings
 
     assert examined(None) == []

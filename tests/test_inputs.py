@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rqv2_jax.data.inputs import Inputs
-from rqv2_jax.data.tokens import Store, Texts, load_tokenizer
+from rqv2_jax.data.tokenise import load_tokenizer
+from rqv2_jax.data.tokens import Store, Texts
 from rqv2_jax.models import released
 
 # The oracle: what transformers' own tokenizer makes of a title and a text.

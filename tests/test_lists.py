@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from rqv2_jax.data.lists import (
     RELEVANT_SHARE,
     Candidates,
+    Denoising,
     Lists,
     Provenance,
     calibrate,
@@ -55,9 +56,13 @@ def problem(seed, *, queries, depth, passages, unlabelled=1, scored=True):
 
 def drawn(candidates, positives_2xN, **changed) -> Lists:
     given = dict(list_size=4, denoised_share=0.5, negative_below=0.3, positive_above=0.8)
-    given["own_2xN"] = np.zeros((2, 0), np.int64)
-    numbers = dict(probability=(SLOPE, OFFSET), num_passages=1000, seed=1, epoch=0)
-    return draw(candidates, positives_2xN, **{**given, **numbers, **changed})
+    given |= dict(probability=(SLOPE, OFFSET), num_passages=1000, seed=1, epoch=0)
+    given |= {"own_2xN": np.zeros((2, 0), np.int64)} | changed
+    denoising = Denoising(
+        given.pop("denoised_share"),
+        *(given.pop(name) for name in ("probability", "negative_below", "positive_above")),
+    )
+    return draw(candidates, positives_2xN, given.pop("own_2xN"), denoising=denoising, **given)
 
 
 def by_query(candidates, positives_2xN):

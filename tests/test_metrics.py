@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from rqv2_jax.errors import InputError
-from rqv2_jax.ranking import metrics
+from rqv2_jax.ranking import metrics, significance, trec
 
 REPORTED = [
     "RR@10",
@@ -206,9 +206,7 @@ def test_run_file_gives_ir_measures_every_reported_value(tmp_path):
     passage_ids, passages_QxK, scores_QxK, qrels = large_run(0, levels=1200)
     scores_QxK = scores_QxK / np.float32(7)
     query_ids = [f"q{row}" for row in range(7)]
-    metrics.write_trec_run(
-        tmp_path / "run.trec", query_ids, passage_ids, passages_QxK, scores_QxK, "test"
-    )
+    trec.write_run(tmp_path / "run.trec", query_ids, passage_ids, passages_QxK, scores_QxK, "test")
     values = metrics.evaluate(passages_QxK, scores_QxK, passage_ids, qrels, REPORTED)
     judged = {query_ids[row] for row in metrics.judged_queries(qrels)}
     truth = [
@@ -370,7 +368,7 @@ def test_small_samples_are_enumerated_exactly(thirtieths):
     ]
     expected = sum(value >= abs(sum(thirtieths)) for value in sums) / len(sums)
     a_Q = np.array(thirtieths) / 30
-    difference, p_value = metrics.paired_test(a_Q, np.zeros(len(a_Q)), permutations=9, seed=0)
+    difference, p_value = significance.paired_test(a_Q, np.zeros(len(a_Q)), permutations=9, seed=0)
     assert difference == pytest.approx(sum(thirtieths) / 30 / len(thirtieths))
     assert p_value == expected
 
@@ -384,28 +382,28 @@ def test_random_flips_approach_the_exact_p_value():
     assert 0.05 < exact < 0.95
     a_Q, b_Q = np.append(difference_Q, 0.5), np.append(np.zeros(17), 0.5)
     permutations = 20_000
-    difference, p_value = metrics.paired_test(a_Q, b_Q, permutations=permutations, seed=0)
+    difference, p_value = significance.paired_test(a_Q, b_Q, permutations=permutations, seed=0)
     assert difference == pytest.approx(difference_Q.sum() / 18)
     error = math.sqrt(exact * (1 - exact) / permutations)
     assert p_value == pytest.approx(exact, abs=4 * error)
     assert p_value != exact
-    assert metrics.paired_test(b_Q, a_Q, permutations=permutations, seed=0) == (
+    assert significance.paired_test(b_Q, a_Q, permutations=permutations, seed=0) == (
         -difference,
         p_value,
     )
-    assert metrics.paired_test(a_Q, b_Q, permutations=permutations, seed=1)[1] != p_value
+    assert significance.paired_test(a_Q, b_Q, permutations=permutations, seed=1)[1] != p_value
 
 
 def test_queries_without_a_difference_leave_the_test_exact():
     a_Q = np.append(np.zeros(100), np.ones(5))
-    assert metrics.paired_test(a_Q, np.zeros(105), permutations=9, seed=0) == (5 / 105, 2 / 32)
+    assert significance.paired_test(a_Q, np.zeros(105), permutations=9, seed=0) == (5 / 105, 2 / 32)
 
 
 def test_p_value_is_uniform_under_the_null_hypothesis():
     rng = np.random.default_rng(0)
     p_values = np.array(
         [
-            metrics.paired_test(*rng.random((2, 30)), permutations=199, seed=trial)[1]
+            significance.paired_test(*rng.random((2, 30)), permutations=199, seed=trial)[1]
             for trial in range(1000)
         ]
     )
@@ -416,11 +414,11 @@ def test_p_value_is_uniform_under_the_null_hypothesis():
 
 def test_p_value_at_its_bounds():
     ones_Q, zeros_Q = np.ones(100), np.zeros(100)
-    assert metrics.paired_test(ones_Q, zeros_Q, permutations=999, seed=0) == (1.0, 1 / 1000)
-    assert metrics.paired_test(ones_Q, ones_Q, permutations=999, seed=0) == (0.0, 1.0)
+    assert significance.paired_test(ones_Q, zeros_Q, permutations=999, seed=0) == (1.0, 1 / 1000)
+    assert significance.paired_test(ones_Q, ones_Q, permutations=999, seed=0) == (0.0, 1.0)
     # Two-sided: no flip has a mean nearer to zero than zero, in every chunk.
     balanced_Q = np.tile([0.1, 0.2, -0.3], 3000)
-    assert metrics.paired_test(balanced_Q, 0 * balanced_Q, permutations=2000, seed=0) == (
+    assert significance.paired_test(balanced_Q, 0 * balanced_Q, permutations=2000, seed=0) == (
         pytest.approx(0),
         1.0,
     )
@@ -432,7 +430,7 @@ def test_p_value_at_its_bounds():
 )
 def test_paired_test_refuses_values_that_do_not_pair(a_Q, b_Q):
     with pytest.raises(InputError, match="finite values of the same queries"):
-        metrics.paired_test(np.array(a_Q), np.array(b_Q), permutations=9, seed=0)
+        significance.paired_test(np.array(a_Q), np.array(b_Q), permutations=9, seed=0)
 
 
 # TREC run files.
@@ -446,9 +444,9 @@ def test_paired_test_refuses_values_that_do_not_pair(a_Q, b_Q):
 def test_written_run_is_read_back_bit_for_bit_in_rank_order(tmp_path_factory, scores_QxK, ids):
     path = tmp_path_factory.mktemp("runs") / "run.trec"
     passages_QxK = np.array([[0, 1, 2, 3], [3, -1, 0, -1]])
-    metrics.write_trec_run(path, ["q1", "q2"], ids, passages_QxK, scores_QxK, "tag")
+    trec.write_run(path, ["q1", "q2"], ids, passages_QxK, scores_QxK, "tag")
     sorted_QxK, sorted_scores_QxK = metrics.sort_run(passages_QxK, scores_QxK, ids)
-    read = metrics.read_trec_run(path)
+    read = trec.read_run(path)
     assert {
         query: [(passage_id, np.float32(score).item()) for passage_id, score in results]
         for query, results in read.items()
@@ -462,7 +460,7 @@ def test_written_run_is_read_back_bit_for_bit_in_rank_order(tmp_path_factory, sc
 
 def test_written_lines_and_no_file_beside(tmp_path):
     path = tmp_path / "run.trec"
-    metrics.write_trec_run(
+    trec.write_run(
         path,
         ["q1", "q2", "q3"],
         np.array(["a", "b"], object),
@@ -481,7 +479,7 @@ def test_failed_write_leaves_the_old_file(tmp_path):
     path.write_text("old")
     two = np.array([[0], [0]]), np.zeros((2, 1))
     with pytest.raises(ValueError, match="longer than argument 1"):
-        metrics.write_trec_run(path, ["q1"], ["a"], *two, "tag")
+        trec.write_run(path, ["q1"], ["a"], *two, "tag")
     assert path.read_text() == "old"
 
 
@@ -497,24 +495,24 @@ def test_failed_write_leaves_the_old_file(tmp_path):
 def test_ids_that_no_trec_file_can_hold(tmp_path, query_id, passage_id, tag, message):
     path = tmp_path / "run.trec"
     with pytest.raises(InputError, match=message) as error:
-        metrics.write_trec_run(
+        trec.write_run(
             path, [query_id], [passage_id, "not listed"], np.array([[0]]), np.zeros((1, 1)), tag
         )
     assert str(error.value).startswith(f"{path}: ")
     assert not list(tmp_path.iterdir())
-    metrics.write_trec_run(path, ["q"], ["a", "not listed"], np.array([[0]]), np.ones((1, 1)), "t")
+    trec.write_run(path, ["q"], ["a", "not listed"], np.array([[0]]), np.ones((1, 1)), "t")
 
 
 def test_read_takes_tabs_crlf_blank_lines_and_scattered_queries(tmp_path):
     path = tmp_path / "run.trec"
     path.write_bytes(b"q1\tQ0\ta\t9\t1e-3\tx\r\n\nq2 Q0 a 1 -2 x\n q1 Q0 b 1 5 x")
     expected = {"q1": [("a", 0.001), ("b", 5.0)], "q2": [("a", -2.0)]}
-    assert metrics.read_trec_run(path) == expected
+    assert trec.read_run(path) == expected
     # As some editors save it, and gzipped.
     (tmp_path / "marked.trec").write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
-    assert metrics.read_trec_run(tmp_path / "marked.trec") == expected
+    assert trec.read_run(tmp_path / "marked.trec") == expected
     (tmp_path / "run.trec.gz").write_bytes(gzip.compress(path.read_bytes()))
-    assert metrics.read_trec_run(tmp_path / "run.trec.gz") == expected
+    assert trec.read_run(tmp_path / "run.trec.gz") == expected
 
 
 @pytest.mark.parametrize(
@@ -533,7 +531,7 @@ def test_bad_lines_are_named(tmp_path, line, message):
     path = tmp_path / "run.trec"
     path.write_bytes(b"q1 Q0 a 1 1.0 tag\n\n" + line + b"\nq2 Q0 a 1 1 tag\n")
     with pytest.raises(InputError, match=f"^{re.escape(str(path))}:3: {message}") as error:
-        metrics.read_trec_run(path)
+        trec.read_run(path)
     assert "\n" not in str(error.value)
 
 
@@ -541,10 +539,10 @@ def test_runs_of_msmarco_rank_by_rank(tmp_path):
     """As anserini's and the leaderboard's: query, passage and rank, in any order."""
     path = tmp_path / "run.tsv"
     path.write_text("1\tb\t2\n1\ta\t1\n2\tb\t1\n1\tc\t10\n")
-    listed = metrics.read_trec_run(path)
+    listed = trec.read_run(path)
     assert listed == {"1": [("b", -2.0), ("a", -1.0), ("c", -10.0)], "2": [("b", -1.0)]}
     ids = ["a", "b", "c"]
-    arrays = metrics.run_arrays(listed, ["1", "2"], {key: row for row, key in enumerate(ids)})
+    arrays = trec.run_arrays(listed, ["1", "2"], {key: row for row, key in enumerate(ids)})
     passages_QxK, _ = metrics.sort_run(*arrays, ids)
     assert passages_QxK.tolist() == [[0, 1, 2], [1, -1, -1]]
 
@@ -552,7 +550,7 @@ def test_runs_of_msmarco_rank_by_rank(tmp_path):
 def test_runs_of_rocketqa_rank_by_score(tmp_path):
     path = tmp_path / "run.tsv"
     path.write_text("1\ta\t1\t0.5\n1\tb\t2\t0.75\n")
-    assert metrics.read_trec_run(path) == {"1": [("a", 0.5), ("b", 0.75)]}
+    assert trec.read_run(path) == {"1": [("a", 0.5), ("b", 0.75)]}
 
 
 @pytest.mark.parametrize(
@@ -569,19 +567,19 @@ def test_bad_lines_of_short_runs_are_named(tmp_path, text, message):
     path = tmp_path / "run.tsv"
     path.write_text(text)
     with pytest.raises(InputError, match=re.escape(f"{path}{message}")):
-        metrics.read_trec_run(path)
+        trec.read_run(path)
 
 
 def test_run_file_that_is_not_there(tmp_path):
     with pytest.raises(InputError, match=r"no\.trec: no such file"):
-        metrics.read_trec_run(tmp_path / "no.trec")
+        trec.read_run(tmp_path / "no.trec")
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
 @settings(deadline=None, max_examples=200)
 def test_holm_against_its_definition(p_values):
     """Corrected p-values are at or below a level exactly where Holm's rule rejects at that level."""
-    corrected = metrics.holm(p_values)
+    corrected = significance.holm(p_values)
     for level in {*corrected, 0.05, 0.5} - {1.0}:
         rejected = set()
         for rank, i in enumerate(np.argsort(p_values, kind="stable").tolist()):
@@ -592,17 +590,17 @@ def test_holm_against_its_definition(p_values):
 
 
 def test_holm_by_hand():
-    assert metrics.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert metrics.holm([0.5, 0.9]) == [1.0, 1.0]
-    assert metrics.holm([]) == []
+    assert significance.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert significance.holm([0.5, 0.9]) == [1.0, 1.0]
+    assert significance.holm([]) == []
 
 
 def test_interval_is_that_of_the_normal_approximation():
     rng = np.random.default_rng(3)
     difference_Q = rng.normal(0.2, 1.0, 2000)
-    low, high = metrics.interval(difference_Q, resamples=4000, seed=0)
+    low, high = significance.interval(difference_Q, resamples=4000, seed=0)
     half = 1.96 * difference_Q.std() / 2000**0.5
     assert low == pytest.approx(difference_Q.mean() - half, abs=0.1 * half)
     assert high == pytest.approx(difference_Q.mean() + half, abs=0.1 * half)
-    assert (low, high) == metrics.interval(difference_Q, resamples=4000, seed=0)
-    assert metrics.interval(np.zeros(9), resamples=99, seed=0) == (0.0, 0.0)
+    assert (low, high) == significance.interval(difference_Q, resamples=4000, seed=0)
+    assert significance.interval(np.zeros(9), resamples=99, seed=0) == (0.0, 0.0)

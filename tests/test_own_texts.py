@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from test_batches import batches_of, world
 
 from rqv2_jax.data import own_texts
-from rqv2_jax.data.lists import Candidates, draw
+from rqv2_jax.data.lists import Candidates, Denoising, draw
 from rqv2_jax.data.tokens import Queries, Store, Texts
 
 
@@ -131,12 +131,9 @@ def test_they_never_fill_a_list():
         lists = draw(
             candidates,
             np.array([[0], [0]]),
-            own_2xN=np.array([[0], [4]]),
+            np.array([[0], [4]]),
             list_size=4,
-            denoised_share=0.0,
-            probability=(1.0, 0.0),
-            negative_below=0.1,
-            positive_above=0.9,
+            denoising=Denoising(0.0, (1.0, 0.0), 0.1, 0.9),
             num_passages=5,
             seed=seed,
             epoch=0,

@@ -29,7 +29,7 @@ from rqv2_jax.data import lists as lists_lib
 from rqv2_jax.data import tokens
 from rqv2_jax.errors import InputError
 from rqv2_jax.models import weights
-from rqv2_jax.ranking import metrics
+from rqv2_jax.ranking import trec
 from rqv2_jax.recipe import evaluation, mining, pipeline, results
 from rqv2_jax.recipe import scorer as score
 from rqv2_jax.recipe.workdir import (
@@ -194,8 +194,8 @@ def test_bm25_ranks_the_passages_that_share_words_with_the_query(finished):
     queries = {
         q["_id"]: q["text"].split() for q in map(json.loads, (data / "queries.jsonl").open())
     }
-    found = metrics.read_trec_run(workdir / "runs" / "test.bm25.bm25.bm25.trec")
-    reranked = metrics.read_trec_run(workdir / "runs" / "test.joint.reranker.bm25.trec")
+    found = trec.read_run(workdir / "runs" / "test.bm25.bm25.bm25.trec")
+    reranked = trec.read_run(workdir / "runs" / "test.joint.reranker.bm25.trec")
     assert len(found) == 8
     for query, ranked in found.items():
         scores = {}
@@ -239,7 +239,7 @@ def test_the_released_model_is_measured_at_its_own_length_and_similarity(release
     passages = {p.id: f"{p.title} {p.text}" for p in texts.passages()}
     queries = {q.id: q.text for q in texts.queries("test")}
     scores_QxN = model.encode(list(queries.values())) @ model.encode(list(passages.values())).T
-    found = metrics.read_trec_run(run.workdir / "runs" / "test.released.retriever.exact.trec")
+    found = trec.read_run(run.workdir / "runs" / "test.released.retriever.exact.trec")
     reciprocal = []
     for query, scores_N in zip(queries, scores_QxN):
         ranked = [list(passages)[row] for row in np.argsort(-scores_N)[:20]]
@@ -736,9 +736,9 @@ def test_candidates_of_queries_that_are_not_reranked_do_not_matter(finished, tmp
         "".join([*others, *(line for line in lines if line.split()[0] in asked)])
     )
     report = evaluation.evaluate_candidates(run, store, "test", tmp_path / "some.trec", "some")
-    again = metrics.read_trec_run(tmp_path / "w" / "runs" / "test.joint.reranker.some.trec")
+    again = trec.read_run(tmp_path / "w" / "runs" / "test.joint.reranker.some.trec")
     assert all(row["queries"] == 5 for row in report["rows"])
-    expected = metrics.read_trec_run(sample)
+    expected = trec.read_run(sample)
     assert {query: [p for p, _ in found] for query, found in again.items()} == {
         query: [p for p, _ in found] for query, found in expected.items()
     }
@@ -1063,8 +1063,8 @@ def test_search_finds_what_the_evaluation_found(finished, tmp_path):
     arguments = [f"--workdir={workdir}", f"--topics={topics}", f"--to={tmp_path / 'run.trec'}"]
     ended = run_program("rqv2_jax.search", *arguments)
     assert ended.returncode == 0, ended.stderr
-    found = metrics.read_trec_run(tmp_path / "run.trec")
-    expected = metrics.read_trec_run(workdir / "runs" / "test.joint.reranker.exact.trec")
+    found = trec.read_run(tmp_path / "run.trec")
+    expected = trec.read_run(workdir / "runs" / "test.joint.reranker.exact.trec")
     assert found.keys() == expected.keys() == asked.keys()
     for name in asked:
         (ids, scores), (same, close) = (zip(*run[name]) for run in (found, expected))
@@ -1110,7 +1110,7 @@ def test_what_better_params_replace_is_found_again(finished, tmp_path):
     def evaluated():
         evaluation.evaluate(run, store, "test", ("exact", "scann"))
         return {
-            name: metrics.read_trec_run(workdir / "runs" / f"test.{name}.trec")
+            name: trec.read_run(workdir / "runs" / f"test.{name}.trec")
             for name in (*before.keys(), *before.values())
         }
 

@@ -18,7 +18,7 @@ from rqv2_jax import config as config_lib
 from rqv2_jax import evaluate
 from rqv2_jax.data import own_texts, tokens
 from rqv2_jax.errors import InputError
-from rqv2_jax.ranking import metrics
+from rqv2_jax.ranking import trec
 from rqv2_jax.recipe import evaluation, mining, pipeline
 from rqv2_jax.recipe import scorer as score
 from rqv2_jax.recipe.workdir import claim, open_run, open_store, open_workdir, texts_of
@@ -123,7 +123,7 @@ def test_run_files_never_name_it(messy, tmp_path):
     paths = sorted((workdir / "runs").glob("*.trec"))
     assert len(paths) == 8
     for path in paths:
-        run = metrics.read_trec_run(path)
+        run = trec.read_run(path)
         assert all(query not in dict(found) for query, found in run.items())
         assert {len(found) for found in run.values()} == {20}
     # Topics that name the queries themselves, half of them without labels.
@@ -133,10 +133,10 @@ def test_run_files_never_name_it(messy, tmp_path):
     ended = run_program("rqv2_jax.search", *arguments)
     assert ended.returncode == 0, ended.stderr
     assert "2 queries have no text; left out (first: mute)" in ended.stdout
-    run = metrics.read_trec_run(tmp_path / "run")
+    run = trec.read_run(tmp_path / "run")
     assert len(run) == 48
     assert all(query not in dict(found) for query, found in run.items())
-    expected = metrics.read_trec_run(workdir / "runs" / "test.joint.reranker.exact.trec")
+    expected = trec.read_run(workdir / "runs" / "test.joint.reranker.exact.trec")
     for query, found in expected.items():
         assert [passage for passage, _ in run[query]] == [passage for passage, _ in found]
 

@@ -20,7 +20,8 @@ from shapes import models_of
 
 from rqv2_jax import config as config_lib
 from rqv2_jax.data import packing
-from rqv2_jax.data.tokens import TOKENIZER_FILES, Store
+from rqv2_jax.data.tokenise import TOKENIZER_FILES
+from rqv2_jax.data.tokens import Store
 from rqv2_jax.errors import InputError
 from rqv2_jax.models import exported, released, weights
 from rqv2_jax.recipe.opening import open_inputs, open_models

@@ -10,17 +10,10 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rqv2_jax.data import tokens
+from rqv2_jax.data import tokenise
 from rqv2_jax.data.collection import Collection, Passage, Qrel, Query
-from rqv2_jax.data.tokens import (
-    Queries,
-    Texts,
-    Tokenizer,
-    load_tokenizer,
-    open_store,
-    prepare,
-    remarks,
-)
+from rqv2_jax.data.tokenise import Tokenizer, load_tokenizer, prepare
+from rqv2_jax.data.tokens import Queries, Texts, open_store, remarks
 from rqv2_jax.errors import InputError
 from rqv2_jax.models import released
 
@@ -174,11 +167,11 @@ def test_any_ids_and_lengths_come_back(tmp_path_factory, passages, queries, data
 
 
 def test_rows_run_on_over_many_chunks(tmp_path):
-    count = 2 * tokens.CHUNK + 5
+    count = 2 * tokenise.CHUNK + 5
     # Ids in no order, so that a row number can come only from the place.
     order = np.random.default_rng(0).permutation(count)
     passages = [Passage(f"p{i}", str(i % 3), f"{i} 5") for i in order]
-    queries = [Query(f"q{i}", f"{i}", ()) for i in order[: tokens.CHUNK + 3]]
+    queries = [Query(f"q{i}", f"{i}", ()) for i in order[: tokenise.CHUNK + 3]]
     labels = [(query.id, f"p{i}", 1) for query, i in zip(queries, order[::-1])]
     given = dict(passages=passages, splits={"train": (queries, labels)})
     store = build(tmp_path, **given)
@@ -257,7 +250,7 @@ def test_a_stale_store_is_rebuilt(tmp_path, changed, tokenizer):
 
 def test_a_store_in_another_format_is_rebuilt(tmp_path, monkeypatch):
     build(tmp_path)
-    monkeypatch.setattr(tokens, "FORMAT", tokens.FORMAT + 1)
+    monkeypatch.setattr(tokenise, "FORMAT", tokenise.FORMAT + 1)
     counted = Counted()
     prepare(counted.collection, NUMBERS, tmp_path / "store")
     assert counted.reads == 1

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from shapes import read_shape
 
 from rqv2_jax.data.packing import Block
-from rqv2_jax.data.tokens import TOKENIZER_FILES
+from rqv2_jax.data.tokenise import TOKENIZER_FILES
 from rqv2_jax.models import bert, exported, weights
 
 QUERY = "encoder.layer.0.attention.self.query.weight"

@@ -1,1 +1,1 @@
-"""From files to packed arrays. Nothing in here imports jax."""
+"""Readers, token stores, training lists and their batches as packed arrays; no module imports jax."""

@@ -1,11 +1,16 @@
 """Batches through tf.data: batch s is a function of (lists, s), so a step number resumes a run.
 
-Every leaf has a leading axis that counts parts, the same number for each device; whole lists belong to
-one part. Shape suffixes: S parts of the batch, O of them made here, L lists of the run in the order of
-training, P passages of a list, B lists of a part (of all parts where it stands alone), N sequences.
+Every leaf has a leading axis that counts parts, the same number for each device; no list is divided
+between parts.
+
+Shape suffixes: S parts of the batch (in `balance`, halves of batches), O parts made here, L lists of
+the run in the order of training, P passages of a list, B lists of a part (of a batch where no S or O
+precedes), C lists that get labels, N sequences or pairs, T steps, W widths, M exchanged pairs.
 """
 
+import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -17,32 +22,39 @@ from rqv2_jax.data.packing import Ragged
 from rqv2_jax.data.tokens import Queries, Store
 from rqv2_jax.errors import InputError
 
-# Lists that change places, and whose lengths are looked at, at once.
+# Lists that change places with each other, and whose lengths are computed at once.
 WINDOW = 2**14
-# Rounds in which they do.
+# Rounds of such changes.
 EXCHANGES = 400
 
-# What each model reads.
+# The kinds of input that each model reads.
 READS = {"retriever": ("queries", "passages"), "reranker": ("pairs",)}
 KINDS = (*READS["retriever"], *READS["reranker"])
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchLayout:
+    """How many lists a batch has, the parts it is computed in, and the rows that hold its sequences."""
+
+    batch: int  # lists of a batch
+    shards: int  # of devices; if they do not divide the batch, some hold lists without passages
+    accumulate: int  # parts of a shard, computed one after the other; must divide `batch`
+    made_here: Sequence[int]  # numbers of the parts that this host makes
+    max_blocks: int  # most shapes for one kind of input, with a row for each sequence
+    flat: bool  # whether all sequences of a part lie end to end in one row instead
 
 
 class ListBatches:
     """The batches of a run: lists in order, `batch` a step, each model's inputs packed.
 
     Args:
-      lists: all lists of the run; those beyond the last whole batch are left out. Within a window of
+      lists: all lists of the run; those beyond the last full batch are left out. Within a window of
         `WINDOW` lists they change places so that all batches need rows of the same widths.
       models: which inputs to build: "retriever" (queries and passages), "reranker" (pairs), or both.
       in_batch: also labels over all passages of the batch, other positives of a query masked out.
-      shards: device shards. Where they do not divide the batch, some hold lists without passages.
-      accumulate: parts of a shard, computed one after the other; must divide `batch`.
-      own: the parts to make; the others are made on other hosts.
-      max_blocks: most shapes that one kind of input is laid into, a row for each sequence.
-      flat: whether all sequences of a part lie end to end in one row instead.
 
     A batch is a dict: `queries`, `passages`, `pairs` (`packing.Packed`), `positive` and `where`
-    [O, B, P], and with `in_batch` the same two over the whole batch, `in_batch_positive` and
+    [O, B, P], and with `in_batch` the same two over all lists of the batch, `in_batch_positive` and
     `in_batch_where` [O, B, S*B*P].
     """
 
@@ -52,43 +64,37 @@ class ListBatches:
         queries: Queries,
         inputs: Inputs,
         lists: Lists,
+        layout: BatchLayout,
         *,
-        batch: int,
         models: tuple[str, ...],
         in_batch: bool,
-        shards: int,
-        accumulate: int,
-        own: Sequence[int],
-        max_blocks: int,
-        flat: bool,
     ):
-        if batch % accumulate:
+        batch, count = layout.batch, len(lists.query_rows_L)
+        if batch % layout.accumulate:
             raise InputError(
-                f"a batch of {batch} lists cannot be computed in {accumulate} equal parts; make the "
-                "stage's accumulate a divisor of its batch"
+                f"a batch of {batch} lists cannot be computed in {layout.accumulate} equal parts; "
+                "make the stage's accumulate a divisor of its batch"
             )
-        if len(lists.query_rows_L) < batch:
+        if count < batch:
             raise InputError(
-                f"the stage has {len(lists.query_rows_L)} lists, fewer than one batch of {batch}; "
+                f"the stage has {count} lists, fewer than one batch of {batch}; "
                 "lower the stage's batch or raise its epochs"
             )
         self.store, self.queries, self.inputs = store, queries, inputs
         self.never_negative_2xN = queries.never_negative()
         self.batch, self.in_batch = batch, in_batch
-        self.slots_SxB = slots(batch, shards, accumulate)
-        self.own_O = np.array(own)
-        self.steps = len(lists.query_rows_L) // batch
+        self.slots_SxB = slots(batch, layout.shards, layout.accumulate)
+        self.made_O = np.array(layout.made_here)
+        self.steps = count // batch
         self.lists = self._balanced(lists)
         self.positive_LxP = self.lists.positive()
         if not (self.positive_LxP[:, 0].all() and (self.positive_LxP.sum(axis=1) == 1).all()):
             raise ValueError("a list does not have its one positive first")
-        self.shapes = {
-            kind: self._plan(kind, max_blocks, flat) for model in models for kind in READS[model]
-        }
+        self.shapes = {kind: self._plan(kind, layout) for model in models for kind in READS[model]}
 
-    def _lengths(self, kind, queries_L, passages_LxP):
-        """The lengths of some lists' sequences of a kind [L, 1 or P]."""
-        queries_Lx1 = queries_L[:, None]
+    def _lengths(self, kind: str, lists: Lists) -> np.ndarray:
+        """Returns the lengths of lists' sequences of a kind [L, 1 or P]."""
+        queries_Lx1, passages_LxP = lists.query_rows_L[:, None], lists.passages_LxP
         if kind == "queries":
             return self.inputs.query_lengths(self.queries.texts, queries_Lx1)
         if kind == "passages":
@@ -97,66 +103,60 @@ class ListBatches:
 
     def _balanced(self, lists: Lists) -> Lists:
         order = []
-        for first, steps in self._windows():
-            rows_L = np.arange(first * self.batch, (first + steps) * self.batch)
-            given = lists.query_rows_L[rows_L], lists.passages_LxP[rows_L]
-            # Of all kinds, so that the batches do not depend on who learns from them.
-            lengths = [self._lengths(kind, *given) for kind in KINDS]
+        for rows_L in self._windows():
+            # All kinds, so that the batches do not depend on the models that are trained.
+            lengths = [self._lengths(kind, lists.take(rows_L)) for kind in KINDS]
             order.append(rows_L[balance(lengths, self.batch)])
         return lists.take(np.concatenate(order))
 
-    def _windows(self):
-        """The first step of each window and the number of its steps."""
-        most = max(WINDOW // self.batch, 1)
-        return [(first, min(most, self.steps - first)) for first in range(0, self.steps, most)]
+    def _windows(self) -> list[np.ndarray]:
+        """Returns the numbers of the lists of each window."""
+        size, total = max(WINDOW // self.batch, 1) * self.batch, self.steps * self.batch
+        return [np.arange(first, min(first + size, total)) for first in range(0, total, size)]
 
-    def _plan(self, kind, max_blocks, flat):
-        """The shapes that hold this kind of input of all parts."""
+    def _plan(self, kind: str, layout: BatchLayout) -> tuple[packing.Shape, ...]:
+        """Returns the shapes that hold this kind of input of all parts."""
         longest_N, tokens = 0, 0
-        for first, steps in self._windows():
-            window = slice(first * self.batch, (first + steps) * self.batch)
-            lengths_LxN = self._lengths(
-                kind, self.lists.query_rows_L[window], self.lists.passages_LxP[window]
-            )
+        for rows_L in self._windows():
+            lengths_LxN = self._lengths(kind, self.lists.take(rows_L))
             lengths_BxN = by_part(lengths_LxN, self.batch, self.slots_SxB)
             longest_N = np.maximum(longest_N, np.sort(lengths_BxN, axis=1).max(axis=0))
             tokens = max(tokens, int(lengths_BxN.sum(axis=1).max()))
-        if flat:
+        if layout.flat:
             return (packing.plan_flat(tokens, len(longest_N)),)
-        return packing.plan(longest_N, max_blocks)
+        return packing.plan(longest_N, layout.max_blocks)
 
     def make(self, step: int) -> dict:
-        """Batch number `step` as numpy arrays."""
+        """Makes batch number `step` as numpy arrays."""
         rows_SxB = step * self.batch + self.slots_SxB.clip(0)
+        rows_OxB = rows_SxB[self.made_O]
         packed = {
-            kind: packing.stack([self._packed(kind, rows_B) for rows_B in rows_SxB[self.own_O]])
-            for kind in self.shapes
+            kind: packing.stack(
+                [packing.pack(self._ragged(kind, rows_B), shapes) for rows_B in rows_OxB]
+            )
+            for kind, shapes in self.shapes.items()
         }
         real_SxB = self.slots_SxB >= 0
-        real_OxBx1 = real_SxB[self.own_O][..., None]
-        positive_OxBxP = self.positive_LxP[rows_SxB[self.own_O]] & real_OxBx1
+        real_OxBx1 = real_SxB[self.made_O][..., None]
+        positive_OxBxP = self.positive_LxP[rows_OxB] & real_OxBx1
         labels = {"positive": positive_OxBxP, "where": np.ones_like(positive_OxBxP) & real_OxBx1}
         if self.in_batch:
             rows_N = rows_SxB.reshape(-1)
             passages_NxP = self.lists.passages_LxP[rows_N]
-            own_N = np.arange(len(rows_N)).reshape(rows_SxB.shape)[self.own_O].reshape(-1)
-            found = in_batch_labels(
-                self.lists.query_rows_L[rows_N], passages_NxP, self.never_negative_2xN, own_N
+            made_N = np.arange(len(rows_N)).reshape(rows_SxB.shape)[self.made_O].reshape(-1)
+            in_batch = in_batch_labels(
+                self.lists.query_rows_L[rows_N], passages_NxP, self.never_negative_2xN, made_N
             )
             real_N = real_SxB.reshape(-1).repeat(passages_NxP.shape[1])
-            for name, label_BxN in zip(("in_batch_positive", "in_batch_where"), found):
+            for name, label_BxN in zip(("in_batch_positive", "in_batch_where"), in_batch):
                 labels[name] = label_BxN.reshape(*real_OxBx1.shape[:2], -1) & real_OxBx1 & real_N
         return packed | labels
 
     def ragged(self, kind: str, step: int) -> Ragged:
-        """One kind of input of the whole batch number `step`."""
+        """Returns one kind of input of all parts of batch number `step`."""
         return self._ragged(kind, np.arange(step * self.batch, (step + 1) * self.batch))
 
-    def _packed(self, kind, rows_B):
-        """One kind of input of one part."""
-        return packing.pack(self._ragged(kind, rows_B), self.shapes[kind])
-
-    def _ragged(self, kind, rows_B):
+    def _ragged(self, kind: str, rows_B: np.ndarray) -> Ragged:
         queries_B, passages_BxP = self.lists.query_rows_L[rows_B], self.lists.passages_LxP[rows_B]
         if kind == "queries":
             return self.inputs.queries(self.queries.texts, queries_B)
@@ -166,12 +166,12 @@ class ListBatches:
         return self.inputs.pairs(self.store, self.queries.texts, repeated, passages_BxP.reshape(-1))
 
     def stream(self, first_step: int) -> Iterator[dict]:
-        """Batches from `first_step` to the last, made ahead of time by tf.data threads."""
+        """Yields the batches from `first_step` on, made ahead of time by tf.data threads."""
         tf = optional.tensorflow("the stream of training batches")
         example = self.make(first_step)
         flat = tf.nest.flatten(example)
 
-        def load(step):
+        def load(step: Any) -> list[Any]:
             arrays = tf.numpy_function(
                 lambda s: tf.nest.flatten(self.make(int(s))), [step], [x.dtype for x in flat]
             )
@@ -189,22 +189,19 @@ class ListBatches:
 
 
 def balance(lengths: Sequence[np.ndarray], batch: int) -> np.ndarray:
-    """An order of lists [L] whose consecutive batches hold as many sequences of any length; L divides.
+    """Returns an order of lists [L] whose batches hold about equally many sequences of any length.
 
-    Rows of one width are as many as the batch with the most sequences of that length needs. As parts
-    of a batch may be computed apart, batches are halved as long as that leaves whole lists and 32
-    sequences of a kind, and it is the halves that are made alike. Again and again a list of one and a
-    list of another change places where that lowers how far both exceed the mean number of sequences
-    that are longer than a width, to the fourth power and summed over the widths.
-
-    Args:
-      lengths: of every kind of input, the lengths of the lists' sequences [L, N].
-      batch: lists of a batch.
+    `lengths` has the lengths of lists' sequences [L, N], for every kind of input; `batch` divides L.
+    The batch with the most sequences of a length sets the number of rows of that width. As parts of a
+    batch may be computed apart, batches are halved as long as that leaves undivided lists and 32
+    sequences of a kind, and the halves are made alike: lists of two halves change places if that lowers
+    their summed excess, the fourth power of how far each exceeds the mean number of sequences longer
+    than a width, summed over the widths.
     """
     size = batch
     while size % 2 == 0 and size // 2 * max(x.shape[1] for x in lengths) >= 32:
         size //= 2
-    # The number of a list's sequences that are too long for each width.
+    # How many of a list's sequences are too long for each width.
     longer_LxW = np.concatenate(
         [
             (x[..., None] > np.arange(0, x.max(), packing.WIDTH_MULTIPLE)).sum(axis=1)
@@ -217,7 +214,7 @@ def balance(lengths: Sequence[np.ndarray], batch: int) -> np.ndarray:
     longer_SxW = longer_LxW[order_SxB].sum(axis=1)
     mean_W = longer_SxW.mean(axis=0)
 
-    def excess(longer_SxW):
+    def excess(longer_SxW: np.ndarray) -> np.ndarray:
         # A high power, as the part that exceeds most sets the number of rows.
         return (((longer_SxW - mean_W).clip(0) ** 2) ** 2).sum(axis=-1)
 
@@ -237,37 +234,38 @@ def balance(lengths: Sequence[np.ndarray], batch: int) -> np.ndarray:
 
 
 def slots(batch: int, shards: int, accumulate: int) -> np.ndarray:
-    """Which list of a batch each slot of each part holds [S, B], or -1 for none.
+    """Returns which list of a batch each slot of each part holds [S, B], or -1 for none.
 
     Part `s * accumulate + k` is the k-th of shard s. The k-th parts of all shards together hold an
     equal share of the batch, so that the mean over k of their means is the mean over the batch.
     """
     per_step = batch // accumulate
     size = -(-per_step // shards)
-    found = np.full((accumulate, shards * size), -1)
-    found[:, :per_step] = np.arange(batch).reshape(accumulate, per_step)
-    return found.reshape(accumulate, shards, size).swapaxes(0, 1).reshape(-1, size)
+    numbers = np.full((accumulate, shards * size), -1)
+    numbers[:, :per_step] = np.arange(batch).reshape(accumulate, per_step)
+    return numbers.reshape(accumulate, shards, size).swapaxes(0, 1).reshape(-1, size)
 
 
 def by_part(lengths_LxN: np.ndarray, batch: int, slots_SxB: np.ndarray) -> np.ndarray:
-    """Of lists' sequences, the lengths in each part of each batch [steps * S, B * N].
+    """Returns the lengths of the sequences in each part of each batch [steps * S, B * N].
 
-    A slot that holds no list has the lengths of its batch's first.
+    A slot without a list has the lengths of the batch's first list.
     """
     lengths_TxBxN = lengths_LxN.reshape(-1, batch, lengths_LxN.shape[1])
-    found = lengths_TxBxN[:, slots_SxB.clip(0)]
-    return found.reshape(len(lengths_TxBxN) * len(slots_SxB), -1)
+    return lengths_TxBxN[:, slots_SxB.clip(0)].reshape(len(lengths_TxBxN) * len(slots_SxB), -1)
 
 
 def in_batch_labels(
-    queries_B, passages_BxP, never_negative_2xN, chosen_C
+    queries_B: np.ndarray,
+    passages_BxP: np.ndarray,
+    never_negative_2xN: np.ndarray,
+    chosen_C: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Positives and valid passages [C, B*P] when each query ranks every passage of the batch.
+    """Returns positives and valid passages [C, B*P] when each query ranks every passage of the batch.
 
-    Of the batch's B lists only those numbered `chosen_C` get a row.
-
-    The positive is the first passage of the query's own list. Every other passage that is no negative
-    of the query, or at the head of another of its lists, is left out, wherever it stands.
+    Only the lists numbered `chosen_C`, of the batch's B, get a row. The positive is the first passage
+    of the list. Every other passage that is no negative of the query, or the positive of another of
+    its lists, is left out, in all lists.
     """
     passages_N = passages_BxP.reshape(-1)
     heads_C = chosen_C * passages_BxP.shape[1]

@@ -2,11 +2,10 @@
 
 A docstring's first paragraph is the query, the rest its one labelled passage, the title the package
 and the public name. Nothing read is imported, nothing is downloaded. The same function documented
-by several libraries stays in: a positive nobody labelled.
+by several libraries stays in: an unlabelled positive.
 """
 
 import ast
-import contextlib
 import gc
 import hashlib
 import importlib.util
@@ -77,7 +76,7 @@ class Doc(NamedTuple):
 
 
 def source_files(package: str) -> dict[str, Path]:
-    """Python files of an installed package by `package/relative/path.py`, sorted.
+    """Returns the Python files of an installed package by `package/relative/path.py`, sorted.
 
     Raises `InputError` when the package is not installed.
     """
@@ -100,10 +99,10 @@ def source_files(package: str) -> dict[str, Path]:
 
 
 def read_docs(path: str, source: bytes) -> Iterator[Doc]:
-    """What the source of `path` (`package/relative/path.py`) documents, in the order of the file.
+    """Yields what the source of `path` (`package/relative/path.py`) documents, in its order.
 
-    Only public names, and only docstrings whose first paragraph has 4 to 40 words of prose and
-    whose remaining text has 30 words or more. White space is normalised to single blanks.
+    Only public names, and docstrings with 4 to 40 words of prose in the first paragraph and 30 words
+    or more after it. White space is normalised to single blanks.
     """
     if b'"""' not in source and b"'''" not in source:
         return
@@ -126,21 +125,25 @@ def read_docs(path: str, source: bytes) -> Iterator[Doc]:
 
 
 def read_packages(packages: Iterable[str]) -> list[Doc]:
-    """All docs of the installed packages, in the order of `packages` and of their sorted paths."""
-    with _no_garbage_collection():
+    """Reads all docs of the installed packages, in the order of `packages` and of sorted paths."""
+    # Syntax trees hold no cycles, and looking for some takes half the time.
+    gc.disable()
+    try:
         return [
             doc
             for package in packages
             for path, file in source_files(package).items()
             for doc in read_docs(path, file.read_bytes())
         ]
+    finally:
+        gc.enable()
 
 
 def select(docs: Iterable[Doc]) -> list[Doc]:
-    """One doc per passage text, and per package and query; none whose query fits several names.
+    """Selects one doc per passage text and per package and query; no query fits several names.
 
-    Of equals the first stays. A query that stands before functions of different names is
-    boilerplate, or asks for either: all its docs go. Under one name it stays once per package.
+    The first of equal docs is kept. A query shared by functions of different names is boilerplate, or
+    asks for any of them: all its docs are dropped. Under one name one doc per package is kept.
     """
     by_text = {}
     for doc in docs:
@@ -157,22 +160,22 @@ def select(docs: Iterable[Doc]) -> list[Doc]:
 
 
 def name_key(name: str) -> str:
-    """What namesakes share: the last part, without case, underscores and version suffix."""
+    """Returns what namesakes share: the last part, without case, underscores and version suffix."""
     last = name.rsplit(".", 1)[-1].lower()
     return re.sub(r"_v\d+$", "", last).replace("_", "")
 
 
 def split_of(name: str) -> str:
-    """train (75%), dev (10%) or test (15%) by a hash of the name's key, so namesakes stay together.
+    """Returns train (75%), dev (10%) or test (15%) by a hash of the name's key, so of namesakes.
 
-    A query text belongs to one name key after `select`, so none stands in two splits.
+    A query text belongs to one name key after `select`, so none is in two splits.
     """
     position = int(_digest(name_key(name))[:13], 16) / 16**13
     return "train" if position < TRAIN_BELOW else "dev" if position < DEV_BELOW else "test"
 
 
 def records(docs: Iterable[Doc]) -> dict[str, list[dict]]:
-    """The rows of splits `passages`, `train`, `dev` and `test`, as `prepared` has them.
+    """Returns the rows of splits `passages`, `train`, `dev` and `test`, as `prepared` has them.
 
     Passages and queries are each shuffled by a hash, so neither order tells anything of the other.
     """
@@ -201,14 +204,14 @@ class Docstrings(prepared.Builder):
         for preset, packages in PRESETS.items()
     )
 
-    def _split_generators(self, dl_manager):
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
         del dl_manager
         splits = records(select(read_packages(PRESETS[self.builder_config.name])))
         return {split: self._generate_examples(lambda r=rows: r) for split, rows in splits.items()}
 
 
-def docstrings(data_dir, *, preset: str) -> Collection:
-    """The embedded collection, prepared below `data_dir` unless it is there already.
+def docstrings(data_dir: str | Path, *, preset: str) -> Collection:
+    """Returns the embedded collection, prepared below `data_dir` unless it is there already.
 
     `preset` is a key of `PRESETS`. The fingerprint hashes every source file that would be read, the
     Python version and `VERSION`, and names the folder: another package version is another set.
@@ -222,7 +225,7 @@ def docstrings(data_dir, *, preset: str) -> Collection:
 
 
 def _documented(body: list[ast.stmt], prefix: list[str]) -> Iterator[tuple[str, str]]:
-    """(dotted public name, docstring) of the public definitions in `body` and its classes."""
+    """Yields (dotted public name, docstring) of the public definitions in `body` and its classes."""
     for node in body:
         match node:
             case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
@@ -238,8 +241,10 @@ def _documented(body: list[ast.stmt], prefix: list[str]) -> Iterator[tuple[str, 
                 yield from _added_docs(args, prefix)
 
 
-def _names(node, prefix: list[str]) -> list[str] | None:
-    """Parts of a definition's public name; None for what is private or deprecated."""
+def _names(
+    node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef, prefix: list[str]
+) -> list[str] | None:
+    """Returns the parts of a definition's public name; None for what is private or deprecated."""
     names = [*prefix, node.name]
     for decorator in node.decorator_list:
         called = isinstance(decorator, ast.Call)
@@ -258,7 +263,7 @@ def _names(node, prefix: list[str]) -> list[str] | None:
 
 
 def _added_docs(args: list[ast.expr], prefix: list[str]) -> Iterator[tuple[str, str]]:
-    """Docs of `add_newdoc([module,] name, doc | (attribute, doc) | [(attribute, doc), ...])`."""
+    """Yields docs of `add_newdoc([module,] name, doc | (attribute, doc) | [(attribute, doc), ...])`."""
     match args:
         case [ast.Constant(str(module)), ast.Constant(str(name)), doc]:
             owner = [*_public(module.split(".")[1:]), name]
@@ -283,12 +288,12 @@ def _is_public(names: list[str]) -> bool:
 
 
 def _public(parts: list[str]) -> list[str]:
-    """The parts before the first private one, where a package keeps what it exports above."""
+    """Returns the parts before the first private one: what it defines is exported above it."""
     return list(itertools.takewhile(lambda part: not part.startswith("_"), parts))
 
 
 def _query_and_text(docstring: str) -> tuple[str, str]:
-    """First paragraph that is no signature, and all behind it, on one line each."""
+    """Returns the first paragraph that is no signature, and all after it, on one line each."""
     docstring = TEMPLATE_LINE.sub("", docstring).strip()
     first, *rest = (" ".join(each.split()) for each in re.split(r"\n\s*\n", docstring))
     while rest and SIGNATURE.fullmatch(first):
@@ -306,15 +311,3 @@ def _fingerprint(preset: str) -> str:
         for path, file in source_files(package).items():
             total.update(f"{path} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
     return total.hexdigest()
-
-
-@contextlib.contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """Syntax trees hold no cycles, and walking them again and again takes half the time."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()

@@ -1,4 +1,7 @@
-"""Model inputs from stored tokens: which special tokens, types and truncation each model reads."""
+"""Model inputs from stored tokens: special tokens, types and truncation of each model.
+
+Shape suffix: N sequences.
+"""
 
 import dataclasses
 
@@ -10,14 +13,14 @@ from rqv2_jax.data.tokens import Store, Texts
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """How tokens become model inputs.
+    """The special tokens, formats and lengths of model inputs.
 
     Query `[CLS] prompt query [SEP]`; pair `[CLS] query [SEP] title text [SEP]` with types 0 and 1, by
     the re-ranker's tokenizer; passage `[CLS] prompt title [SEP] text [SEP]` with types 0 and 1
     (`title_sep_text`, as RocketQAv2) or `[CLS] prompt title text [SEP]` of type 0 (`title_text`, as
-    sentence-transformers). Lengths are in tokens, special tokens included. Too long, `title text` is
-    cut at its end in a passage of one type; elsewhere the longer of title and text loses tokens first.
-    A query has at most half of a pair.
+    sentence-transformers). Lengths are in tokens, special tokens included. Where too long,
+    `title text` is cut at its end in a passage of one type; elsewhere the longer of title and text
+    loses tokens first. A query has at most half of a pair.
     """
 
     cls: int
@@ -33,7 +36,7 @@ class Inputs:
     pair_length: int
 
     def queries(self, texts: Texts, rows_N: np.ndarray) -> Ragged:
-        """Queries as the retriever reads them."""
+        """Builds queries as the retriever reads them."""
         n = len(rows_N)
         kept_N = np.minimum(texts.lengths(rows_N), self.query_length - 2 - len(self.query_prompt))
         query = Piece(texts.tokens, texts.offsets[rows_N], kept_N, 0)
@@ -41,61 +44,69 @@ class Inputs:
         return assemble([start, query, _special((self.sep,), n, 0)])
 
     def passages(self, store: Store, rows_N: np.ndarray) -> Ragged:
-        """Passages as the retriever reads them."""
+        """Builds passages as the retriever reads them."""
         n = len(rows_N)
         separate = self.passage_format == "title_sep_text"
         specials = (3 if separate else 2) + len(self.passage_prompt)
         budget_N = np.full(n, self.passage_length - specials)
-        titles, texts = store.titles, store.texts
-        pieces = self._title_and_text(
-            titles, texts, rows_N, budget_N, (0, int(separate)), title_first=not separate
-        )
+        types = 0, int(separate)
+        pieces = self._title_and_text(store, rows_N, budget_N, types, title_first=not separate)
         between = [_special((self.sep,), n, 0)] if separate else []
         start = _special((self.cls, *self.passage_prompt), n, 0)
         end = _special((self.sep,), n, int(separate))
         return assemble([start, pieces[0], *between, pieces[1], end])
 
-    def pairs(self, store: Store, texts: Texts, query_rows_N, passage_rows_N) -> Ragged:
-        """Pairs as the re-ranker reads them."""
+    def pairs(
+        self, store: Store, texts: Texts, query_rows_N: np.ndarray, passage_rows_N: np.ndarray
+    ) -> Ragged:
+        """Builds pairs as the re-ranker reads them."""
         n, texts = len(query_rows_N), texts.for_pairs()
         kept_N = self._pair_query_lengths(texts, query_rows_N)
         query = Piece(texts.tokens, texts.offsets[query_rows_N], kept_N, 0)
         budget_N = self.pair_length - 3 - kept_N
-        titles, bodies = store.titles.for_pairs(), store.texts.for_pairs()
         pieces = self._title_and_text(
-            titles, bodies, passage_rows_N, budget_N, (1, 1), title_first=False
+            store.for_pairs(), passage_rows_N, budget_N, (1, 1), title_first=False
         )
         start, middle = _special((self.pair_cls,), n, 0), _special((self.pair_sep,), n, 0)
         return assemble([start, query, middle, *pieces, _special((self.pair_sep,), n, 1)])
 
     def query_lengths(self, texts: Texts, rows: np.ndarray) -> np.ndarray:
-        """The lengths `queries` gives, without building them; any shape of rows."""
+        """Returns the lengths `queries` gives, without building them; any shape of rows."""
         return np.minimum(texts.lengths(rows) + 2 + len(self.query_prompt), self.query_length)
 
     def passage_lengths(self, store: Store, rows: np.ndarray) -> np.ndarray:
-        """The lengths `passages` gives, without building them; any shape of rows."""
+        """Returns the lengths `passages` gives, without building them; any shape of rows."""
         specials = 3 if self.passage_format == "title_sep_text" else 2
         specials += len(self.passage_prompt)
-        body = self._body_lengths(store.titles, store.texts, rows)
+        body = self._body_lengths(store, rows)
         return np.minimum(body + specials, self.passage_length)
 
-    def pair_lengths(self, store: Store, texts: Texts, query_rows, passage_rows) -> np.ndarray:
-        """The lengths `pairs` gives, without building them; the shapes of the rows broadcast."""
+    def pair_lengths(
+        self, store: Store, texts: Texts, query_rows: np.ndarray, passage_rows: np.ndarray
+    ) -> np.ndarray:
+        """Returns the lengths `pairs` gives, without building them; shapes of rows broadcast."""
         query = self._pair_query_lengths(texts.for_pairs(), query_rows)
-        body = self._body_lengths(store.titles.for_pairs(), store.texts.for_pairs(), passage_rows)
+        body = self._body_lengths(store.for_pairs(), passage_rows)
         return np.minimum(query + body + 3, self.pair_length)
 
-    def _pair_query_lengths(self, texts, rows):
+    def _pair_query_lengths(self, texts: Texts, rows: np.ndarray) -> np.ndarray:
         # However long a query may be, half of the pair is left to the passage.
         most = min(self.query_length - 2, (self.pair_length - 3) // 2)
         return np.minimum(texts.lengths(rows), most)
 
-    def _body_lengths(self, titles, texts, rows):
-        return texts.lengths(rows) + (titles.lengths(rows) if self.titles else 0)
+    def _body_lengths(self, store: Store, rows: np.ndarray) -> np.ndarray:
+        return store.texts.lengths(rows) + (store.titles.lengths(rows) if self.titles else 0)
 
     def _title_and_text(
-        self, titles, texts, rows_N, budget_N, types, *, title_first
+        self,
+        store: Store,
+        rows_N: np.ndarray,
+        budget_N: np.ndarray,
+        types: tuple[int, int],
+        *,
+        title_first: bool,
     ) -> tuple[Piece, Piece]:
+        titles, texts = store.titles, store.texts
         text_N = texts.lengths(rows_N)
         title_N = titles.lengths(rows_N) if self.titles else np.zeros_like(text_N)
         if title_first:

@@ -1,11 +1,11 @@
-"""Queries that stand in the corpus themselves, under their own ids, as those of ArguAna and Quora.
+"""Queries that are passages of the corpus too, with the same id, as in ArguAna and Quora.
 
-Such a passage is the query: retrieved first, it is neither a negative nor a hit. BEIR ignores it by
-`ignore_identical_ids`. Here `config.data.ignore_identical_ids` does: always, never, or by itself where
-passages with a query's id have that query's text; ids that are mere numbers may be both by chance. A
-passage that is labelled relevant for the query is not ignored.
+Such a passage is the query's own text: retrieved first, it is neither a negative nor a hit. As in
+BEIR, `config.data.ignore_identical_ids` ignores it: always, never, or automatically if most passages
+with a query's id have the query's text, as numbers may be ids of both by chance. A passage that is
+labelled relevant for the query is not ignored.
 
-Shape suffixes: Q queries, K passages of a query, best first.
+Shape suffixes: Q queries, K passages of a query, best first, N pairs of query and passage, or queries.
 """
 
 import dataclasses
@@ -14,18 +14,18 @@ import numpy as np
 
 from rqv2_jax.data.tokens import Queries, Store
 
-# Pairs of one id that are looked at, and the share of them that has to have one text.
+# Pairs with one id that are compared, and the share of them that must have the same text.
 LOOKED_AT, MOST = 1000, 0.5
 
 
 def marked(store: Store, mode: str) -> Store:
-    """The store with `own_2xN` in all its splits; `mode` is "auto", "always" or "never"."""
+    """Returns the store with `own_2xN` in all its splits; `mode` is "auto", "always" or "never"."""
     splits = {name: of_queries(store, queries, mode) for name, queries in store.splits.items()}
     return dataclasses.replace(store, splits=splits)
 
 
 def of_queries(store: Store, queries: Queries, mode: str) -> Queries:
-    """Queries, with those passages of the store that are these queries themselves as `own_2xN`."""
+    """Returns the queries, with those passages of the store that are their own text as `own_2xN`."""
     if mode == "never":
         return queries
     query_rows = {key: row for row, key in enumerate(queries.ids)}
@@ -42,24 +42,19 @@ def of_queries(store: Store, queries: Queries, mode: str) -> Queries:
 
 
 def _one_text(store: Store, queries: Queries, own_2xN: np.ndarray) -> bool:
-    """Whether most queries have the text of the passage with their id."""
+    """Says whether most queries have the text of the passage with their id."""
     count = own_2xN.shape[1]
     chosen = np.arange(min(count, LOOKED_AT)) * count // max(min(count, LOOKED_AT), 1)
     same = 0
     for query, passage in own_2xN[:, chosen].T.tolist():
-        asked, text, title = (
-            texts.tokens[texts.offsets[row] : texts.offsets[row + 1]]
-            for texts, row in (
-                *((queries.texts, query), (store.texts, passage), (store.titles, passage)),
-            )
-        )
-        whole = np.concatenate([title, text])
-        same += np.array_equal(asked, text) or np.array_equal(asked, whole)
+        asked, text = queries.texts.row(query), store.texts.row(passage)
+        with_title = np.concatenate([store.titles.row(passage), text])
+        same += np.array_equal(asked, text) or np.array_equal(asked, with_title)
     return count > 0 and same >= MOST * len(chosen)
 
 
 def remarks(store: Store) -> list[str]:
-    """A line for each split in which passages are ignored."""
+    """Returns a line for each split in which passages are ignored."""
     return [
         f"{queries.own_2xN.shape[1]:,} of {len(queries.ids):,} {split} queries stand in the corpus "
         "under their own id; such passages are ignored for their query "
@@ -70,21 +65,21 @@ def remarks(store: Store) -> list[str]:
 
 
 def of_rows(queries: Queries, rows_Q: np.ndarray) -> np.ndarray:
-    """The passage to ignore for each of some queries [Q], -1 where there is none."""
+    """Returns the passage to ignore for each of some queries [Q], -1 where there is none."""
     own_N = np.full(len(queries.ids), -1)
     own_N[queries.own_2xN[0]] = queries.own_2xN[1]
     return own_N[rows_Q]
 
 
 def deeper(depth: int, own_Q: np.ndarray) -> int:
-    """How many passages to retrieve, so that `without` leaves `depth`."""
+    """Returns how many passages to retrieve, so that `without` leaves `depth`."""
     return depth + int((own_Q >= 0).any())
 
 
 def without(
     passages_QxK: np.ndarray, scores_QxK: np.ndarray, own_Q: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Passages and scores without the ignored ones; if there are any, one fewer for all queries."""
+    """Removes the ignored passages and their scores; if there are any, one column for all queries."""
     if not (own_Q >= 0).any():
         return passages_QxK, scores_QxK
     dropped_QxK = (passages_QxK == own_Q[:, None]) & (own_Q >= 0)[:, None]

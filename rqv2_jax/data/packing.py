@@ -1,4 +1,4 @@
-"""Token sequences to dense blocks of a few fixed shapes, all in vectorised numpy.
+"""Packing of token sequences into dense blocks of a few fixed shapes, in vectorised numpy.
 
 Shape suffixes: N sequences, R rows of a block, T its width, S sequences a row may hold, B batches (or
 shards of batches).
@@ -11,7 +11,7 @@ import numpy as np
 
 WIDTH_MULTIPLE = 8
 SLACK = 1.01
-# Multiples in which a flat row's tokens and the sequences that it may hold come.
+# A flat row's width in tokens, and the number of sequences it may hold, are multiples of these.
 FLAT_TOKENS, FLAT_SLOTS = 128, 16
 
 
@@ -63,8 +63,8 @@ class Piece(NamedTuple):
     type: int
 
 
-def _ranges(starts_N, lengths_N):
-    """The numbers starts_N[i] .. starts_N[i] + lengths_N[i] - 1 for every i, end to end."""
+def _ranges(starts_N: np.ndarray, lengths_N: np.ndarray) -> np.ndarray:
+    """Returns the numbers starts_N[i] .. starts_N[i] + lengths_N[i] - 1 for every i, end to end."""
     ends_N = np.cumsum(lengths_N)
     total = ends_N[-1] if len(ends_N) else 0
     return np.arange(total) + np.repeat(starts_N - (ends_N - lengths_N), lengths_N)
@@ -85,7 +85,7 @@ def assemble(pieces: Sequence[Piece]) -> Ragged:
 
 
 def plan(longest_N: np.ndarray, max_blocks: int) -> tuple[Shape, ...]:
-    """At most `max_blocks` shapes that hold every batch, one sequence a row.
+    """Returns at most `max_blocks` shapes that hold every batch, one sequence a row.
 
     `longest_N` says how long the j-th shortest sequence of a batch may be; widths are multiples of 8.
     Of all ways to cut the sorted sequences into groups this one has the fewest groups that compute no
@@ -93,36 +93,34 @@ def plan(longest_N: np.ndarray, max_blocks: int) -> tuple[Shape, ...]:
     """
     envelope_N = -(-longest_N // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
     widths, last = np.unique(envelope_N[::-1], return_index=True)
-    ends = len(envelope_N) - last  # one past the last sequence that fits in each width
+    # The number of sequences that fit in each width, after 0.
+    ends = [0, *(len(envelope_N) - last).tolist()]
     # best[k][i]: fewest tokens for the first ends[i] sequences in k blocks, and the cut before them.
-    best = [{-1: (0, -1)}]
+    best = [{0: (0, 0)}]
     for _ in range(max_blocks):
-        row = {-1: (0, -1)}
-        for i in range(len(ends)):
+        row = {0: (0, 0)}
+        for i in range(1, len(ends)):
             row[i] = min(
-                (best[-1][j][0] + (ends[i] - (ends[j] if j >= 0 else 0)) * widths[i], j)
-                for j in best[-1]
-                if j < i
+                (best[-1][j][0] + (ends[i] - ends[j]) * widths[i - 1], j) for j in best[-1] if j < i
             )
         best.append(row)
     shapes, i = [], len(ends) - 1
     enough = next(k for k in range(1, max_blocks + 1) if best[k][i][0] <= SLACK * best[-1][i][0])
     for row in reversed(best[1 : enough + 1]):
-        if i < 0:
-            break
-        j = row[i][1]
-        shapes.append(Shape(int(ends[i] - (ends[j] if j >= 0 else 0)), int(widths[i])))
-        i = j
+        if i > 0:
+            j = row[i][1]
+            shapes.append(Shape(ends[i] - ends[j], int(widths[i - 1])))
+            i = j
     return tuple(reversed(shapes))
 
 
 def size(shapes: Sequence[Shape]) -> int:
-    """The tokens that blocks of these shapes hold, those of padding included."""
+    """Returns the number of tokens, padding included, in blocks of these shapes."""
     return sum(shape.rows * shape.width for shape in shapes)
 
 
 def plan_flat(tokens: int, sequences: int) -> Shape:
-    """Returns the shape of one row that holds this many sequences of so many tokens end to end."""
+    """Returns the shape of one row that holds so many sequences, with this many tokens, end to end."""
     width, slots = -(-tokens // FLAT_TOKENS) * FLAT_TOKENS, -(-sequences // FLAT_SLOTS) * FLAT_SLOTS
     return Shape(1, width, slots)
 
@@ -140,7 +138,7 @@ def pack(ragged: Ragged, shapes: Sequence[Shape]) -> Packed:
         if ends_N[-1] > shape.width or count > shape.slots:
             raise ValueError(f"{shape} for {count} sequences of {ends_N[-1]} tokens")
         start_N, slot_N = ends_N - ragged.lengths_N, np.arange(count)
-        # Those without tokens may stand at the very end; slots without a sequence do.
+        # Sequences without tokens may begin behind the last token, where empty slots point.
         first_S = np.full(shape.slots, min(ends_N[-1], shape.width - 1))
         first_S[:count] = start_N.clip(max=shape.width - 1)
     else:
@@ -175,7 +173,7 @@ def pack(ragged: Ragged, shapes: Sequence[Shape]) -> Packed:
 
 
 def stack(parts: Sequence[Packed]) -> Packed:
-    """One shard after the other along a new leading axis; all have the same shapes."""
+    """Stacks shards along a new leading axis; all have the same shapes."""
     blocks = tuple(
         Block(*(np.stack(arrays) for arrays in zip(*blocks)))
         for blocks in zip(*(part.blocks for part in parts))

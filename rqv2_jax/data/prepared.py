@@ -1,4 +1,4 @@
-"""Collections as tensorflow-datasets records, and the way back.
+"""Conversion of collections to tensorflow-datasets records and back.
 
 A dataset has the splits `passages` and those of the collection. A record has `id`, `title`, `text` (of
 a passage or query) and, of a query, `answers`, the passages `labelled` and their `relevances`.
@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import tensorflow_datasets as tfds
 
+from rqv2_jax import optional
 from rqv2_jax.data.collection import Collection, Passage, Qrel, Query, of_split
 
 
@@ -20,7 +21,7 @@ def row(
     labels: Iterable[tuple[str, int]] = (),
     answers: Iterable[str] = (),
 ) -> dict:
-    """One record; `labels` are pairs of passage id and relevance."""
+    """Returns one record; `labels` are pairs of passage id and relevance."""
     labels = list(labels)
     return {
         "id": key,
@@ -33,7 +34,7 @@ def row(
 
 
 def rows(texts: Collection, split: str) -> Iterator[dict]:
-    """The records of a collection's split, or of `passages`, in its order."""
+    """Yields the records of a collection's split, or of `passages`, in its order."""
     if split == "passages":
         for passage in texts.passages():
             yield row(*passage)
@@ -46,7 +47,7 @@ def rows(texts: Collection, split: str) -> Iterator[dict]:
 
 
 class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """What the builders share: the features, and records in the order in which they come."""
+    """Base of the builders: the features, and records in the order in which they come."""
 
     def _info(self):
         text = tfds.features.Text()
@@ -67,11 +68,9 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         yield from enumerate(rows())
 
 
-def prepare(builder: Builder):
+def prepare(builder: Builder) -> None:
     """Writes a builder's records unless they are there; nothing is fetched but what it asks for."""
-    import tensorflow as tf
-
-    tf.config.set_visible_devices([], "GPU")
+    optional.tensorflow("data that is not read from a folder")
     tfds.disable_progress_bar()
     config = tfds.download.DownloadConfig(try_download_gcs=False)
     builder.download_and_prepare(download_config=config)
@@ -80,7 +79,7 @@ def prepare(builder: Builder):
 def collection(
     builder: Builder, *, name: str, fingerprint: str, answer_splits: tuple[str, ...] = ()
 ) -> Collection:
-    """The collection that a prepared builder's records are."""
+    """Returns the collection that a prepared builder's records hold."""
     splits = {split: split for split in ("train", "dev", "test") if split in builder.info.splits}
 
     def read(split: str) -> Iterator[dict]:
@@ -89,19 +88,19 @@ def collection(
         return iter(tfds.as_numpy(builder.as_dataset(split=split, read_config=read_config)))
 
     def passages() -> Iterator[Passage]:
-        for found in read("passages"):
-            yield Passage(*(found[key].decode() for key in ("id", "title", "text")))
+        for record in read("passages"):
+            yield Passage(*(record[key].decode() for key in ("id", "title", "text")))
 
     def queries(split: str) -> Iterator[Query]:
-        for found in read(of_split(Path(name), splits, split)):
-            answers = tuple(answer.decode() for answer in found["answers"])
-            yield Query(found["id"].decode(), found["text"].decode(), answers)
+        for record in read(of_split(Path(name), splits, split)):
+            answers = tuple(answer.decode() for answer in record["answers"])
+            yield Query(record["id"].decode(), record["text"].decode(), answers)
 
     def qrels(split: str) -> Iterator[Qrel]:
-        for number, found in enumerate(read(of_split(Path(name), splits, split)), 1):
-            for passage, relevance in zip(found["labelled"], found["relevances"].tolist()):
+        for number, record in enumerate(read(of_split(Path(name), splits, split)), 1):
+            for passage, relevance in zip(record["labelled"], record["relevances"].tolist()):
                 source = f"{name}/{split}:{number}"
-                yield Qrel(found["id"].decode(), passage.decode(), relevance, source)
+                yield Qrel(record["id"].decode(), passage.decode(), relevance, source)
 
     return Collection(
         name=name,

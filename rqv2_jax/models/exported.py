@@ -8,7 +8,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from rqv2_jax import config as config_lib
-from rqv2_jax.data.tokens import TOKENIZER_FILES
+from rqv2_jax.data.tokenise import TOKENIZER_FILES
 from rqv2_jax.models import bert, released
 from rqv2_jax.models.weights import EMBEDDINGS, LAYERS
 

@@ -1,1 +1,1 @@
-"""Metrics, run files and answers. Nothing in here imports jax."""
+"""Metrics, significance tests, run files and answers; no module imports jax."""

@@ -6,21 +6,18 @@ from collections.abc import Sequence
 import numpy as np
 import tqdm
 
-from rqv2_jax.data import collection, own_texts
+from rqv2_jax.data import files, own_texts
 from rqv2_jax.errors import InputError
-from rqv2_jax.ranking import metrics
+from rqv2_jax.ranking import metrics, significance, trec
 
 
 def read_qrels(path: pathlib.Path) -> dict[tuple[str, str], int]:
-    """Relevance of every judged (query id, passage id), in any format of `collection.labels`.
+    """Relevance of every judged (query id, passage id), in any format of `files.labels`.
 
     Raises:
-      InputError: there is no such file, or what `collection.labels` raises.
+      InputError: there is no such file, or what `files.labels` raises.
     """
-    return {
-        (q.query_id, q.passage_id): q.relevance
-        for q in collection.labels(collection.open_file(path))
-    }
+    return {(q.query_id, q.passage_id): q.relevance for q in files.labels(files.open_file(path))}
 
 
 def compare(
@@ -45,7 +42,7 @@ def compare(
     Raises:
       InputError: a file cannot be used, or a run shares no query with the qrels.
     """
-    judged, runs = read_qrels(qrels), [metrics.read_trec_run(path) for path in (a, b)]
+    judged, runs = read_qrels(qrels), [trec.read_run(path) for path in (a, b)]
     query_ids = sorted({query for query, _ in judged})
     for path, run in zip((a, b), runs):
         if not run.keys() & set(query_ids):
@@ -61,15 +58,17 @@ def compare(
     names = metrics.at_relevance(names, min_relevance)
     values = [
         metrics.evaluate(
-            *metrics.run_arrays(run, query_ids, passage_rows), passage_ids, qrels_3xN, names
+            *trec.run_arrays(run, query_ids, passage_rows), passage_ids, qrels_3xN, names
         )
         for run in runs
     ]
     rows = []
     for name in names:
         a_J, b_J = (value[name] for value in values)
-        difference, p_value = metrics.paired_test(a_J, b_J, permutations=permutations, seed=seed)
-        low, high = metrics.interval(a_J - b_J, resamples=permutations, seed=seed)
+        difference, p_value = significance.paired_test(
+            a_J, b_J, permutations=permutations, seed=seed
+        )
+        low, high = significance.interval(a_J - b_J, resamples=permutations, seed=seed)
         row = {"metric": name, "a": float(a_J.mean()), "b": float(b_J.mean())}
         rows.append({**row, "difference": difference, "low": low, "high": high, "p_value": p_value})
     relevant = {query_ids[row] for row in metrics.judged_queries(qrels_3xN)}

@@ -10,12 +10,12 @@ import numpy as np
 import tqdm
 
 from rqv2_jax import artifacts, hosts, optional
-from rqv2_jax.data import collection, own_texts, tokens
+from rqv2_jax.data import collection, files, own_texts, tokens
 from rqv2_jax.data import lists as lists_lib
 from rqv2_jax.data.readers import topics
 from rqv2_jax.errors import InputError
 from rqv2_jax.ranking import answers as answers_lib
-from rqv2_jax.ranking import metrics
+from rqv2_jax.ranking import metrics, significance, trec
 from rqv2_jax.recipe import mining, results
 from rqv2_jax.recipe.workdir import Run, as_released, texts_of
 from rqv2_jax.retrieval import bm25, encode, index, rerank
@@ -107,7 +107,7 @@ def with_topics(
             f"{topics_file}: the run has a split {name!r} of its own, and results are named after the "
             "file; rename it"
         )
-    qrels = list(collection.labels(collection.open_file(qrels_file)))
+    qrels = list(files.labels(files.open_file(qrels_file)))
     judged = {label.query_id for label in qrels if label.relevance > 0}
     given, left = list(topics.topics(topics_file)), collection.Left()
     queries = [query for query in topics.asked(given, left) if query.id in judged]
@@ -124,7 +124,7 @@ def with_topics(
         raise InputError(f"{qrels_file}: no relevance is above 0; give labels of {topics_file}")
     strings = tuple(query.text for query in queries)
     texts = run.tokenizer.texts(list(strings))
-    fingerprint = collection.content_hash([topics_file, qrels_file])
+    fingerprint = files.content_hash([topics_file, qrels_file])
     further = tokens.Queries(texts, ids, qrels_3xN, fingerprint, strings=strings)
     further = own_texts.of_queries(store, further, run.config.data.ignore_identical_ids)
     return dataclasses.replace(store, splits={**store.splits, name: further}), name
@@ -164,7 +164,7 @@ class _Report:
         tag = f"rqv2_jax.{state}.{model}"
         found, query_ids = (passages_QxK, scores_QxK), [self.queries.ids[row] for row in rows_Q]
         hosts.from_first(
-            lambda: metrics.write_trec_run(path, query_ids, self.store.passage_ids, *found, tag)
+            lambda: trec.write_run(path, query_ids, self.store.passage_ids, *found, tag)
         )
         key = state, model, name
         self.values[key], self.asked[key] = self._measured(rows_Q, *found), rows_Q
@@ -223,7 +223,7 @@ class _Report:
         metric = metrics.at_relevance(settings.metrics, settings.min_relevance)[0]
         common = np.intersect1d(self.asked[a], self.asked[b])
         values = (self.values[key][metric][np.isin(self.asked[key], common)] for key in (a, b))
-        difference, p_value = metrics.paired_test(
+        difference, p_value = significance.paired_test(
             *values, permutations=settings.permutations, seed=self.run.config.seed
         )
         names = {"a": results.name(*a), "b": results.name(*b), "metric": metric}
@@ -325,13 +325,13 @@ def evaluate_candidates(
     `evaluate`. Writes as that does, with `name` for the index and `<split>.<name>` for the split.
 
     Args:
-      path: run file, as `metrics.read_trec_run` reads it; queries of the split that it does not name
+      path: run file, as `trec.read_run` reads it; queries of the split that it does not name
         have no candidates and count 0.
 
     Raises:
       InputError: the file cannot be used, or a stage has not been run.
     """
-    report, found = _Report(run, store, split), metrics.read_trec_run(path)
+    report, found = _Report(run, store, split), trec.read_run(path)
     passage_rows = {passage: row for row, passage in enumerate(store.passage_ids)}
     rows_R = report.rows_Q[report.reranked_R]
     query_ids = [report.queries.ids[row] for row in rows_R]
@@ -350,7 +350,7 @@ def evaluate_candidates(
                 )
     found = {query: found[query] for query in query_ids if query in found}
     every_id = [report.queries.ids[row] for row in report.rows_Q]
-    passages_QxK, scores_QxK = metrics.run_arrays(found, every_id, passage_rows)
+    passages_QxK, scores_QxK = trec.run_arrays(found, every_id, passage_rows)
     own_Q = own_texts.of_rows(report.queries, report.rows_Q)
     passages_QxK = np.where(passages_QxK == own_Q[:, None], -1, passages_QxK)
     given = metrics.sort_run(passages_QxK, scores_QxK, store.passage_ids)

@@ -9,7 +9,7 @@ import tqdm
 
 from rqv2_jax import artifacts, hosts
 from rqv2_jax.data import lists as lists_lib
-from rqv2_jax.data import own_texts, tokens
+from rqv2_jax.data import own_texts, tokenise, tokens
 from rqv2_jax.data.readers import joint_tsv
 from rqv2_jax.errors import InputError
 from rqv2_jax.recipe.workdir import Run
@@ -176,7 +176,7 @@ def draw_lists(
 
     All of the stage's, or `number` of them for the steps from `step` on.
     """
-    settings = run.config[stage]
+    settings, thresholds = run.config[stage], run.config.mine
     share = settings.denoised_share if stage == "joint" else 0.0
     probability = (1.0, 0.0)
     if share > 0:
@@ -186,12 +186,11 @@ def draw_lists(
         return lists_lib.draw(
             candidates["train"],
             store.splits["train"].positives(),
-            own_2xN=store.splits["train"].own_2xN,
+            store.splits["train"].own_2xN,
             list_size=settings.list_size,
-            denoised_share=share,
-            probability=probability,
-            negative_below=run.config.mine.negative_below,
-            positive_above=run.config.mine.positive_above,
+            denoising=lists_lib.Denoising(
+                share, probability, thresholds.negative_below, thresholds.positive_above
+            ),
             num_passages=len(store.passage_ids),
             # The two stages draw apart, and so do all refreshes.
             seed=2 * run.config.seed + (stage == "joint"),
@@ -234,7 +233,7 @@ def read_lists(run: Run) -> tuple[tokens.Store, lists_lib.Lists]:
     settings = run.config.joint
     texts, given = joint_tsv.read(pathlib.Path(settings.lists), settings.list_size)
     folder = run.workdir / "lists" / "given"
-    hosts.from_first(lambda: tokens.prepare(texts, run.tokenizer, folder))
+    hosts.from_first(lambda: tokenise.prepare(texts, run.tokenizer, folder))
     store = tokens.open_store(folder)
     for line in texts.remarks:
         tqdm.tqdm.write(f"  {settings.lists}: {line}")

@@ -10,7 +10,7 @@ import jax
 import ml_collections
 
 from rqv2_jax import config as config_lib
-from rqv2_jax.data import tokens
+from rqv2_jax.data import tokenise
 from rqv2_jax.data.inputs import Inputs
 from rqv2_jax.errors import InputError
 from rqv2_jax.models import attention, bert, released, weights
@@ -116,7 +116,7 @@ def _check_inputs(config, sources, shape: bert.BertConfig, reranker_shape: bert.
             )
 
 
-def open_tokenizer(opened: Opened) -> tokens.Tokenizer:
+def open_tokenizer(opened: Opened) -> tokenise.Tokenizer:
     """Reads the retriever's tokenizer, with the re-ranker's beside it where that is another.
 
     Raises:
@@ -143,8 +143,8 @@ def open_tokenizer(opened: Opened) -> tokens.Tokenizer:
     return tokenizer.beside(_load_tokenizer(reranker, models.reranker))
 
 
-def _load_tokenizer(source: released.Released, shape: bert.BertConfig) -> tokens.Tokenizer:
-    tokenizer = tokens.load_tokenizer(source.folder, shape.vocab_size)
+def _load_tokenizer(source: released.Released, shape: bert.BertConfig) -> tokenise.Tokenizer:
+    tokenizer = tokenise.load_tokenizer(source.folder, shape.vocab_size)
     if source.lower and tokenizer.encode(["A"]) != tokenizer.encode(["a"]):
         raise InputError(
             f"{source.folder / 'sentence_bert_config.json'}: do_lower_case is true, but the tokenizer "
@@ -158,7 +158,7 @@ def _prompt(setting: str) -> str:
     return "" if setting == config_lib.NO_PROMPT else setting
 
 
-def open_inputs(config: ml_collections.ConfigDict) -> tuple[Opened, tokens.Tokenizer, Inputs]:
+def open_inputs(config: ml_collections.ConfigDict) -> tuple[Opened, tokenise.Tokenizer, Inputs]:
     """Returns the models' folders, their tokenizer, and how the models read tokens.
 
     Raises:

@@ -16,9 +16,9 @@ import numpy as np
 import tqdm
 
 from rqv2_jax import artifacts, hosts, optional
-from rqv2_jax.data import collection, denoise, own_texts, tokens
+from rqv2_jax.data import collection, denoise, files, own_texts, tokenise, tokens
 from rqv2_jax.data import lists as lists_lib
-from rqv2_jax.data.batches import ListBatches
+from rqv2_jax.data.batches import BatchLayout, ListBatches
 from rqv2_jax.data.readers import joint_tsv
 from rqv2_jax.errors import InputError
 from rqv2_jax.recipe import evaluation, mining, results
@@ -108,7 +108,7 @@ def prepare(run: Run) -> tokens.Store:
                 f"{texts.name}: has no qrels for {', '.join(sorted(missing))}; training needs "
                 "train, dev and test"
             )
-        tokens.prepare(texts, run.tokenizer, folder)
+        tokenise.prepare(texts, run.tokenizer, folder)
 
     hosts.from_first(make)
     store = open_store(run)
@@ -129,19 +129,22 @@ def stage_batches(
 ) -> ListBatches:
     """The batches that a training stage makes of its lists."""
     shards = run.sharding.shards
+    layout = BatchLayout(
+        batch=run.config[name].batch,
+        shards=shards,
+        accumulate=stage.accumulate,
+        made_here=run.sharding.own_parts(shards * stage.accumulate),
+        max_blocks=run.config.packing.blocks,
+        flat=run.models.flat,
+    )
     return ListBatches(
         store,
         store.splits["train"],
         run.inputs,
         lists,
-        batch=run.config[name].batch,
+        layout,
         models=stage.models,
         in_batch=stage.in_batch,
-        shards=shards,
-        accumulate=stage.accumulate,
-        own=run.sharding.own_parts(shards * stage.accumulate),
-        max_blocks=run.config.packing.blocks,
-        flat=run.models.flat,
     )
 
 
@@ -373,7 +376,7 @@ def denoise_report(run: Run, labels: str, samples: int) -> tuple[dict, list[dict
         folder = pathlib.Path(data.path) / labels
         if not folder.is_dir():
             raise InputError(f"{folder}: no such qrels folder; add it or name another one")
-        fuller = collection.labels(collection.required(folder, "qrels", "train.tsv"))
+        fuller = files.labels(files.required(folder, "qrels", "train.tsv"))
         query_rows, passage_rows = (
             dict(zip(ids, range(len(ids)))) for ids in (queries.ids, store.passage_ids)
         )

@@ -18,9 +18,9 @@ import tqdm
 
 from rqv2_jax import artifacts, hosts, optional
 from rqv2_jax import config as config_lib
-from rqv2_jax.data import collection, own_texts, tokens
+from rqv2_jax.data import collection, files, own_texts, tokenise, tokens
 from rqv2_jax.data.inputs import Inputs
-from rqv2_jax.data.readers import tables, tevatron
+from rqv2_jax.data.readers import beir, tables, tevatron
 from rqv2_jax.errors import DAMAGE, InputError, readable
 from rqv2_jax.models import released, weights
 from rqv2_jax.models import scoring as models_lib
@@ -53,7 +53,7 @@ class Run:
     workdir: pathlib.Path
     sources: released.Sources
     models: models_lib.Models
-    tokenizer: tokens.Tokenizer
+    tokenizer: tokenise.Tokenizer
     inputs: Inputs
     sharding: sharding_lib.Sharding
     forward: Forward
@@ -98,8 +98,8 @@ class Run:
         head = self.sources.reranker.head
         if head is not None and head.folder not in folders:
             folders.append(head.folder)
-        files = [file for folder in folders for file in released.tensor_files(folder)]
-        return collection.content_hash(files)
+        tensors = [file for folder in folders for file in released.tensor_files(folder)]
+        return files.content_hash(tensors)
 
     def origin(self, state: str, model: str) -> str:
         """Names the params of one model in a state: stage, step and the name of its training.
@@ -495,7 +495,7 @@ def open_collection(data: ml_collections.ConfigDict, folder: pathlib.Path) -> co
             docstrings = _prepared("docstrings").docstrings
             return artifacts.kept(folder, lambda: docstrings(folder, preset=data.preset))
         case "beir":
-            return collection.beir(
+            return beir.beir(
                 pathlib.Path(data.path), train_qrels=data.train_qrels, eval_qrels=data.eval_qrels
             )
         case "msmarco":
@@ -527,7 +527,7 @@ def open_store(run: Run) -> tokens.Store:
                 made_from = tokens.read_fingerprint(folder)
             except DAMAGE:
                 made_from = ""
-            tokens.prepare(_texts(run, made_from), run.tokenizer, folder)
+            tokenise.prepare(_texts(run, made_from), run.tokenizer, folder)
 
     hosts.from_first(mend)
     return own_texts.marked(tokens.open_store(folder), run.config.data.ignore_identical_ids)

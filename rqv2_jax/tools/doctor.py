@@ -25,7 +25,8 @@ from rqv2_jax.data import collection, own_texts
 from rqv2_jax.data.inputs import Inputs
 from rqv2_jax.data.lists import subset, training_lists
 from rqv2_jax.data.readers import joint_tsv
-from rqv2_jax.data.tokens import Store, Tokenizer
+from rqv2_jax.data.tokenise import Tokenizer
+from rqv2_jax.data.tokens import Store
 from rqv2_jax.errors import InputError
 from rqv2_jax.ranking import metrics
 

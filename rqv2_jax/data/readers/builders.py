@@ -1,6 +1,6 @@
 """The readers' formats as tensorflow-datasets: fetched from their publishers where that can be checked.
 
-    import rqv2_jax.data.builders
+    import rqv2_jax.data.readers.builders
     tfds.load("passage_ranking/msmarco", split="passages")
 
 A format with a published checksum is fetched (md5; of BEIR as ir_datasets records it, of MS MARCO as
@@ -13,19 +13,19 @@ import dataclasses
 import functools
 import hashlib
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.download import util
 
 from rqv2_jax.data import collection, prepared
-from rqv2_jax.data.readers import dpr, tables, tevatron
+from rqv2_jax.data.readers import beir, dpr, tables, tevatron
 from rqv2_jax.errors import InputError
 
 _BEIR = "https://public.ukp.informatik.tu-darmstadt.de/thakur/BEIR/datasets/"
 _DPR = "https://dl.fbaipublicfiles.com/dpr/"
-_beir = functools.partial(collection.beir, train_qrels="qrels", eval_qrels="qrels")
+_beir = functools.partial(beir.beir, train_qrels="qrels", eval_qrels="qrels")
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
@@ -87,13 +87,13 @@ class PassageRanking(prepared.Builder):
     BUILDER_CONFIGS = FORMATS
     MANUAL_DOWNLOAD_INSTRUCTIONS = "A folder in the layout of the format's reader."
 
-    def _split_generators(self, dl_manager):
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
         config = self.builder_config
         folder = (_fetched if config.md5 else _manual)(dl_manager, config)
         texts = config.read(folder)
         self.info.metadata["fingerprint"] = texts.fingerprint
         self.info.metadata["answer_splits"] = list(texts.answer_splits)
-        # Records hold only what takes part.
+        # Records hold only the texts and labels that are used.
         left = collection.Left()
         collection.left_out(texts, left)
         self.info.metadata["remarks"] = [*texts.remarks, *left.lines()]
@@ -103,7 +103,7 @@ class PassageRanking(prepared.Builder):
         }
 
 
-def _fetched(dl_manager, config: Format) -> Path:
+def _fetched(dl_manager: tfds.download.DownloadManager, config: Format) -> Path:
     archive = Path(dl_manager.download(config.source))
     with archive.open("rb") as stream:
         digest = hashlib.file_digest(stream, "md5").hexdigest()
@@ -118,7 +118,7 @@ def _fetched(dl_manager, config: Format) -> Path:
     return inside if inside.is_dir() else folder
 
 
-def _manual(dl_manager, config: Format) -> Path:
+def _manual(dl_manager: tfds.download.DownloadManager, config: Format) -> Path:
     try:
         return Path(dl_manager.manual_dir)
     except AssertionError:
@@ -130,7 +130,7 @@ def _manual(dl_manager, config: Format) -> Path:
 
 
 def fetched(name: str) -> collection.Collection:
-    """The collection of a format, fetched and prepared unless it has been.
+    """Returns the collection of a format, fetched and prepared unless it has been.
 
     Raises:
       InputError: it cannot be fetched, or is not what was published.

@@ -14,48 +14,28 @@ Queries have no ids of their own and get `<split>-<number>`, from 0.
 import ast
 import csv
 import functools
-import gzip
 from collections.abc import Iterator
 from pathlib import Path
 
 import ijson
 
-from rqv2_jax.data.collection import (
-    Collection,
-    Passage,
-    Qrel,
-    Query,
-    answers_of,
-    check_id,
-    content_hash,
-    lines,
-    of_split,
-    open_folder,
-    required,
-    text_of,
-)
+from rqv2_jax.data import files
+from rqv2_jax.data.collection import Collection, Passage, Qrel, Query, of_split
 from rqv2_jax.errors import InputError
-
-PASSAGES = "psgs_w100.tsv"
-HEADER = ("id", "text", "title")
 
 
 def dpr(path: str) -> Collection:
-    """The collection in a folder of DPR's files.
-
-    Raises:
-      InputError: a file is missing; bad lines raise it when they are reached.
-    """
-    folder = open_folder(path, "DPR")
-    passages = required(folder, "DPR", PASSAGES)
-    files = {
-        "train": required(folder, "DPR", "biencoder-*-train.json"),
-        "dev": required(folder, "DPR", "biencoder-*-dev.json"),
-        "test": required(folder, "DPR", "*-test.qa.csv"),
+    """Returns the collection in a folder of DPR's files."""
+    folder = files.open_folder(path, "DPR")
+    passages = files.required(folder, "DPR", "psgs_w100.tsv")
+    splits = {
+        "train": files.required(folder, "DPR", "biencoder-*-train.json"),
+        "dev": files.required(folder, "DPR", "biencoder-*-dev.json"),
+        "test": files.required(folder, "DPR", "*-test.qa.csv"),
     }
 
     def read(split: str) -> Iterator[tuple[Query, Qrel | None]]:
-        file = of_split(folder, files, split)
+        file = of_split(folder, splits, split)
         return _tested(file) if split == "test" else _trained(file, split)
 
     def queries(split: str) -> Iterator[Query]:
@@ -70,8 +50,8 @@ def dpr(path: str) -> Collection:
 
     return Collection(
         name=folder.resolve().name,
-        fingerprint=content_hash([passages, *files.values()]),
-        splits=tuple(files),
+        fingerprint=files.content_hash([passages, *splits.values()]),
+        splits=tuple(splits),
         passages=functools.partial(_passages, passages),
         queries=queries,
         qrels=qrels,
@@ -81,42 +61,41 @@ def dpr(path: str) -> Collection:
 
 
 def _rows(file: Path, count: int, what: str) -> Iterator[tuple[str, list[str]]]:
-    """(`path:line`, fields) of a tab-separated file with CSV's quotes."""
-    # The limit is Python's, of all readers, and lower than the longest passages.
+    """Yields (`path:line`, fields) of a tab-separated file with CSV's quotes."""
+    # Python's limit, which is that of all csv readers, is lower than the longest passages.
     csv.field_size_limit(2**31 - 1)
-    for number, line in lines(file):
+    for number, line in files.lines(file):
+        source = f"{file}:{number}"
         try:
             (fields,) = csv.reader([line], delimiter="\t")
         except csv.Error as e:
-            raise InputError(
-                f"{file}:{number}: cannot be read ({e}); split or mend the line"
-            ) from None
+            raise InputError(f"{source}: cannot be read ({e}); split or mend the line") from None
         if len(fields) != count:
             raise InputError(
-                f"{file}:{number}: {len(fields)} tab-separated columns instead of {count} in "
+                f"{source}: {len(fields)} tab-separated columns instead of {count} in "
                 f"{line[:80]!r}; write {what}"
             )
-        yield f"{file}:{number}", fields
+        yield source, fields
 
 
 def _passages(file: Path) -> Iterator[Passage]:
     seen = set()
     for source, (key, text, title) in _rows(file, 3, "id, text and title"):
-        if not seen and (key, text, title) == HEADER:
+        if not seen and (key, text, title) == ("id", "text", "title"):
             continue
         if not key or key in seen:
             what = f"duplicate id {key!r}" if key else "no id"
             raise InputError(f"{source}: {what}; give every passage an id of its own")
-        check_id(source, key)
+        files.check_id(source, key)
         seen.add(key)
         yield Passage(key, title, text)
 
 
 def _trained(file: Path, split: str) -> Iterator[tuple[Query, Qrel | None]]:
-    """Every question with its positive, if it has one."""
+    """Yields every question with its positive, if it has one."""
     number = 0
     try:
-        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
+        with files.opened(file) as stream:
             for number, item in enumerate(ijson.items(stream, "item")):
                 yield _question(item, f"{file}: question {number}", f"{split}-{number}")
     except (ijson.JSONError, OSError, EOFError, UnicodeDecodeError) as error:
@@ -126,10 +105,11 @@ def _trained(file: Path, split: str) -> Iterator[tuple[Query, Qrel | None]]:
         ) from None
 
 
-def _question(item, source: str, key: str) -> tuple[Query, Qrel | None]:
+def _question(item: object, source: str, key: str) -> tuple[Query, Qrel | None]:
     if not isinstance(item, dict):
         raise InputError(f"{source}: no JSON object; write question, answers, positive_ctxs")
-    query = Query(key, text_of(source, item, "question", "question"), answers_of(source, item))
+    text = files.text_of(source, item, "question", "question")
+    query = Query(key, text, files.answers_of(source, item))
     if "positive_ctxs" not in item:
         raise InputError(f"{source}: no `positive_ctxs`; use the biencoder files")
     positives = item["positive_ctxs"] or []
@@ -145,14 +125,13 @@ def _question(item, source: str, key: str) -> tuple[Query, Qrel | None]:
 
 
 def _tested(file: Path) -> Iterator[tuple[Query, None]]:
-    """Every question, without a positive."""
+    """Yields every question, without a positive."""
     for number, (source, (text, listed)) in enumerate(_rows(file, 2, "question and answers")):
         try:
             answers = ast.literal_eval(listed)
         except (SyntaxError, ValueError, RecursionError, MemoryError):
             answers = None
-        strings = isinstance(answers, list) and all(isinstance(each, str) for each in answers)
-        if not strings:
+        if not isinstance(answers, list) or not all(isinstance(each, str) for each in answers):
             raise InputError(
                 f"{source}: needs a question and a list of answers such as ['a', 'b']; correct it"
             )

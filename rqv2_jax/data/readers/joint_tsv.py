@@ -1,4 +1,4 @@
-"""Training lists in the format of the authors' release: query, title, para, label.
+"""Reader and writer of training lists in the format of the authors' release: query, title, para, label.
 
 Tab-separated, no header; `list_size` lines in a row are one list, the positive (label 1) first, then
 the negatives (label 0 or below). Plain or gzipped. A para may be empty; a list whose query is empty is
@@ -14,15 +14,15 @@ from pathlib import Path
 
 import numpy as np
 
-from rqv2_jax.data import collection
+from rqv2_jax.data import collection, files
 from rqv2_jax.data.lists import Lists, Provenance
 from rqv2_jax.errors import InputError
 
 
 def _rows(path: Path, list_size: int, left: collection.Left) -> Iterator[tuple[int, str, str, str]]:
-    """(place in its list, query, title, para) of every line; `left` counts lists without a query."""
+    """Yields (place in its list, query, title, para) of every line; counts lists without a query."""
     place, query, start = 0, "", 0
-    for number, line in collection.lines(path):
+    for number, line in files.lines(path):
         source = f"{path}:{number}"
         columns = line.split("\t")
         if len(columns) != 4:
@@ -58,13 +58,13 @@ def _rows(path: Path, list_size: int, left: collection.Left) -> Iterator[tuple[i
 
 
 def read(path: Path, list_size: int) -> tuple[collection.Collection, Lists]:
-    """A file's own texts as a collection with the split train, and its lists in their order.
+    """Returns a file's texts as a collection with the split train, and its lists in their order.
 
     The row numbers of the lists are those of the collection's order. The same title and para are one
-    passage and the same text one query, wherever they stand. Texts are streamed, their hashes kept.
+    passage and the same text one query, in all lists. Texts are streamed, their hashes kept.
 
     Raises:
-      InputError: the file is not there or empty, or a line or a list is not as it must be.
+      InputError: the file is not there or empty, or a line or a list is malformed.
     """
     if not path.is_file():
         raise InputError(f"{path}: no such file; give the path of a joint TSV file")
@@ -82,26 +82,26 @@ def read(path: Path, list_size: int) -> tuple[collection.Collection, Lists]:
     provenance_LxP[:, 0] = Provenance.LABELLED_POSITIVE
     positives = dict.fromkeys(zip(queries, passages_LxP[:, 0].tolist()))
 
-    def rows():
+    def rows() -> Iterator[tuple[int, str, str, str]]:
         return _rows(path, list_size, collection.Left())
 
-    def read_passages():
+    def read_passages() -> Iterator[collection.Passage]:
         texts = ((title, para) for _, _, title, para in rows())
         for i, (title, para) in enumerate(_unseen(texts)):
             yield collection.Passage(str(i), title, para)
 
-    def read_queries(_split):
+    def read_queries(_split: str) -> Iterator[collection.Query]:
         texts = ((query,) for place, query, _, _ in rows() if place == 0)
         for i, (query,) in enumerate(_unseen(texts)):
             yield collection.Query(str(i), query, ())
 
-    def read_qrels(_split):
+    def read_qrels(_split: str) -> Iterator[collection.Qrel]:
         for query, passage in positives:
             yield collection.Qrel(str(query), str(passage), 1, str(path))
 
     texts = collection.Collection(
         name=path.name,
-        fingerprint=f"{collection.content_hash([path])} {list_size}",
+        fingerprint=f"{files.content_hash([path])} {list_size}",
         splits=("train",),
         passages=read_passages,
         queries=read_queries,
@@ -123,7 +123,7 @@ def _digest(*parts: str) -> bytes:
     return hashlib.blake2b("\t".join(parts).encode(), digest_size=16).digest()
 
 
-def write(path: Path, lists: Lists, texts: collection.Collection):
+def write(path: Path, lists: Lists, texts: collection.Collection) -> None:
     """Writes lists of training queries, gzipped if the name ends in `.gz`.
 
     White space inside a text, which may be a tab or a line end, becomes one space. The file appears

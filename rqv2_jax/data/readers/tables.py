@@ -7,108 +7,68 @@
 
 Each may be gzipped. A folder of MS MARCO's may hold RocketQA's para.title.txt, the titles that MS MARCO
 itself left out. What the papers call dev is `test` here, and every hundredth training query
-is held out as `dev`, because training itself looks at dev.
+is held out as `dev`, because training itself evaluates on dev.
 """
 
+import dataclasses
 import functools
+import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-from rqv2_jax.data.collection import (
-    HELD_OUT,
-    Collection,
-    Passage,
-    Qrel,
-    Query,
-    check_id,
-    content_hash,
-    find_file,
-    labels,
-    lines,
-    of_split,
-    open_folder,
-    required,
-    takes,
-)
+from rqv2_jax.data import files
+from rqv2_jax.data.collection import HELD_OUT, Collection, Passage, Qrel, Query, of_split, taken
 from rqv2_jax.errors import InputError
 
-TITLES = "para.title.txt"
 
-
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class _Split:
     """A split's files, and which of its queries it takes: every one, those held out, or the rest."""
 
     queries: Path
     labels: Path | None
-    answers: Path | None
-    held_out: bool | None
+    answers: Path | None = None
+    held_out: bool | None = None
 
 
 def msmarco(path: str) -> Collection:
-    """MS MARCO's passage ranking files; test is `dev.small`, the papers' 6,980 dev queries.
-
-    Raises:
-      InputError: a file is missing; bad lines raise it when they are reached.
-    """
-    folder = open_folder(path, "MS MARCO")
-    file = functools.partial(required, folder, "MS MARCO")
-    split = functools.partial(_Split, answers=None)
+    """Returns MS MARCO's passages; test is `dev.small`, the papers' 6,980 dev queries."""
+    folder = files.open_folder(path, "MS MARCO")
+    file = functools.partial(files.required, folder, "MS MARCO")
     train = file("queries.train.tsv"), file("qrels.train.tsv")
-    test = file("queries.dev.small.tsv"), file("qrels.dev.small.tsv")
-    return _collection(
-        folder,
-        file("collection.tsv"),
-        find_file(folder, TITLES),
-        {
-            "train": split(*train, held_out=False),
-            "dev": split(*train, held_out=True),
-            "test": split(*test, held_out=None),
-        },
-    )
+    test = _Split(file("queries.dev.small.tsv"), file("qrels.dev.small.tsv"))
+    return _collection(folder, file("collection.tsv"), *train, test)
 
 
 def rocketqa(path: str) -> Collection:
-    """A folder of RocketQA's `corpus/`: marco, judged by qrels, or nq, by answers.
+    """Returns the collection in a folder of RocketQA's `corpus/`: marco, or nq, judged by answers.
 
     Test is `test.query.txt` with `test.answers.txt` where there is one, else `dev.query.txt`.
-
-    Raises:
-      InputError: a file is missing; bad lines raise it when they are reached.
     """
-    folder = open_folder(path, "RocketQA")
-    file = functools.partial(required, folder, "RocketQA")
+    folder = files.open_folder(path, "RocketQA")
+    file = functools.partial(files.required, folder, "RocketQA")
     train = file("train.query.txt"), file("qrels.train.tsv")
-    name = "test" if find_file(folder, "test.query.txt") else "dev"
-    answers = find_file(folder, f"{name}.answers.txt")
-    test = _Split(
-        file(f"{name}.query.txt"),
-        None if answers else file(f"qrels.{name}.tsv"),
-        answers,
-        held_out=None,
-    )
-    return _collection(
-        folder,
-        file("para.txt"),
-        find_file(folder, TITLES),
-        {
-            "train": _Split(*train, answers=None, held_out=False),
-            "dev": _Split(*train, answers=None, held_out=True),
-            "test": test,
-        },
-    )
+    name = "test" if files.find_file(folder, "test.query.txt") else "dev"
+    answers = files.find_file(folder, f"{name}.answers.txt")
+    labels = None if answers else file(f"qrels.{name}.tsv")
+    test = _Split(file(f"{name}.query.txt"), labels, answers)
+    return _collection(folder, file("para.txt"), *train, test)
 
 
-def _collection(folder: Path, texts: Path, titles: Path | None, splits: dict[str, _Split]):
-    files = [texts, *([titles] if titles else [])]
+def _collection(folder: Path, texts: Path, queries: Path, labels: Path, test: _Split) -> Collection:
+    titles = files.find_file(folder, "para.title.txt")
+    splits = {
+        "train": _Split(queries, labels, held_out=False),
+        "dev": _Split(queries, labels, held_out=True),
+        "test": test,
+    }
+    read = [texts, titles]
     for split in splits.values():
-        files += [f for f in (split.queries, split.labels, split.answers) if f]
-
+        read += [split.queries, split.labels, split.answers]
     of = functools.partial(of_split, folder, splits)
     return Collection(
         name=folder.resolve().name,
-        fingerprint=content_hash(files),
+        fingerprint=files.content_hash([file for file in read if file]),
         splits=tuple(splits),
         passages=functools.partial(_passages, texts, titles),
         queries=lambda split: _queries(of(split)),
@@ -120,8 +80,8 @@ def _collection(folder: Path, texts: Path, titles: Path | None, splits: dict[str
 
 
 def pairs(file: Path, what: str) -> Iterator[tuple[str, str, str]]:
-    """(`path:line`, id, text) of a table with two columns; texts may be empty."""
-    for number, line in lines(file):
+    """Yields (`path:line`, id, text) of a table with two columns; texts may be empty."""
+    for number, line in files.lines(file):
         source = f"{file}:{number}"
         columns = line.split("\t")
         if len(columns) != 2:
@@ -136,10 +96,10 @@ def pairs(file: Path, what: str) -> Iterator[tuple[str, str, str]]:
 
 
 def unique(rows: Iterator[tuple[str, str, str]]) -> Iterator[tuple[str, str, str]]:
-    """The same (`path:line`, id, text); `InputError` at an id that comes twice or has white space."""
+    """Yields the same rows; raises `InputError` at an id that comes twice or has white space."""
     seen = set()
     for source, key, text in rows:
-        check_id(source, key)
+        files.check_id(source, key)
         if key in seen:
             raise InputError(f"{source}: duplicate id {key!r}; make ids unique")
         seen.add(key)
@@ -149,36 +109,31 @@ def unique(rows: Iterator[tuple[str, str, str]]) -> Iterator[tuple[str, str, str
 def _passages(texts: Path, titles: Path | None) -> Iterator[Passage]:
     rows = unique(pairs(texts, "passage"))
     if titles is None:
-        for _, key, text in rows:
-            yield Passage(key, "", text)
+        yield from (Passage(key, "", text) for _, key, text in rows)
         return
-    heads = pairs(titles, "title")
-    for source, key, text in rows:
-        head = next(heads, None)
+    for row, head in itertools.zip_longest(rows, pairs(titles, "title")):
         if head is None:
-            raise InputError(f"{titles}: ends before {source}; give every passage its line")
-        where, title_key, title = head
+            raise InputError(f"{titles}: ends before {row[0]}; give every passage its line")
+        if row is None:
+            raise InputError(f"{head[0]}: title of a passage that {texts} does not have; remove it")
+        (source, key, text), (where, title_key, title) = row, head
         if title_key != key:
             raise InputError(
                 f"{where}: title of {title_key!r}, but {source} is passage {key!r}; bring both files "
                 "into one order"
             )
         yield Passage(key, title, text)
-    head = next(heads, None)
-    if head is not None:
-        raise InputError(f"{head[0]}: title of a passage that {texts} does not have; remove it")
 
 
 def _ids(split: _Split) -> Iterator[tuple[str, str]]:
-    """(id, text) of the queries a split takes."""
-    for number, (_, key, text) in enumerate(unique(pairs(split.queries, "query"))):
-        if takes(number, split.held_out):
-            yield key, text
+    """Yields (id, text) of the queries a split takes."""
+    for _, key, text in taken(unique(pairs(split.queries, "query")), split.held_out):
+        yield key, text
 
 
 def _queries(split: _Split) -> Iterator[Query]:
     answers = _answers(split.answers) if split.answers else {}
-    positive = {q.query_id for q in labels(split.labels) if q.relevance > 0} if split.labels else ()
+    positive = files.with_positive(split.labels) if split.labels else ()
     for key, text in _ids(split):
         if text and (key in answers or key in positive):
             yield Query(key, text, answers.get(key, ()))
@@ -187,20 +142,20 @@ def _queries(split: _Split) -> Iterator[Query]:
 def _qrels(split: _Split) -> Iterator[Qrel]:
     if split.labels is None:
         return
-    if split.held_out is None:
-        yield from labels(split.labels)
-        return
-    # A label of a query that is in neither part is left to the one that finds it unknown.
-    other = {key for key, _ in _ids(_Split(split.queries, None, None, not split.held_out))}
-    yield from (label for label in labels(split.labels) if label.query_id not in other)
+    other = set()
+    if split.held_out is not None:
+        # A label whose query is in neither part stays, so that `check_qrels` can report it.
+        rest = dataclasses.replace(split, held_out=not split.held_out)
+        other = {key for key, _ in _ids(rest)}
+    yield from (label for label in files.labels(split.labels) if label.query_id not in other)
 
 
 def _answers(file: Path) -> dict[str, tuple[str, ...]]:
-    """The answers of each query that has one."""
-    found = {}
-    for _, line in lines(file):
+    """Returns the answers of each query that has one."""
+    answers_of = {}
+    for _, line in files.lines(file):
         key, *answers = line.split("\t")
         answers = tuple(answer for answer in answers if answer.strip())
         if answers:
-            found[key.strip()] = answers
-    return found
+            answers_of[key.strip()] = answers
+    return answers_of

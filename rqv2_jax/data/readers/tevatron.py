@@ -7,12 +7,11 @@
                                negative_document_ids (lists of docids) and answer
     qrels.{dev,test}.tsv       labels of a split whose lines have no positives
 
-Images, video and audio are not read: what has no text besides is without text. Each may be gzipped,
-and a name before the split is allowed. On the Hugging Face hub, msmarco-passage
-has train and dev, wikipedia-nq nq-train, nq-dev and nq-test; corpora are in repositories of their
-own, msmarco-passage-corpus and wikipedia-nq-corpus. MS MARCO's dev lines are queries alone: put its
-qrels.dev.small.tsv beside them as qrels.dev.tsv. Lines of nq-test have answers alone and are judged
-by them.
+Images, video and audio are not read: a passage without other text is empty. Each may be gzipped,
+and a name before the split is allowed. On the Hugging Face hub, msmarco-passage has
+train and dev, wikipedia-nq nq-train, nq-dev and nq-test; corpora are in repositories of their own,
+msmarco-passage-corpus and wikipedia-nq-corpus. MS MARCO's dev lines are queries alone: put its
+qrels.dev.small.tsv beside them as qrels.dev.tsv. Lines of nq-test have answers alone, which judge.
 
 Positives are taken by docid; their texts are those of the corpus. Negatives are not read: this
 package mines its own. Where only one of dev and test is there it is `test`, and every hundredth
@@ -20,27 +19,12 @@ training query is held out as `dev`.
 """
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from rqv2_jax.data.collection import (
-    HELD_OUT,
-    Collection,
-    Qrel,
-    Query,
-    answers_of,
-    content_hash,
-    find_file,
-    labels,
-    objects,
-    of_split,
-    open_folder,
-    read_passages,
-    required,
-    takes,
-    text_of,
-)
+from rqv2_jax.data import files
+from rqv2_jax.data.collection import HELD_OUT, Collection, Qrel, Query, of_split, taken
 from rqv2_jax.errors import InputError
 
 
@@ -54,50 +38,35 @@ class _Split:
     by_answers: bool = False
 
     def queries(self) -> Iterator[tuple[Query, tuple[str, ...], str]]:
-        """(query, docids of its positives, `path:line`) of every line."""
-        for source, key, value in self.lines():
+        """Yields (query, docids of its positives, `path:line`) of every line."""
+        for source, key, value in taken(files.objects(self.file, "query_id"), self.held_out):
             yield _query(source, key, value), _positives(source, value), source
-
-    def lines(self) -> Iterator[tuple[str, str, dict]]:
-        for number, line in enumerate(objects(self.file, "query_id")):
-            if takes(number, self.held_out):
-                yield line
 
 
 def tevatron(path: str) -> Collection:
-    """The collection in a folder of Tevatron's files.
-
-    Raises:
-      InputError: a file is missing; bad lines raise it when they are reached.
-    """
-    folder = open_folder(path, "Tevatron")
-    corpus = required(folder, "Tevatron", "corpus.jsonl")
-    train = required(folder, "Tevatron", "train.jsonl", "*-train.jsonl")
-    dev, test = (find_file(folder, f"{name}.jsonl", f"*-{name}.jsonl") for name in ("dev", "test"))
+    """Returns the collection in a folder of Tevatron's files."""
+    folder = files.open_folder(path, "Tevatron")
+    corpus = files.required(folder, "Tevatron", "corpus.jsonl")
+    train = files.required(folder, "Tevatron", "train.jsonl", "*-train.jsonl")
+    find = functools.partial(files.find_file, folder)
+    dev, test = (find(f"{name}.jsonl", f"*-{name}.jsonl") for name in ("dev", "test"))
     if not (dev or test):
         raise InputError(f"{folder}: neither dev.jsonl nor test.jsonl; add the queries to test on")
+    name = "test" if test else "dev"
     if dev and test:
-        splits = {
-            "train": _Split(train),
-            "dev": _Split(dev, find_file(folder, "qrels.dev.tsv")),
-            "test": _tested(test, find_file(folder, "qrels.test.tsv")),
-        }
+        splits = {"train": _Split(train), "dev": _Split(dev, find("qrels.dev.tsv"))}
         remarks = ()
     else:
-        name = "test" if test else "dev"
-        splits = {
-            "train": _Split(train, held_out=False),
-            "dev": _Split(train, held_out=True),
-            "test": _tested(test or dev, find_file(folder, f"qrels.{name}.tsv")),
-        }
+        splits = {"train": _Split(train, held_out=False), "dev": _Split(train, held_out=True)}
         remarks = (f"test is {name}; dev is every {HELD_OUT}th of the training queries, held out",)
-    files = [corpus, *(f for split in splits.values() for f in (split.file, split.labels) if f)]
+    splits["test"] = _tested(test or dev, find(f"qrels.{name}.tsv"))
+    read = [corpus, *(f for split in splits.values() for f in (split.file, split.labels) if f)]
     of = functools.partial(of_split, folder, splits)
     return Collection(
         name=folder.resolve().name,
-        fingerprint=content_hash(files),
+        fingerprint=files.content_hash(read),
         splits=tuple(splits),
-        passages=functools.partial(read_passages, corpus, "docid"),
+        passages=functools.partial(files.read_passages, corpus, "docid"),
         queries=lambda split: _queries(of(split)),
         qrels=lambda split: _qrels(of(split)),
         answer_splits=tuple(name for name, split in splits.items() if split.by_answers),
@@ -107,45 +76,45 @@ def tevatron(path: str) -> Collection:
 
 
 def _tested(file: Path, labelled: Path | None) -> _Split:
-    """The split test: judged by answers where its first line has them, and no label is to be found."""
-    source, _, value = next(objects(file, "query_id"), ("", "", {}))
+    """Returns the split test, judged by answers if its first line has some and there are no labels."""
+    source, _, value = next(files.objects(file, "query_id"), ("", "", {}))
     has_labels = labelled is not None or bool(_positives(source, value))
     return _Split(file, labelled, by_answers=not has_labels and bool(_answers(source, value)))
 
 
 def _query(source: str, key: str, value: dict) -> Query:
     field = "query_text" if "query_text" in value else "query"
-    return Query(key, text_of(source, value, "query", field), _answers(source, value))
+    return Query(key, files.text_of(source, value, "query", field), _answers(source, value))
 
 
 def _answers(source: str, value: dict) -> tuple[str, ...]:
     if isinstance(value.get("answer"), str):
         return (value["answer"],)
-    return answers_of(source, value, "answer" if value.get("answer") else "answers")
+    return files.answers_of(source, value, "answer" if value.get("answer") else "answers")
 
 
 def _positives(source: str, value: dict) -> tuple[str, ...]:
-    """The docids of a line's positives, each once."""
+    """Returns the docids of a line's positives, each once."""
     if "positive_document_ids" in value:
         field, form = "positive_document_ids", "strings"
         ids = _listed(value[field])
     else:
         field, form = "positive_passages", "objects with a `docid`"
-        found = _listed(value.get(field))
-        ids = [each.get("docid") if isinstance(each, dict) else None for each in found]
+        passages = _listed(value.get(field))
+        ids = [each.get("docid") if isinstance(each, dict) else None for each in passages]
     if not all(isinstance(key, str) and key for key in ids):
         raise InputError(f"{source}: `{field}` is no list of {form}; correct it")
     return tuple(dict.fromkeys(ids))
 
 
-def _listed(found) -> Iterable:
-    """The items of a list, none of null; None is the one item of anything else."""
-    return [] if found is None else found if isinstance(found, list) else [None]
+def _listed(value: object) -> list:
+    """Returns the items of a list, none of null; None is the one item of anything else."""
+    return [] if value is None else value if isinstance(value, list) else [None]
 
 
 def _queries(split: _Split) -> Iterator[Query]:
-    labelled = {q.query_id for q in labels(split.labels) if q.relevance > 0} if split.labels else ()
-    found = False
+    labelled = files.with_positive(split.labels) if split.labels else ()
+    empty = True
     for query, positives, _ in split.queries():
         if split.labels:
             judged = query.id in labelled
@@ -154,9 +123,9 @@ def _queries(split: _Split) -> Iterator[Query]:
         else:
             judged = bool(positives)
         if judged and query.text.strip():
-            found = True
+            empty = False
             yield query
-    if not found:
+    if empty:
         part = " of those held out as dev" if split.held_out else ""
         raise InputError(
             f"{split.file}: no query{part} has a positive; add positive_passages or, of dev and test, "
@@ -166,7 +135,7 @@ def _queries(split: _Split) -> Iterator[Query]:
 
 def _qrels(split: _Split) -> Iterator[Qrel]:
     if split.labels:
-        yield from labels(split.labels)
+        yield from files.labels(split.labels)
     elif not split.by_answers:
         for query, positives, source in split.queries():
             yield from (Qrel(query.id, passage, 1, source) for passage in positives)

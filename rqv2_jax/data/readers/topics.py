@@ -1,4 +1,4 @@
-"""Reader of queries that come as a file of their own, for labels over a corpus that is at hand.
+"""Reader of query files, to search a corpus or to evaluate on it.
 
     qid <tab> text                      MS MARCO's, as msmarco-test2019-queries.tsv of TREC's deep
                                         learning track
@@ -15,24 +15,25 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from rqv2_jax.data.collection import Left, Query, lines, objects, open_file, text_of
+from rqv2_jax.data import files
+from rqv2_jax.data.collection import Left, Query
 from rqv2_jax.data.readers.tables import pairs, unique
 from rqv2_jax.errors import InputError
 
 _TAG = re.compile(r"<(/?\w+)>(.*)")
-# What stands before the number and, until 1994, before the title.
+# Labels before the number and, until 1994, before the title.
 _LABELS = {"num": "Number:", "title": "Topic:"}
-# By the name of the id: what the text may be called.
+# Fields that may hold the text, by the name of the id.
 _FIELDS = {"_id": ("text",), "query_id": ("query_text", "query", "text")}
 
 
 def topics(file: Path) -> Iterator[Query]:
-    """The queries of a file, in its order.
+    """Yields the queries of a file, in its order.
 
     Raises:
-      InputError: there is no such file, or a line or a topic is not as it must be.
+      InputError: there is no such file, or a line or a topic is malformed.
     """
-    _, first = next(lines(open_file(file)), (0, ""))
+    _, first = next(files.lines(files.open_file(file)), (0, ""))
     if first.lstrip().lower().startswith("<top>"):
         rows = _trec(file)
     elif first.lstrip().startswith("{"):
@@ -44,32 +45,32 @@ def topics(file: Path) -> Iterator[Query]:
 
 
 def asked(queries: Iterable[Query], left: Left) -> list[Query]:
-    """The queries that have text; `left` counts the others."""
-    found = []
+    """Returns the queries that have text; `left` counts the others."""
+    kept = []
     for query in queries:
         if query.text.strip():
-            found.append(query)
+            kept.append(query)
         else:
             left.add("queries have no text; left out", query.id)
-    return found
+    return kept
 
 
 def _json(file: Path, first: str) -> Iterator[tuple[str, str, str]]:
-    """(`path:line`, id, text) of every object; the first line tells whose they are."""
+    """Yields (`path:line`, id, text) of every object; the first line tells the format."""
     try:
         id_field = "query_id" if "query_id" in json.loads(first) else "_id"
     except (ValueError, RecursionError):
         id_field = "_id"
     names = _FIELDS[id_field]
-    for source, key, value in objects(file, id_field):
+    for source, key, value in files.objects(file, id_field):
         field = next((name for name in names if name in value), names[-1])
-        yield source, key, text_of(source, value, "query", field)
+        yield source, key, files.text_of(source, value, "query", field)
 
 
 def _trec(file: Path) -> Iterator[tuple[str, str, str]]:
-    """(`path:line`, number, title) of every topic."""
+    """Yields (`path:line`, number, title) of every topic."""
     start, fields, field = 0, {}, ""
-    for number, line in lines(file):
+    for number, line in files.lines(file):
         match = _TAG.match(line.strip())
         tag, text = (match[1].lower(), match[2]) if match else ("", line)
         if (tag == "top") == bool(start):
