@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from rqv2_jax.data import collection
+from rqv2_jax.data.readers import beir
 
 ROOT = pathlib.Path(__file__).parent.parent
 PROGRAM = ROOT / ".ci" / "documented.py"
@@ -181,7 +181,7 @@ def test_the_tutorials_folder_holds_what_its_csv_file_holds(tmp_path):
     fences = load().fences(ROOT / "docs" / "tutorial.md")
     script = next(fence.text for fence in fences if fence.language == "python")
     subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
-    texts = collection.beir(tmp_path / "questions", train_qrels="qrels", eval_qrels="qrels")
+    texts = beir.beir(tmp_path / "questions", train_qrels="qrels", eval_qrels="qrels")
     passages = {passage.id: (passage.title, passage.text) for passage in texts.passages()}
     assert set(passages.values()) == {row[1:] for row in rows}
     found = {}

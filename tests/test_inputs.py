@@ -55,7 +55,7 @@ def oracle(first, second, max_length):
 
 @functools.cache
 def kept(title: int, text: int, budget: int) -> tuple[int, int]:
-    """How many tokens transformers keeps of a title and a text of so many, out of `budget`."""
+    """How many tokens transformers keeps of two texts of so many, out of `budget`."""
     # In lists, because an empty second text would otherwise count as none.
     sequences = FAST(
         ["a " * title], ["a " * text], truncation="longest_first", max_length=budget + 3
@@ -121,7 +121,7 @@ def test_pairs_hold_the_query_then_title_and_text(pairs, queries, query_length, 
     for (q, p), (tokens, types) in zip(rows, built, strict=True):
         query, title, text = TOKENIZER.encode([queries[q], *pairs[p]])
         title = title if titles else []
-        query = query[: min(query_length - 2, (pair_length - 3) // 2)]
+        query = query[: kept(len(query), len(title) + len(text), pair_length - 3)[0]]
         a, b = kept(len(title), len(text), pair_length - 3 - len(query))
         head = [TOKENIZER.cls, *query, TOKENIZER.sep]
         body = [*title[:a], *text[:b], TOKENIZER.sep]
@@ -131,11 +131,13 @@ def test_pairs_hold_the_query_then_title_and_text(pairs, queries, query_length, 
 
 
 def test_a_pair_without_a_title_is_what_transformers_makes_of_query_and_text():
-    query, text = "how high is it", "the tower is 330 metres high"
-    built = inputs_of(query_length=32, pair_length=64).pairs(
-        store_of([""], [text]), texts_of([query]), np.array([0]), np.array([0])
-    )
-    assert unpack(built) == oracle([query], [text], 64)
+    text = "the tower is 330 metres high"
+    for query in ("how high is it", "how high is it " * 4, "how high is it " * 40):
+        # Whatever the retriever's queries are cut to.
+        built = inputs_of(query_length=8, pair_length=64).pairs(
+            store_of([""], [text]), texts_of([query]), np.array([0]), np.array([0])
+        )
+        assert unpack(built) == oracle([query], [text], 64)
 
 
 @given(st.lists(words(12), min_size=1, max_size=5), st.integers(3, 20))

@@ -20,7 +20,8 @@ class Inputs:
     (`title_sep_text`, as RocketQAv2) or `[CLS] prompt title text [SEP]` of type 0 (`title_text`, as
     sentence-transformers). Lengths are in tokens, special tokens included. Where too long,
     `title text` is cut at its end in a passage of one type; elsewhere the longer of title and text
-    loses tokens first. A query has at most half of a pair.
+    loses tokens first, and so does the longer of a pair's query and passage: `query_length` is the
+    retriever's alone.
     """
 
     cls: int
@@ -61,11 +62,12 @@ class Inputs:
     ) -> Ragged:
         """Builds pairs as the re-ranker reads them."""
         n, texts = len(query_rows_N), texts.for_pairs()
-        kept_N = self._pair_query_lengths(texts, query_rows_N)
+        store, budget = store.for_pairs(), self.pair_length - 3
+        body_N = self._body_lengths(store, passage_rows_N)
+        kept_N = _kept_of_first(texts.lengths(query_rows_N), body_N, budget)
         query = Piece(texts.tokens, texts.offsets[query_rows_N], kept_N, 0)
-        budget_N = self.pair_length - 3 - kept_N
         pieces = self._title_and_text(
-            store.for_pairs(), passage_rows_N, budget_N, (1, 1), title_first=False
+            store, passage_rows_N, budget - kept_N, (1, 1), title_first=False
         )
         start, middle = _special((self.pair_cls,), n, 0), _special((self.pair_sep,), n, 0)
         return assemble([start, query, middle, *pieces, _special((self.pair_sep,), n, 1)])
@@ -85,14 +87,8 @@ class Inputs:
         self, store: Store, texts: Texts, query_rows: np.ndarray, passage_rows: np.ndarray
     ) -> np.ndarray:
         """Returns the lengths `pairs` gives, without building them; shapes of rows broadcast."""
-        query = self._pair_query_lengths(texts.for_pairs(), query_rows)
         body = self._body_lengths(store.for_pairs(), passage_rows)
-        return np.minimum(query + body + 3, self.pair_length)
-
-    def _pair_query_lengths(self, texts: Texts, rows: np.ndarray) -> np.ndarray:
-        # However long a query may be, half of the pair is left to the passage.
-        most = min(self.query_length - 2, (self.pair_length - 3) // 2)
-        return np.minimum(texts.lengths(rows), most)
+        return np.minimum(texts.for_pairs().lengths(query_rows) + body + 3, self.pair_length)
 
     def _body_lengths(self, store: Store, rows: np.ndarray) -> np.ndarray:
         return store.texts.lengths(rows) + (store.titles.lengths(rows) if self.titles else 0)
@@ -112,15 +108,22 @@ class Inputs:
         if title_first:
             kept_title_N = np.minimum(title_N, budget_N)
         else:
-            half_N = budget_N // 2
-            # The longer keeps an odd token; on equal lengths the text, as in tokenizers' longest_first.
-            share_N = np.where(title_N > text_N, budget_N - half_N, half_N)
-            kept_title_N = np.minimum(title_N, np.maximum(share_N, budget_N - text_N))
+            kept_title_N = _kept_of_first(title_N, text_N, budget_N)
         kept_text_N = np.minimum(text_N, budget_N - kept_title_N)
         return (
             Piece(titles.tokens, titles.offsets[rows_N], kept_title_N, types[0]),
             Piece(texts.tokens, texts.offsets[rows_N], kept_text_N, types[1]),
         )
+
+
+def _kept_of_first(
+    first_N: np.ndarray, second_N: np.ndarray, budget: np.ndarray | int
+) -> np.ndarray:
+    """Returns how many tokens of a pair's first text stay, as by transformers' `longest_first`."""
+    half = budget // 2
+    # The longer keeps an odd token; on equal lengths the second.
+    share_N = np.where(first_N > second_N, budget - half, half)
+    return np.minimum(first_N, np.maximum(share_N, budget - second_N))
 
 
 def _special(tokens: tuple[int, ...], count: int, type: int) -> Piece:
