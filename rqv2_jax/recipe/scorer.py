@@ -3,6 +3,8 @@
 Example:
   scorer = score.open_scorer("workdir/quickstart", "joint")
   retriever_P, reranker_P = scorer("sort an array", [("numpy sort", "Return a sorted copy ...")])
+
+Shape suffixes: Q questions, P given passages, K passages found, R re-ranked of these, D vector size.
 """
 
 import dataclasses
@@ -13,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from rqv2_jax.data import tokens
-from rqv2_jax.recipe import evaluation
-from rqv2_jax.recipe.workdir import Run, open_workdir
+from rqv2_jax.recipe.claim import open_workdir
+from rqv2_jax.recipe.run import Run
+from rqv2_jax.recipe.state_search import retrieve
 from rqv2_jax.retrieval import encode, rerank
 
 
@@ -53,24 +56,31 @@ class Scorer:
 
 
 def open_scorer(workdir: str, state: str) -> Scorer:
-    """The models of a workdir in a state: "reranker" (both warmed up) or "joint".
+    """Opens the models of a workdir in a state: "reranker" (both warmed up) or "joint".
 
     Raises:
       InputError: no workdir, or the state has not been reached.
     """
     run = open_workdir(pathlib.Path(workdir))
-    return Scorer(run, run.params(state, "retriever"), run.params(state, "reranker"))
+    models = (run.params(state=state, model=model) for model in ("retriever", "reranker"))
+    return Scorer(run, *models)
 
 
 def search(
-    run: Run, store: tokens.Store, questions: Sequence[str], state: str, index: str, *, own_Q
-):
-    """What both models of a state of a run find for questions.
+    run: Run,
+    store: tokens.Store,
+    questions: Sequence[str],
+    own_Q: np.ndarray,
+    *,
+    state: str,
+    index_name: str,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Searches for questions by both models of a state of a run.
 
     Args:
-      state: "reranker" (both warmed up) or "joint".
-      index: "exact" or "scann".
       own_Q: the row of a passage to ignore for each question, -1 for none.
+      state: "reranker" (both warmed up) or "joint".
+      index_name: "exact" or "scann".
 
     Returns:
       (passage rows [Q, K], retriever scores [Q, K], re-ranker scores [Q, R]), the best by the
@@ -80,9 +90,9 @@ def search(
       InputError: the state has not been reached.
     """
     texts, rows_Q = run.tokenizer.texts(questions), np.arange(len(questions))
-    params = run.params(state, "reranker")
-    passages_QxK, retriever_QxK = evaluation.retrieve(
-        run, store, texts, rows_Q, state, index, np.asarray(own_Q)
+    params = run.params(state=state, model="reranker")
+    passages_QxK, retriever_QxK = retrieve(
+        run, store, texts, rows_Q, own_Q, state=state, index_name=index_name
     )
     top_QxR = passages_QxK[:, : run.config.evaluate.rerank_depth]
     reranker_QxR = rerank.scores(run.forward, params, store, texts, rows_Q, top_QxR)
