@@ -74,7 +74,9 @@ def render(run, store, passages_1xK, retriever_1xK, reranker_1xR, *, shown: int)
     scores_1xK = rerank.merge(reranker_1xR, retriever_1xK)
     order = np.argsort(-scores_1xK[0], kind="stable").tolist()
     order = [number for number in order if passages_1xK[0, number] >= 0][:shown]
-    texts = texts_of(run, store.fingerprint).shown({int(passages_1xK[0, number]) for number in order})
+    texts = texts_of(run, store.fingerprint).shown(
+        {int(passages_1xK[0, number]) for number in order}
+    )
     blocks = ["rank  re-ranker  retriever  passage"]
     for rank, number in enumerate(order, start=1):
         row = int(passages_1xK[0, number])

@@ -103,17 +103,16 @@ def test_a_query_that_is_a_passage_is_no_candidate_and_no_negative(messy):
             query != passage
             for query, passage in ids_of(store, split, found.query_rows_Q, found.passages_QxN)
         )
-    lists = training_lists.draw_lists(run.config, store, mining.mine(run, store, candidates), "joint")
+    lists = training_lists.draw_lists(
+        run.config, store, mining.mine(run, store, candidates), "joint"
+    )
     drawn = ids_of(store, "train", lists.query_rows_L, lists.passages_LxP)
     assert drawn
     assert all(query != passage for query, passage in drawn)
     # The retriever does find it.
     vectors = tokens.open_store(workdir / "data" / "tokens")
-    ignored_by_nothing = mining._retrieve(
-        run,
-        vectors,
-        workdir / "lists" / "unmarked",
-        "unmarked",
+    unmarked = mining._Mine(run, vectors, workdir / "lists" / "unmarked", "unmarked")
+    ignored_by_nothing = unmarked.retrieve(
         {"train": candidates["train"].query_rows_Q},
         workdir / "vectors" / "unmarked",
         lambda: run.params(state="retriever", model="retriever"),
@@ -183,9 +182,7 @@ def test_topics_of_beir_are_measured_without_those_that_have_no_text(messy, tmp_
 def test_dev_is_measured_without_it(messy, monkeypatch):
     _, workdir, _ = messy
     run, measured = open_workdir(workdir), []
-    monkeypatch.setattr(
-        Dev, "_score", lambda self, passages_QxK, _: measured.append(passages_QxK)
-    )
+    monkeypatch.setattr(Dev, "_score", lambda self, passages_QxK, _: measured.append(passages_QxK))
     unmarked = tokens.open_store(workdir / "data" / "tokens")
     for store in (open_store(run), unmarked):
         dev = Dev(run.config, run.forward, store, None)

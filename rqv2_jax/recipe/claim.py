@@ -2,10 +2,10 @@
 
 import importlib.metadata
 import json
+import operator
 import pathlib
 import platform
 import subprocess
-from typing import Any
 
 import jax
 import ml_collections
@@ -46,8 +46,8 @@ def open_workdir(workdir: pathlib.Path, *, data: str = "", weights: str = "") ->
         raise InputError(f"{workdir}: is no workdir (no config.json); run rqv2_jax.main first")
     config, earlier = _read_config(path)
     config_lib.check(config)
-    _adapt(config, data, weights)
-    _check_weights(config.model, path)
+    _adapt(config)
+    _move(config, data, weights, path)
     try:
         run = open_run(config, workdir, quiet=True)
     except InputError as e:
@@ -64,32 +64,33 @@ def open_workdir(workdir: pathlib.Path, *, data: str = "", weights: str = "") ->
     return run
 
 
-def _adapt(config: ml_collections.ConfigDict, data: str, weights: str):
-    """Changes a workdir's config to the devices at hand and to the new places of what has moved."""
+def _adapt(config: ml_collections.ConfigDict):
+    """Changes a workdir's config to the devices at hand."""
     asked, devices = config.mesh.data * config.mesh.fsdp, jax.device_count()
     if asked > devices or (jax.process_count() > 1 and asked != devices):
         config.mesh.update({"data": devices, "fsdp": 1})
     if jax.default_backend() != "gpu":
         # Without dropout all give the same scores.
         config.model.attention = "plain"
+
+
+def _move(config: ml_collections.ConfigDict, data: str, weights: str, path: pathlib.Path):
+    """Puts new places into a workdir's config; raises InputError unless its model folders are there."""
     if data:
         config.data.path = data
     if weights:
         if config.model.reranker.weights == config.model.weights:
             config.model.reranker.weights = weights
         config.model.weights = weights
-
-
-def _check_weights(model: ml_collections.ConfigDict, path: pathlib.Path):
-    """Raises InputError unless the model folders of a workdir's config are there."""
-    for setting, name in (("weights", model.weights), ("reranker.weights", model.reranker.weights)):
+    for setting in ("model.weights", "model.reranker.weights"):
+        name = operator.attrgetter(setting)(config)
         try:
             released.find_folder(name)
         except InputError as e:
             raise InputError(
-                f"{path}: config.model.{setting} is {name!r}, which is not there; if it has moved, "
+                f"{path}: config.{setting} is {name!r}, which is not there; if it has moved, "
                 "give its new place as --weights DIR, or run rqv2_jax.main once more with "
-                f"--config.model.{setting}=DIR"
+                f"--config.{setting}=DIR"
             ) from e
 
 
@@ -132,7 +133,7 @@ def _check_head(run: Run, earlier: bool, path: pathlib.Path):
         raise _of_another_version(path, f"its re-ranker left out the head of {folder}")
 
 
-def claim(run: Run):
+def claim(run: Run) -> None:
     """Writes config.json, sources.txt and environment.json; a workdir belongs to one config.
 
     Settings of evaluation may change, and until joint training has begun those of `joint`. So may the
@@ -145,7 +146,15 @@ def claim(run: Run):
     hosts.from_first(lambda: _check_claim(run, path))
     artifacts.write_text(path, config_lib.dumps(run.config))
     artifacts.write_text(run.workdir / SOURCES, _sources(run))
-    text = json.dumps(_environment(), indent=1) + "\n"
+    installed = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
+    environment = {
+        "python": platform.python_version(),
+        "packages": {name: installed.get(name, "not installed") for name in PACKAGES},
+        "devices": [str(d) for d in jax.devices()],
+        "machine": platform.platform(),
+        "commit": _commit() or "unknown",
+    }
+    text = json.dumps(environment, indent=1) + "\n"
     artifacts.write_text(run.workdir / "environment.json", text)
 
 
@@ -225,26 +234,11 @@ def _same_sources(run: Run) -> bool:
     return True
 
 
-def _environment() -> dict[str, Any]:
-    """Returns what the numbers of a run may depend on beside its config."""
-    installed = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
-    return {
-        "python": platform.python_version(),
-        "packages": {name: installed.get(name, "not installed") for name in PACKAGES},
-        "devices": [str(d) for d in jax.devices()],
-        "machine": platform.platform(),
-        "commit": _commit() or "unknown",
-    }
-
-
 def _commit() -> str:
-    """Returns the code's git commit, "" where there is none."""
-    command = ["git", "describe", "--always", "--dirty"]
-    folder = pathlib.Path(__file__).parent
+    """Returns the code's git commit, "" where there is none or no git."""
+    here = {"cwd": pathlib.Path(__file__).parent, "capture_output": True, "text": True}
     try:
-        return subprocess.run(
-            command, cwd=folder, capture_output=True, text=True, check=False
-        ).stdout.strip()
+        command = ["git", "describe", "--always", "--dirty"]
+        return subprocess.run(command, check=False, **here).stdout.strip()
     except OSError:
-        # A machine without git.
         return ""

@@ -26,82 +26,78 @@ MINED_AT_ONCE = 1024
 Candidates = dict[str, lists_lib.Candidates]
 
 
-def _retrieve(
-    run: Run,
-    store: tokens.Store,
-    folder: pathlib.Path,
-    source: str,
-    rows: dict[str, np.ndarray],
-    vectors: pathlib.Path,
-    retriever: Callable[[], dict[str, Any]],
-) -> Candidates:
-    """Returns the top passages of the queries in `rows`, by split, kept in a folder.
+@dataclasses.dataclass(frozen=True)
+class _Mine:
+    """Candidates in a folder of a run, with the name of the models and the corpus they come from."""
 
-    `retriever()` gives the params, which `source` names with the corpus; the corpus by them lies in
-    the folder `vectors`.
-    """
+    run: Run
+    store: tokens.Store
+    folder: pathlib.Path
+    source: str
 
-    def candidates(split: str, depth: int) -> lists_lib.Candidates:
-        rows_Q, queries = rows[split], store.splits[split]
+    def retrieve(
+        self, rows: dict[str, np.ndarray], vectors: pathlib.Path, retriever: Callable[[], dict]
+    ) -> Candidates:
+        """Returns the top passages of the queries in `rows`, by split.
 
-        def compute():
-            towers = retriever()
-            vectors_QxD = encode.queries(run.forward, towers["query"], queries.texts, rows_Q)
-            own_Q = own_texts.of_rows(queries, rows_Q)
-            shards = encode.corpus(run.forward, towers["passage"], store, vectors, source)
-            ranking = index.exact(vectors_QxD, shards, own_texts.deeper(depth, own_Q))
-            passages_QxN, scores_QxN = own_texts.without(*ranking, own_Q)
-            return {"query_rows": rows_Q, "passages": passages_QxN, "scores": scores_QxN}
+        `retriever()` gives the params; the corpus by them lies in the folder `vectors`.
+        """
+        config, forward = self.run.config, self.run.forward
 
-        kept = artifacts.cached(folder / f"{split}.retrieved.npz", source, compute)
-        arrays = [kept[name] for name in ("query_rows", "passages", "scores")]
-        return lists_lib.Candidates(*arrays, np.full(arrays[2].shape, np.nan, np.float32))
+        def candidates(split: str, depth: int) -> lists_lib.Candidates:
+            rows_Q, queries = rows[split], self.store.splits[split]
 
-    depths = {"train": run.config.mine.depth, "dev": run.config.dev.depth}
-    return {split: candidates(split, depths[split]) for split in rows}
+            def compute():
+                towers, own_Q = retriever(), own_texts.of_rows(queries, rows_Q)
+                vectors_QxD = encode.queries(forward, towers["query"], queries.texts, rows_Q)
+                passages = towers["passage"], self.store, vectors, self.source
+                shards = encode.corpus(forward, *passages)
+                ranking = index.exact(vectors_QxD, shards, own_texts.deeper(depth, own_Q))
+                passages_QxN, scores_QxN = own_texts.without(*ranking, own_Q)
+                return {"query_rows": rows_Q, "passages": passages_QxN, "scores": scores_QxN}
 
+            path = self.folder / f"{split}.retrieved.npz"
+            kept = artifacts.cached(path, self.source, compute)
+            arrays = [kept[name] for name in ("query_rows", "passages", "scores")]
+            return lists_lib.Candidates(*arrays, np.full(arrays[2].shape, np.nan, np.float32))
 
-def _score(
-    run: Run,
-    store: tokens.Store,
-    candidates: Candidates,
-    folder: pathlib.Path,
-    source: str,
-    reranker: Callable[[], Any],
-) -> Candidates:
-    """Returns the candidates with scores, kept in a folder under the name `source`.
+        depths = {"train": config.mine.depth, "dev": config.dev.depth}
+        return {split: candidates(split, depths[split]) for split in rows}
 
-    Those that `config.mine` says and all of the dev queries get one, the others keep NaN; none does
-    unless joint lists are to be denoised.
+    def score(self, candidates: Candidates, reranker: Callable[[], dict]) -> Candidates:
+        """Returns the candidates with scores by the params `reranker()`, asked for only if needed.
 
-    Args:
-      reranker: gives the re-ranker's params; called only if a score is missing.
-    """
-    reranker = functools.cache(reranker)
+        Those that `config.mine` says and all of the dev queries get one, the others keep NaN; none does
+        unless joint lists are to be denoised.
+        """
+        config, reranker = self.run.config, functools.cache(reranker)
+        if config.joint.denoised_share == 0:
+            return candidates
 
-    def scored(split, candidates, queries, depth):
-        first, texts, parts = candidates.first(queries, depth), store.splits[split].texts, []
-        for start in range(0, len(first.query_rows_Q), MINED_AT_ONCE):
-            rows_Q = first.query_rows_Q[start : start + MINED_AT_ONCE]
-            passages_QxN = first.passages_QxN[start : start + MINED_AT_ONCE]
+        def scored(split: str, queries: int, depth: int) -> lists_lib.Candidates:
+            first, texts = candidates[split].first(queries, depth), self.store.splits[split].texts
+            parts = []
+            for start in range(0, len(first.query_rows_Q), MINED_AT_ONCE):
+                part = slice(start, start + MINED_AT_ONCE)
+                pairs = self.store, texts, first.query_rows_Q[part], first.passages_QxN[part]
+                path = self.folder / f"{split}.scores" / f"{start // MINED_AT_ONCE:05}.npz"
+                kept = artifacts.cached(
+                    path,
+                    self.source,
+                    lambda pairs=pairs: {
+                        "scores": rerank.scores(self.run.forward, reranker(), *pairs)
+                    },
+                )
+                parts.append(kept["scores"])
+            reranker_QxN = candidates[split].reranker_QxN.copy()
+            reranker_QxN[:queries, :depth] = np.concatenate(parts)
+            return dataclasses.replace(candidates[split], reranker_QxN=reranker_QxN)
 
-            def compute(rows_Q=rows_Q, passages_QxN=passages_QxN):
-                pairs = store, texts, rows_Q, passages_QxN
-                return {"scores": rerank.scores(run.forward, reranker(), *pairs)}
-
-            path = folder / f"{split}.scores" / f"{start // MINED_AT_ONCE:05}.npz"
-            parts.append(artifacts.cached(path, source, compute)["scores"])
-        reranker_QxN = candidates.reranker_QxN.copy()
-        reranker_QxN[:queries, :depth] = np.concatenate(parts)
-        return dataclasses.replace(candidates, reranker_QxN=reranker_QxN)
-
-    if run.config.joint.denoised_share == 0:
-        return candidates
-    most = {
-        "train": (run.config.mine.scored_queries, run.config.mine.scored_depth),
-        "dev": (run.config.dev.queries, run.config.dev.depth),
-    }
-    return {split: scored(split, each, *most[split]) for split, each in candidates.items()}
+        most = {
+            "train": (config.mine.scored_queries, config.mine.scored_depth),
+            "dev": (config.dev.queries, config.dev.depth),
+        }
+        return {split: scored(split, *most[split]) for split in candidates}
 
 
 def retrieve(run: Run, store: tokens.Store) -> Candidates:
@@ -118,22 +114,20 @@ def retrieve(run: Run, store: tokens.Store) -> Candidates:
     }
     warm = {"state": "retriever", "model": "retriever"}
     vectors = run.workdir / "vectors" / run.trained_by(**warm)
-    source, retriever = source_of(run, store, "retriever"), functools.partial(run.params, **warm)
-    return _retrieve(run, store, run.workdir / "lists", source, rows, vectors, retriever)
+    kept = _Mine(run, store, run.workdir / "lists", source_of(run, store, "retriever"))
+    return kept.retrieve(rows, vectors, functools.partial(run.params, **warm))
 
 
 def mine(run: Run, store: tokens.Store, candidates: Candidates) -> Candidates:
     """Returns the candidates with the warmed-up re-ranker's scores, kept in `lists/`."""
-    source = f"{warmed_up(run)} {store.fingerprint}"
-    scorer = functools.partial(run.params, state="reranker", model="reranker")
-    return _score(run, store, candidates, run.workdir / "lists", source, scorer)
+    kept = _Mine(run, store, run.workdir / "lists", f"{warmed_up(run)} {store.fingerprint}")
+    return kept.score(candidates, lambda: run.params(state="reranker", model="reranker"))
 
 
 def warmed_up(run: Run) -> str:
     """Names the params of both warmed-up models."""
-    return " ".join(
-        run.origin(state="reranker", model=model) for model in ("retriever", "reranker")
-    )
+    models = ("retriever", "reranker")
+    return " ".join(run.origin(state="reranker", model=model) for model in models)
 
 
 def mined(run: Run) -> tuple[tokens.Store, Candidates, collection.Collection]:
@@ -153,11 +147,7 @@ def mined(run: Run) -> tuple[tokens.Store, Candidates, collection.Collection]:
 
 
 def refresh(
-    run: Run,
-    store: tokens.Store,
-    candidates: Candidates,
-    step: int,
-    params: dict[str, Any] | None,
+    run: Run, store: tokens.Store, candidates: Candidates, step: int, params: dict | None
 ) -> Candidates:
     """Returns new candidates of the same queries by both models as they are at a step.
 
@@ -167,9 +157,9 @@ def refresh(
     Raises:
       InputError: then they are not there, or damaged.
     """
-    folder, source = run.workdir / "lists" / f"joint.{step:07}", f"joint {step} {store.fingerprint}"
+    folder = run.workdir / "lists" / f"joint.{step:07}"
 
-    def model(name):
+    def model(name: str) -> dict[str, Any]:
         if params is None:
             raise InputError(
                 f"{folder}: the candidates of step {step} are gone, the models have changed; delete "
@@ -177,7 +167,8 @@ def refresh(
             )
         return params[name]
 
-    rows, vectors = {s: c.query_rows_Q for s, c in candidates.items()}, run.workdir / "vectors"
-    retriever, reranker = (functools.partial(model, name) for name in ("retriever", "reranker"))
-    new = _retrieve(run, store, folder, source, rows, vectors / "refreshed", retriever)
-    return _score(run, store, new, folder, source, reranker)
+    kept = _Mine(run, store, folder, f"joint {step} {store.fingerprint}")
+    rows = {split: each.query_rows_Q for split, each in candidates.items()}
+    vectors = run.workdir / "vectors" / "refreshed"
+    new = kept.retrieve(rows, vectors, lambda: model("retriever"))
+    return kept.score(new, lambda: model("reranker"))

@@ -26,9 +26,10 @@ from rqv2_jax.recipe.scoreboard import check_metrics
 from rqv2_jax.recipe.stage import train_stage
 from rqv2_jax.recipe.texts import open_collection, open_store
 from rqv2_jax.recipe.workdir import alone, begun, finished
+from rqv2_jax.training import train
 
 
-def main(config: ml_collections.ConfigDict, workdir: pathlib.Path):
+def main(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     """Runs every stage that is not finished.
 
     Raises:
@@ -114,7 +115,7 @@ def prepare(run: Run) -> tokens.Store:
     return store
 
 
-def train_retriever(run: Run, store: tokens.Store):
+def train_retriever(run: Run, store: tokens.Store) -> None:
     """Warms up the retriever: each labelled positive once an epoch, in-batch negatives."""
     positives_2xN = store.splits["train"].positives()
 
@@ -124,34 +125,24 @@ def train_retriever(run: Run, store: tokens.Store):
         provenance_Lx1 = np.full((len(queries_L), 1), lists_lib.Provenance.LABELLED_POSITIVE)
         return lists_lib.Lists(queries_L, passages_L[:, None], provenance_Lx1)
 
-    train_stage(
-        run,
-        store,
-        "retriever",
-        {"retriever": run.initial("retriever")},
-        run.weights_hash,
-        training_lists.epochs_of_lists(draw, run.config.retriever),
-        Dev(run.config, run.forward, store, None),
-    )
+    params = {"retriever": run.initial("retriever")}
+    lists = training_lists.epochs_of_lists(draw, run.config.retriever)
+    dev = Dev(run.config, run.forward, store, None)
+    train_stage(run, store, "retriever", params, run.weights_hash, lists, dev)
 
 
-def train_reranker(run: Run, store: tokens.Store, candidates: mining.Candidates):
+def train_reranker(run: Run, store: tokens.Store, candidates: mining.Candidates) -> None:
     """Warms up the re-ranker on undenoised lists."""
-    train_stage(
-        run,
-        store,
-        "reranker",
-        {"reranker": run.initial("reranker")},
-        run.weights_hash,
-        training_lists.draw_lists(run.config, store, candidates, "reranker"),
-        Dev(run.config, run.forward, store, candidates["dev"]),
-    )
+    params = {"reranker": run.initial("reranker")}
+    lists = training_lists.draw_lists(run.config, store, candidates, "reranker")
+    dev = Dev(run.config, run.forward, store, candidates["dev"])
+    train_stage(run, store, "reranker", params, run.weights_hash, lists, dev)
 
 
-def train_joint(run: Run, store: tokens.Store, candidates: mining.Candidates):
+def train_joint(run: Run, store: tokens.Store, candidates: mining.Candidates) -> None:
     """Trains both warmed-up models jointly on hybrid lists."""
 
-    def redraw(step, state, number):
+    def redraw(step: int, state: train.TrainState, number: int) -> lists_lib.Lists:
         tqdm.tqdm.write(f"  refresh: candidates by the models of step {step}")
         params = state.params if int(state.step) == step else None
         refreshed = mining.refresh(run, store, candidates, step, params)
@@ -164,17 +155,10 @@ def train_joint(run: Run, store: tokens.Store, candidates: mining.Candidates):
         source, lists = training_lists.read_lists(run)
     else:
         source, lists = store, training_lists.draw_lists(run.config, store, candidates, "joint")
-    models = ("retriever", "reranker")
-    train_stage(
-        run,
-        source,
-        "joint",
-        {model: run.params(state="reranker", model=model) for model in models},
-        mining.warmed_up(run),
-        lists,
-        Dev(run.config, run.forward, store, candidates["dev"]),
-        redraw if run.config.joint.refresh_every else None,
-    )
+    params = {m: run.params(state="reranker", model=m) for m in ("retriever", "reranker")}
+    origin, dev = mining.warmed_up(run), Dev(run.config, run.forward, store, candidates["dev"])
+    refreshing = run.config.joint.refresh_every > 0
+    train_stage(run, source, "joint", params, origin, lists, dev, redraw if refreshing else None)
 
 
 def _forget_refreshed(workdir: pathlib.Path):

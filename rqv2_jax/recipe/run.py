@@ -30,6 +30,8 @@ class Run:
     """A config made concrete: its workdir, its models without their params, and their inputs.
 
     `config` holds in full what the given one left to the model folders, which `sources` describe.
+    Methods raise InputError for a stage that has not been run, and for a re-ranker in a state before
+    its training.
     """
 
     config: ml_collections.ConfigDict
@@ -45,34 +47,27 @@ class Run:
         """Returns the params of one model before any training, on the devices."""
         query, passage, reranker = (source.folder for source in self.sources)
         if model == "retriever":
-            encoder = weights.load_encoder(query, self.models.retriever)
+            params = {"query": weights.load_encoder(query, self.models.retriever)}
             if passage == query:
-                other = jax.tree.map(lambda x: x.copy(), encoder)
+                params["passage"] = jax.tree.map(lambda x: x.copy(), params["query"])
             else:
-                other = weights.load_encoder(passage, self.models.retriever)
-            return self.sharding.put_params({"query": encoder, "passage": other})
+                params["passage"] = weights.load_encoder(passage, self.models.retriever)
+            return self.sharding.put_params(params)
         config, head = self.models.reranker, self.sources.reranker.head
         encoder = weights.load_encoder(reranker, config)
-        if head is not None:
-            params = {"encoder": encoder, "head": weights.load_head(head, config.hidden_size)}
-        else:
+        if head is None:
             params = models_lib.init_reranker(encoder, config, jax.random.key(self.config.seed))
+        else:
+            params = {"encoder": encoder, "head": weights.load_head(head, config.hidden_size)}
         return self.sharding.put_params(params)
 
     def trained_by(self, *, state: str, model: str) -> str:
-        """Returns the stage whose params a model has in a state; "zero_shot" for none.
-
-        Raises:
-          InputError: the re-ranker is not trained in that state.
-        """
+        """Returns the stage whose params a model has in a state; "zero_shot" for none."""
         if state == "joint":
             return "joint"
-        if model == "reranker":
-            if state != "reranker":
-                raise InputError(f"state {state!r} has no re-ranker; choose 'reranker' or 'joint'")
-            return "reranker" if self.config.reranker.epochs > 0 else "zero_shot"
-        warmed_up = state != "zero_shot" and self.config.retriever.epochs > 0
-        return "retriever" if warmed_up else "zero_shot"
+        if model == "reranker" and state != "reranker":
+            raise InputError(f"state {state!r} has no re-ranker; choose 'reranker' or 'joint'")
+        return model if state != "zero_shot" and self.config[model].epochs > 0 else "zero_shot"
 
     @functools.cached_property
     def weights_hash(self) -> str:
@@ -88,9 +83,6 @@ class Run:
         """Names the params of one model in a state: stage, best step and the name of its training.
 
         The name changes if the stage is trained again, or if another step becomes the best.
-
-        Raises:
-          InputError: the stage that trains it has not been run.
         """
         stage = self.trained_by(state=state, model=model)
         if stage == "zero_shot":
@@ -99,11 +91,7 @@ class Run:
         return f"{stage} {best_step(folder)} {' '.join(begun(folder))}"
 
     def params(self, *, state: str, model: str) -> dict[str, Any]:
-        """Returns the params of one model in a state, on the devices.
-
-        Raises:
-          InputError: the stage that trains it has not been run.
-        """
+        """Returns the params of one model in a state, on the devices."""
         stage = self.trained_by(state=state, model=model)
         initial = self.initial(model)
         if stage == "zero_shot":
@@ -114,13 +102,10 @@ class Run:
 def open_run(
     config: ml_collections.ConfigDict, workdir: pathlib.Path, *, quiet: bool = False
 ) -> Run:
-    """Checks the config, the model folders and the devices; prints what the config overrides in them.
+    """Checks the config, the model folders and the devices; prints, unless `quiet`, what it overrides.
 
     Unless JAX has been given a folder for what it compiles, that becomes `.compiled` beside the
     workdir, so that a program is compiled only once.
-
-    Args:
-      quiet: print nothing.
 
     Raises:
       InputError: one of them cannot be used.

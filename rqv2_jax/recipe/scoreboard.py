@@ -5,7 +5,7 @@ Shape suffixes: Q queries, R queries that are re-ranked, K passages of a query, 
 
 import functools
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import ml_collections
@@ -27,13 +27,14 @@ from rqv2_jax.retrieval import rerank
 FLOORS = ("bm25", "released")
 
 Key = tuple[str, str, str]  # state, model, index
+Values = dict[str, np.ndarray]  # of each query, by metric
 
 
 class Entry(NamedTuple):
     """One model's queries, each one's value by metric, and what else its row of the table has."""
 
     rows_Q: np.ndarray
-    values: dict[str, np.ndarray]
+    values: Values
     extra: dict
 
 
@@ -48,7 +49,7 @@ def measured_queries(
     return rows_Q, np.sort(lists_lib.subset(len(rows_Q), settings.rerank_queries, 0))
 
 
-def check_metrics(settings: ml_collections.ConfigDict, queries: tokens.Queries):
+def check_metrics(settings: ml_collections.ConfigDict, queries: tokens.Queries) -> None:
     """Raises InputError unless the labels of queries can give the metrics of `config.evaluate`."""
     names = metrics.at_relevance(settings.metrics, settings.min_relevance)
     relevance_N = None
@@ -58,15 +59,17 @@ def check_metrics(settings: ml_collections.ConfigDict, queries: tokens.Queries):
     metrics.check_measurable(names, relevance_N)
 
 
-def _by_answers(store: tokens.Store, texts: collection.Collection, split: str) -> Callable:
+def _by_answers(
+    store: tokens.Store, texts: collection.Collection, split: str
+) -> Callable[..., Values]:
     """Returns a `measure` for a split without labels: passages that hold an answer are relevant."""
     answers = [query.answers for query in texts.queries(split)]
     passages: dict[int, str] = {}
 
-    def measure(rows_Q, passages_QxK, scores_QxK, names):
+    def measure(rows_Q: np.ndarray, ranking: Ranking, names: Sequence[str]) -> Values:
         deepest = max(metrics.parse_metric(name)[1] for name in names)
-        ranking = metrics.sort_run(passages_QxK, scores_QxK, store.passage_ids)
-        top_QxK, scores_QxK = (array[:, :deepest] for array in ranking)
+        ordered = metrics.sort_run(*ranking, store.passage_ids)
+        top_QxK, scores_QxK = (array[:, :deepest] for array in ordered)
         unread = set(top_QxK[top_QxK >= 0].tolist()) - passages.keys()
         if unread:
             for row, passage in enumerate(texts.passages()):
@@ -98,23 +101,24 @@ class Scoreboard:
             self._measure = _by_answers(store, texts_of(run, store.fingerprint), split)
         hosts.from_first(lambda: (run.workdir / "runs").mkdir(exist_ok=True))
 
-    def _by_labels(self, rows_Q, passages_QxK, scores_QxK, names) -> dict[str, np.ndarray]:
+    def _by_labels(self, rows_Q: np.ndarray, ranking: Ranking, names: Sequence[str]) -> Values:
+        """Returns the value of each metric for each query, by the labels of the split."""
         qrels = self.queries.labels_of(rows_Q)
-        return metrics.evaluate(passages_QxK, scores_QxK, self.store.passage_ids, qrels, names)
+        return metrics.evaluate(*ranking, self.store.passage_ids, qrels, names)
 
     def add(
         self, rows_Q: np.ndarray, ranking: Ranking, *, state: str, model: str, index: str, **extra
-    ):
+    ) -> None:
         """Measures what a model found, or re-ranked, for the queries in these rows of the split."""
         path = self.run.workdir / "runs" / f"{self.split}.{state}.{model}.{index}.trec"
         tag, query_ids = f"rqv2_jax.{state}.{model}", [self.queries.ids[row] for row in rows_Q]
         hosts.from_first(
             lambda: metrics.write_trec_run(path, query_ids, self.store.passage_ids, *ranking, tag)
         )
-        values = self._measure(rows_Q, *ranking, self.metrics)
+        values = self._measure(rows_Q, ranking, self.metrics)
         self.entries[state, model, index] = Entry(rows_Q, values, extra)
 
-    def add_reranked(self, ranking: Ranking, *, state: str, index: str):
+    def add_reranked(self, ranking: Ranking, *, state: str, index: str) -> None:
         """Adds how the re-ranker of a state ranks the first candidates of the re-ranked queries.
 
         Args:
@@ -140,7 +144,7 @@ class Scoreboard:
         merged_RxK = rerank.merge(reranked, scores_RxK)
         self.add(rows_R, (passages_RxK, merged_RxK), state=state, model="reranker", index=index)
         reached = metrics.at_relevance((f"Success@{depth}",), settings.min_relevance)
-        (values_R,) = self._measure(rows_R, top_RxK, scores_RxK[:, :depth], reached).values()
+        (values_R,) = self._measure(rows_R, (top_RxK, scores_RxK[:, :depth]), reached).values()
         self.reachable[index] = float(values_R.mean())
 
     def _table(self) -> list[dict]:

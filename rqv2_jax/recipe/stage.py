@@ -55,7 +55,7 @@ class _Log:
         )
         self.close = self.events.close
 
-    def write(self, step: int, terms: Mapping[str, float]):
+    def write(self, step: int, terms: Mapping[str, float]) -> None:
         """Writes the terms of one step."""
         with self.events.as_default(step):
             for key, value in terms.items():
@@ -75,16 +75,6 @@ def _evaluate(dev: Dev, checkpoints: Checkpoints, log: _Log, step: int, params: 
     checkpoints.save_best(step, params, f"dev {DEV_METRIC}, mean of models", mean)
 
 
-def _segments(done: int, steps: int, every: int) -> Iterator[tuple[int, int]]:
-    """Yields (first step, end) of each segment of `every` steps that is not done, in order.
-
-    A process may have been killed after its last checkpoint, before it marked the stage as finished.
-    """
-    start = done // every * every if done < steps else steps
-    for first in range(start, steps, every):
-        yield first, min(first + every, steps)
-
-
 def train_stage(
     run: Run,
     store: tokens.Store,
@@ -94,7 +84,7 @@ def train_stage(
     lists: lists_lib.Lists,
     dev: Dev,
     redraw: Callable[[int, train.TrainState, int], lists_lib.Lists] | None = None,
-):
+) -> None:
     """Runs one training stage to its end, from its last checkpoint if there is one.
 
     Args:
@@ -124,12 +114,15 @@ def train_stage(
         evaluate = functools.partial(_evaluate, dev, checkpoints, log)
         step_fn = train.make_step(stage.loss_fn, optimizer, run.sharding)
         every = settings.refresh_every if redraw else steps
-        for first, stop in _segments(int(state.step), steps, every):
+        # A process may have been killed after its last checkpoint, before it marked the stage's end.
+        start = int(state.step) // every * every if int(state.step) < steps else steps
+        for first in range(start, steps, every):
+            stop = min(first + every, steps)
             if first > 0:
                 lists = redraw(first, state, (stop - first) * settings.batch)
                 batches = stage_batches(run, store, name, stage, lists)
 
-            def stream(step, batches=batches, first=first):
+            def stream(step: int, batches: ListBatches = batches, first: int = first) -> Iterator:
                 return map(run.sharding.put_batch, batches.stream(step - first))
 
             state = train.train(

@@ -3,6 +3,7 @@
 Shape suffixes: Q queries, K passages of a query, best first, D vector size.
 """
 
+import functools
 import json
 import pathlib
 from collections.abc import Callable
@@ -84,14 +85,10 @@ def retrieve_split(
     source = f"{source_of(run, store, state)} {queries.fingerprint} "
     source += f"{settings.queries} {settings.retrieve_depth}"
 
-    def by(name, source):
-        return cached(
-            run.workdir / "eval" / f"{split}.{stage}.{name}.npz",
-            source,
-            lambda: retrieve(
-                run, store, queries.texts, rows_Q, own_Q, state=state, index_name=name
-            ),
-        )
+    def by(name: str, source: str) -> Ranking:
+        path, asked = run.workdir / "eval" / f"{split}.{stage}.{name}.npz", (queries.texts, rows_Q)
+        search = functools.partial(retrieve, run, store, *asked, own_Q, state=state)
+        return cached(path, source, functools.partial(search, index_name=name))
 
     exact = by("exact", source)
     if index_name == "exact":

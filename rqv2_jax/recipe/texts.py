@@ -19,22 +19,20 @@ def open_collection(data: ml_collections.ConfigDict, folder: pathlib.Path) -> co
     """Opens the texts and labels that `config.data` names; docstrings are extracted into `folder`."""
     if data.dataset != "docstrings" and not data.path:
         return _load("readers.builders").fetched(data.dataset)
-    match data.dataset.split("_")[0]:
-        case "docstrings":
-            docstrings = _load("docstrings").docstrings
-            return artifacts.kept(folder, lambda: docstrings(folder, preset=data.preset))
-        case "beir":
-            return collection.beir(
-                pathlib.Path(data.path), train_qrels=data.train_qrels, eval_qrels=data.eval_qrels
-            )
-        case "msmarco":
-            return tables.msmarco(data.path)
-        case "rocketqa":
-            return tables.rocketqa(data.path)
-        case "dpr":
-            return optional.load("rqv2_jax.data.readers.dpr", "data in DPR's layout").dpr(data.path)
-        case "tevatron":
-            return tevatron.tevatron(data.path)
+    if data.dataset == "docstrings":
+        docstrings = _load("docstrings").docstrings
+        return artifacts.kept(folder, lambda: docstrings(folder, preset=data.preset))
+    if data.dataset == "dpr":
+        return optional.load("rqv2_jax.data.readers.dpr", "data in DPR's layout").dpr(data.path)
+    if data.dataset.startswith("beir"):
+        qrels = {"train_qrels": data.train_qrels, "eval_qrels": data.eval_qrels}
+        return collection.beir(pathlib.Path(data.path), **qrels)
+    readers = {
+        "msmarco": tables.msmarco,
+        "rocketqa": tables.rocketqa,
+        "tevatron": tevatron.tevatron,
+    }
+    return readers[data.dataset](data.path)
 
 
 def _load(module: str):

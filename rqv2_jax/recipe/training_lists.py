@@ -4,7 +4,6 @@ Shape suffixes: Q queries, N candidates of a query, L lists, P passages of a lis
 candidates.
 """
 
-import dataclasses
 import pathlib
 from collections.abc import Callable
 
@@ -78,22 +77,15 @@ def draw_lists(
 
     lists = _counted(epochs_of_lists(draw, settings, number=number))
     if share > 0:
-        _warn_of_missing(config.mine, store, candidates["train"], probability, lists)
+        train = candidates["train"]
+        unlabelled_QxN = ~np.isnan(train.reranker_QxN) & ~_known_positive(store, "train", train)
+        p_U = lists_lib.relevance(train.reranker_QxN[unlabelled_QxN], probability)
+        _warn_of_missing(config.mine, p_U, lists)
     return lists
 
 
-def _warn_of_missing(
-    mine: ml_collections.ConfigDict,
-    store: tokens.Store,
-    candidates: lists_lib.Candidates,
-    probability: tuple[float, float],
-    lists: lists_lib.Lists,
-):
-    """Prints which kind of denoised passage no candidate was certain enough for."""
-    unlabelled_QxN = ~np.isnan(candidates.reranker_QxN) & ~_known_positive(
-        store, "train", candidates
-    )
-    p_U = lists_lib.relevance(candidates.reranker_QxN[unlabelled_QxN], probability)
+def _warn_of_missing(mine: ml_collections.ConfigDict, p_U: np.ndarray, lists: lists_lib.Lists):
+    """Prints which kind of denoised passage no unlabelled candidate was certain enough for."""
     for kind, name, extreme in (
         (lists_lib.Provenance.DENOISED_NEGATIVE, "negative_below", np.min),
         (lists_lib.Provenance.DENOISED_POSITIVE, "positive_above", np.max),
@@ -152,20 +144,15 @@ def epochs_of_lists(
     draw: Callable[[int], lists_lib.Lists], stage: ml_collections.ConfigDict, *, number: int = 0
 ) -> lists_lib.Lists:
     """Returns a stage's lists, or `number` of them: `draw(epoch)` of one epoch after the other."""
-    first = draw(0)
-    wanted = number or lists_lib.training_lists(stage, len(first.query_rows_L))
-    parts, count = [first], len(first.query_rows_L)
-    while count < wanted:
+    parts = [draw(0)]
+    wanted = number or lists_lib.training_lists(stage, len(parts[0].query_rows_L))
+    while sum(len(part.query_rows_L) for part in parts) < wanted:
         parts.append(draw(len(parts)))
-        count += len(parts[-1].query_rows_L)
-    joined = (
-        np.concatenate([getattr(part, field.name) for part in parts])[:wanted]
-        for field in dataclasses.fields(lists_lib.Lists)
-    )
-    return lists_lib.Lists(*joined)
+    fields = zip(*(vars(part).values() for part in parts))
+    return lists_lib.Lists(*(np.concatenate(arrays)[:wanted] for arrays in fields))
 
 
-def export_lists(run: Run, path: pathlib.Path):
+def export_lists(run: Run, path: pathlib.Path) -> None:
     """Writes the lists of joint training, as they were drawn, as a joint TSV file.
 
     Training deals them to batches by length.

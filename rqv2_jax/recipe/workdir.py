@@ -65,7 +65,7 @@ def begun(folder: pathlib.Path) -> list[str]:
     return hosts.from_first(lambda: path.read_text().split() if path.is_file() else [])
 
 
-def begin(folder: pathlib.Path, trained_on: str):
+def begin(folder: pathlib.Path, trained_on: str) -> None:
     """Marks a stage as begun, or checks that it goes on with what it began with.
 
     Raises:
@@ -86,12 +86,12 @@ def finished(folder: pathlib.Path) -> bool:
     return hosts.from_first((folder / FINISHED).is_file)
 
 
-def finish_stage(folder: pathlib.Path):
+def finish_stage(folder: pathlib.Path) -> None:
     """Marks a stage as finished."""
     artifacts.write_text(folder / FINISHED, "")
 
 
-def branch(workdir: pathlib.Path, warm: pathlib.Path):
+def branch(workdir: pathlib.Path, warm: pathlib.Path) -> None:
     """Links into a claimed workdir what another one made before joint training, instead of copying."""
     for pattern in WARM:
         for path in warm.glob(pattern):
