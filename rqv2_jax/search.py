@@ -44,6 +44,7 @@ def main(*question: str):
 
     import numpy as np
 
+    from rqv2_jax.data import tokens
     from rqv2_jax.recipe import scorer as score
     from rqv2_jax.recipe.claim import open_workdir
     from rqv2_jax.recipe.texts import open_store
@@ -53,8 +54,10 @@ def main(*question: str):
     with alone(run.workdir):
         store = open_store(run)
         if question:
+            no_labels = np.zeros((3, 0), np.int64)
+            asked = tokens.Queries(run.tokenizer.texts(question), ["question"], no_labels)
             how = {"state": _STATE.value, "index_name": _INDEX.value}
-            found = score.search(run, store, question, np.array([-1]), **how)
+            found = score.search(run, store, asked, **how)
             print(render(run, store, *found, shown=_SHOWN.value))
         else:
             _write_run(run, store, pathlib.Path(_TOPICS.value), to)
@@ -106,14 +109,12 @@ def _write_run(run, store, topics_file: pathlib.Path, path: pathlib.Path):
         raise InputError(f"{topics_file}: holds no query; give one with text")
     state = _STATE.value
     texts = [query.text for query in queries]
-    rows_Q, no_labels = np.arange(len(queries)), np.zeros((3, 0), np.int64)
-    asked = tokens.Queries(run.tokenizer.texts(texts), [query.id for query in queries], no_labels)
+    ids, no_labels = [query.id for query in queries], np.zeros((3, 0), np.int64)
+    asked = tokens.Queries(run.tokenizer.texts(texts), ids, no_labels)
     asked = own_texts.of_queries(store, asked, run.config.data.ignore_identical_ids)
-    own_Q = own_texts.of_rows(asked, rows_Q)
-    found = score.search(run, store, texts, own_Q, state=state, index_name=_INDEX.value)
+    found = score.search(run, store, asked, state=state, index_name=_INDEX.value)
     passages_QxK, retriever_QxK, reranker_QxR = found
     scores_QxK = rerank.merge(reranker_QxR, retriever_QxK)
-    ids = [query.id for query in queries]
     tag = f"rqv2_jax.{state}.reranker"
     metrics.write_trec_run(path, ids, store.passage_ids, passages_QxK, scores_QxK, tag)
     for line in left.lines():

@@ -95,9 +95,9 @@ def _move(config: ml_collections.ConfigDict, data: str, weights: str, path: path
 
 
 def _read_config(path: pathlib.Path) -> tuple[ml_collections.ConfigDict, bool]:
-    """Reads a workdir's config, and says whether it is of commit 8355232 or before.
+    """Reads a workdir's config, and says whether an earlier version wrote it, without today's settings.
 
-    What was not yet a setting then has the value that held.
+    These get the values that held then.
 
     Raises:
       InputError: it is not what rqv2_jax.main wrote, or a version wrote it that this one cannot follow.

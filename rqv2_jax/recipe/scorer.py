@@ -4,7 +4,7 @@ Example:
   scorer = score.open_scorer("workdir/quickstart", "joint")
   retriever_P, reranker_P = scorer("sort an array", [("numpy sort", "Return a sorted copy ...")])
 
-Shape suffixes: Q questions, P given passages, K passages found, R re-ranked of these, D vector size.
+Shape suffixes: Q queries, P given passages, K passages found, R re-ranked of these, D vector size.
 """
 
 import dataclasses
@@ -67,18 +67,11 @@ def open_scorer(workdir: str, state: str) -> Scorer:
 
 
 def search(
-    run: Run,
-    store: tokens.Store,
-    questions: Sequence[str],
-    own_Q: np.ndarray,
-    *,
-    state: str,
-    index_name: str,
+    run: Run, store: tokens.Store, queries: tokens.Queries, *, state: str, index_name: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Searches for questions by both models of a state of a run.
+    """Searches for queries by both models of a state of a run.
 
     Args:
-      own_Q: the row of a passage to ignore for each question, -1 for none.
       state: "reranker" (both warmed up) or "joint".
       index_name: "exact" or "scann".
 
@@ -89,11 +82,8 @@ def search(
     Raises:
       InputError: the state has not been reached.
     """
-    texts, rows_Q = run.tokenizer.texts(questions), np.arange(len(questions))
-    params = run.params(state=state, model="reranker")
-    passages_QxK, retriever_QxK = retrieve(
-        run, store, texts, rows_Q, own_Q, state=state, index_name=index_name
-    )
-    top_QxR = passages_QxK[:, : run.config.evaluate.rerank_depth]
-    reranker_QxR = rerank.scores(run.forward, params, store, texts, rows_Q, top_QxR)
-    return passages_QxK, retriever_QxK, reranker_QxR
+    rows_Q, params = np.arange(len(queries.ids)), run.params(state=state, model="reranker")
+    how = {"state": state, "index_name": index_name}
+    passages_QxK, retriever_QxK = retrieve(run, store, queries, rows_Q, **how)
+    pairs = store, queries.texts, rows_Q, passages_QxK[:, : run.config.evaluate.rerank_depth]
+    return passages_QxK, retriever_QxK, rerank.scores(run.forward, params, *pairs)

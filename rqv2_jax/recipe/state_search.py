@@ -3,7 +3,6 @@
 Shape suffixes: Q queries, K passages of a query, best first, D vector size.
 """
 
-import functools
 import json
 import pathlib
 from collections.abc import Callable
@@ -39,27 +38,23 @@ def cached(path: pathlib.Path, source: str, search: Callable[[], Ranking | None]
 def retrieve(
     run: Run,
     store: tokens.Store,
-    texts: tokens.Texts,
+    queries: tokens.Queries,
     rows_Q: np.ndarray,
-    own_Q: np.ndarray,
     *,
     state: str,
     index_name: str,
 ) -> Ranking | None:
-    """Returns what the retriever of a state finds for some of the queries, best first.
+    """Returns what the retriever of a state finds for some of the queries, by "exact" or "scann".
 
     K is `config.evaluate.retrieve_depth`. ScaNN searches on the first of several hosts; the others get
     None.
-
-    Args:
-      own_Q: the row of a passage to ignore for each query, or -1.
-      index_name: "exact" or "scann".
     """
     settings, stage = run.config.evaluate, run.trained_by(state=state, model="retriever")
     source, towers = source_of(run, store, state), run.params(state=state, model="retriever")
     vectors = run.workdir / "vectors" / stage
     shards = encode.corpus(run.forward, towers["passage"], store, vectors, source)
-    vectors_QxD = encode.queries(run.forward, towers["query"], texts, rows_Q)
+    vectors_QxD = encode.queries(run.forward, towers["query"], queries.texts, rows_Q)
+    own_Q = own_texts.of_rows(queries, rows_Q)
     depth = own_texts.deeper(settings.retrieve_depth, own_Q)
     if index_name == "exact":
         ranking = index.exact(vectors_QxD, shards, depth)
@@ -78,17 +73,14 @@ def retrieve_split(
 ) -> tuple[Ranking, dict[str, float]]:
     """Returns what `retrieve` finds for queries of a split, kept in `eval/`, and ScaNN's recall."""
     settings, queries = run.config.evaluate, store.splits[split]
-    own_Q, stage = (
-        own_texts.of_rows(queries, rows_Q),
-        run.trained_by(state=state, model="retriever"),
-    )
+    stage = run.trained_by(state=state, model="retriever")
     source = f"{source_of(run, store, state)} {queries.fingerprint} "
     source += f"{settings.queries} {settings.retrieve_depth}"
 
     def by(name: str, source: str) -> Ranking:
-        path, asked = run.workdir / "eval" / f"{split}.{stage}.{name}.npz", (queries.texts, rows_Q)
-        search = functools.partial(retrieve, run, store, *asked, own_Q, state=state)
-        return cached(path, source, functools.partial(search, index_name=name))
+        how = {"state": state, "index_name": name}
+        path = run.workdir / "eval" / f"{split}.{stage}.{name}.npz"
+        return cached(path, source, lambda: retrieve(run, store, queries, rows_Q, **how))
 
     exact = by("exact", source)
     if index_name == "exact":
