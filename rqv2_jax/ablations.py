@@ -104,7 +104,7 @@ def run_all(
 
     from rqv2_jax import config as config_lib
     from rqv2_jax.errors import InputError
-    from rqv2_jax.recipe import evaluation, mining, pipeline, training_lists
+    from rqv2_jax.recipe import evaluation, mining, pipeline
     from rqv2_jax.recipe.claim import claim
     from rqv2_jax.recipe.run import open_run
     from rqv2_jax.recipe.workdir import alone, branch
@@ -140,7 +140,7 @@ def run_all(
     given = warm.workdir / "runs" / f"test.{start}.retriever.exact.trec"
 
     def count(run, candidates):
-        return len(training_lists.draw_lists(run.config, store, candidates, "joint").query_rows_L)
+        return len(mining.draw_lists(run.config, store, candidates, "joint").query_rows_L)
 
     lists = count(warm, candidates)
     steps = lists // config.joint.batch

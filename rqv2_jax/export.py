@@ -51,9 +51,9 @@ def main():
 
 
 def _lists(run, path: pathlib.Path):
-    from rqv2_jax.recipe import training_lists
+    from rqv2_jax.recipe import pipeline
 
-    training_lists.export_lists(run, path)
+    pipeline.export_lists(run, path)
     print(f"lists: {path}")
 
 

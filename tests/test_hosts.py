@@ -18,7 +18,7 @@ from test_pipeline import ROOT, _leaves, last_joint_params, run_program, tiny_co
 
 from rqv2_jax import config as config_lib
 from rqv2_jax import hosts
-from rqv2_jax.recipe import pipeline, training_lists
+from rqv2_jax.recipe import pipeline
 from rqv2_jax.recipe.claim import open_workdir
 
 PROCESSES, DEVICES = 2, 2
@@ -257,7 +257,7 @@ def test_two_processes_end_where_one_does(alone, together):
             np.testing.assert_allclose(a["scores"], b["scores"], atol=0.05)
     runs = [open_workdir(workdir) for workdir in (one, together)]
     for each in runs:
-        training_lists.export_lists(each, each.workdir.with_suffix(".tsv"))
+        pipeline.export_lists(each, each.workdir.with_suffix(".tsv"))
     assert one.with_suffix(".tsv").read_text() == together.with_suffix(".tsv").read_text()
     for stage in ("retriever", "reranker", "joint"):
         steps = [[p.name for p in (w / stage / "last").iterdir()] for w in (one, together)]

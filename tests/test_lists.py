@@ -22,7 +22,7 @@ from rqv2_jax.data.lists import (
     without_known_positives,
 )
 from rqv2_jax.errors import InputError
-from rqv2_jax.recipe.training_lists import epochs_of_lists
+from rqv2_jax.recipe.mining import epochs_of_lists
 
 SLOPE, OFFSET = 1.5, -0.5
 HEADS = (Provenance.LABELLED_POSITIVE, Provenance.DENOISED_POSITIVE)

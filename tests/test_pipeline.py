@@ -30,7 +30,7 @@ from rqv2_jax.data import tokens
 from rqv2_jax.errors import InputError
 from rqv2_jax.models import weights
 from rqv2_jax.ranking import metrics
-from rqv2_jax.recipe import evaluation, floors, mining, pipeline, results, training_lists
+from rqv2_jax.recipe import evaluation, mining, pipeline, rankings, results
 from rqv2_jax.recipe import scorer as score
 from rqv2_jax.recipe.claim import claim, open_workdir
 from rqv2_jax.recipe.dev import Dev
@@ -278,17 +278,17 @@ def test_a_floor_that_says_nothing_is_left_out_with_a_line(released, monkeypatch
         return np.full((len(queries), depth), -1), np.full((len(queries), depth), -np.inf)
 
     monkeypatch.setattr(bm25, "search", nothing)
-    assert floors.by_bm25(run, store, "test", rows_Q) is None
+    assert rankings.by_bm25(run, store, "test", rows_Q) is None
     assert "bm25: left out, as no query has a word of a passage" in capsys.readouterr().out
     monkeypatch.setitem(sys.modules, "Stemmer", None)
-    assert floors.by_bm25(run, store, "test", rows_Q) is None
+    assert rankings.by_bm25(run, store, "test", rows_Q) is None
     assert "bm25: left out (the floor BM25 needs the package Stemmer" in capsys.readouterr().out
 
     def refuse(run):
         raise InputError("similarity 'euclidean' is not understood")
 
-    monkeypatch.setattr(floors, "as_released", refuse)
-    assert floors.by_released(run, store, "test", rows_Q) is None
+    monkeypatch.setattr(rankings, "as_released", refuse)
+    assert rankings.by_released(run, store, "test", rows_Q) is None
     assert "released: left out, as the folder cannot be read" in capsys.readouterr().out
 
 
@@ -297,7 +297,7 @@ def test_a_retriever_that_reads_alike_is_not_measured_twice(released, capsys):
     run, store, _, _ = released
     own = as_released(run)
     own = dataclasses.replace(own, inputs=dataclasses.replace(own.inputs, pair_length=20))
-    floors.by_released(own, store, "test", np.arange(8))
+    rankings.by_released(own, store, "test", np.arange(8))
     assert "released: the starting model" not in capsys.readouterr().out
 
 
@@ -1294,7 +1294,7 @@ def test_given_lists_that_contradict_each_other_are_mended(finished, tmp_path, c
     path.write_text("".join(f"{q}\t\t{p}\t1\n{q}\t\t{n}\t0\n" for q, p, n in lists))
     changed = config_lib.loads(config_lib.dumps(finished[0]))
     changed.joint.update({"lists": str(path), "list_size": 2, "epochs": 1.0})
-    _, found = training_lists.read_lists(open_run(changed, tmp_path / "w"))
+    _, found = mining.read_lists(open_run(changed, tmp_path / "w"))
     said = capsys.readouterr().out
     assert "2 of the file's negatives are positives of other lists of their query" in said
     assert "3 lists of 2: 3 labelled_positive, 2 random_fill, 1 given_negative" in said
@@ -1327,13 +1327,13 @@ def test_exported_lists_can_be_trained_on(finished, joint_again, tmp_path):
     run = open_workdir(workdir)
     store = tokens.open_store(workdir / "data" / "tokens")
     candidates = mining.mine(run, store, mining.retrieve(run, store))
-    drawn = training_lists.draw_lists(run.config, store, candidates, "joint")
+    drawn = mining.draw_lists(run.config, store, candidates, "joint")
     _, folder, printed = joint_again(lists=str(path), epochs=1.0)
     assert any(line.startswith(f"  {len(drawn.query_rows_L)} lists of 4: ") for line in printed)
     given = tokens.open_store(folder / "lists" / "given")
     changed = config_lib.loads(config_lib.dumps(config))
     changed.joint.update({"lists": str(path), "epochs": 1.0})
-    _, read = training_lists.read_lists(open_run(changed, folder))
+    _, read = mining.read_lists(open_run(changed, folder))
 
     def words(lists, store):
         texts = store.splits["train"].texts
@@ -1455,7 +1455,7 @@ def test_report_and_export_need_what_they_read(finished, tmp_path):
         denoising.denoise_report(run, "", 1)
 
     def export(run):
-        training_lists.export_lists(run, tmp_path / "lists.tsv")
+        pipeline.export_lists(run, tmp_path / "lists.tsv")
 
     shutil.copytree(workdir, tmp_path / "w")
     refused(export, "refresh_every is 3", refresh_every=3)

@@ -19,7 +19,7 @@ from rqv2_jax import evaluate
 from rqv2_jax.data import own_texts, tokens
 from rqv2_jax.errors import InputError
 from rqv2_jax.ranking import metrics
-from rqv2_jax.recipe import mining, pipeline, training_lists
+from rqv2_jax.recipe import mining, pipeline
 from rqv2_jax.recipe import scorer as score
 from rqv2_jax.recipe.claim import claim, open_workdir
 from rqv2_jax.recipe.dev import Dev
@@ -103,9 +103,7 @@ def test_a_query_that_is_a_passage_is_no_candidate_and_no_negative(messy):
             query != passage
             for query, passage in ids_of(store, split, found.query_rows_Q, found.passages_QxN)
         )
-    lists = training_lists.draw_lists(
-        run.config, store, mining.mine(run, store, candidates), "joint"
-    )
+    lists = mining.draw_lists(run.config, store, mining.mine(run, store, candidates), "joint")
     drawn = ids_of(store, "train", lists.query_rows_L, lists.passages_LxP)
     assert drawn
     assert all(query != passage for query, passage in drawn)

@@ -10,10 +10,10 @@ import numpy as np
 from rqv2_jax.data import own_texts, tokens
 from rqv2_jax.errors import InputError
 from rqv2_jax.ranking import metrics
-from rqv2_jax.recipe import floors
+from rqv2_jax.recipe import rankings
+from rqv2_jax.recipe.rankings import Ranking
 from rqv2_jax.recipe.run import STATES, Run
 from rqv2_jax.recipe.scoreboard import Scoreboard
-from rqv2_jax.recipe.state_search import Ranking, retrieve_split
 from rqv2_jax.recipe.texts import rows_of
 from rqv2_jax.retrieval import bm25
 
@@ -44,28 +44,28 @@ def evaluate(
       InputError: the split is not there, or a stage has not been run.
     """
     board, first = Scoreboard(run, store, split), indexes[0]
-    rows_Q, retriever = board.rows_Q, {"model": "retriever"}
-    by_bm25 = floors.by_bm25(run, store, split, rows_Q)
+    asked, retriever = (run, store, split, board.rows_Q), {"model": "retriever"}
+    by_bm25 = rankings.by_bm25(*asked)
     if by_bm25:
         parameters = bm25.described(run.config.evaluate.bm25)
         row = {"state": "bm25", "model": "bm25", "index": "bm25", "parameters": parameters}
-        board.add(rows_Q, by_bm25, **row)
-    by_released = floors.by_released(run, store, split, rows_Q)
+        board.add(board.rows_Q, by_bm25, **row)
+    by_released = rankings.by_released(*asked)
     if by_released:
-        board.add(rows_Q, by_released, state="released", index="exact", **retriever)
+        board.add(board.rows_Q, by_released, state="released", index="exact", **retriever)
     for state in states:
         if state == "retriever" and run.config.retriever.epochs == 0:
             continue
-        rankings: dict[str, Ranking] = {}
         for index in indexes:
-            rankings[index], recalls = retrieve_split(
-                run, store, split, rows_Q, state=state, index_name=index
-            )
+            ranking, recalls = rankings.retrieve_split(*asked, state=state, index_name=index)
             # The re-ranker's warm-up leaves the retriever as it was.
             if state != "reranker":
-                board.add(rows_Q, rankings[index], state=state, index=index, **retriever, **recalls)
+                row = {"state": state, "index": index}
+                board.add(board.rows_Q, ranking, **row, **retriever, **recalls)
+            if index == first:
+                by_first = ranking
         if state in RERANKED:
-            board.add_reranked(rankings[first], state=state, index=first)
+            board.add_reranked(by_first, state=state, index=first)
             if by_bm25:
                 board.add_reranked(by_bm25, state=state, index="bm25")
     start = "zero_shot" if run.config.retriever.epochs == 0 else "retriever"

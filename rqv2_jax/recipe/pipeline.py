@@ -17,8 +17,9 @@ import tqdm
 from rqv2_jax import artifacts, hosts
 from rqv2_jax.data import lists as lists_lib
 from rqv2_jax.data import own_texts, tokens
+from rqv2_jax.data.readers import joint_tsv
 from rqv2_jax.errors import InputError
-from rqv2_jax.recipe import evaluation, mining, results, training_lists
+from rqv2_jax.recipe import evaluation, mining, results
 from rqv2_jax.recipe.claim import claim
 from rqv2_jax.recipe.dev import Dev
 from rqv2_jax.recipe.run import Run, open_run
@@ -56,7 +57,7 @@ def warm_up(run: Run) -> tuple[tokens.Store, mining.Candidates]:
     store = prepare(run)
     if config.joint.lists and not begun(run.workdir / "joint"):
         # A file that cannot be used is better known before training than after it.
-        training_lists.read_lists(run)
+        mining.read_lists(run)
     if config.retriever.epochs > 0:
         tqdm.tqdm.write("retriever: warm-up with in-batch negatives")
         train_retriever(run, store)
@@ -126,7 +127,7 @@ def train_retriever(run: Run, store: tokens.Store) -> None:
         return lists_lib.Lists(queries_L, passages_L[:, None], provenance_Lx1)
 
     params = {"retriever": run.initial("retriever")}
-    lists = training_lists.epochs_of_lists(draw, run.config.retriever)
+    lists = mining.epochs_of_lists(draw, run.config.retriever)
     dev = Dev(run.config, run.forward, store, None)
     train_stage(run, store, "retriever", params, run.weights_hash, lists, dev)
 
@@ -134,7 +135,7 @@ def train_retriever(run: Run, store: tokens.Store) -> None:
 def train_reranker(run: Run, store: tokens.Store, candidates: mining.Candidates) -> None:
     """Warms up the re-ranker on undenoised lists."""
     params = {"reranker": run.initial("reranker")}
-    lists = training_lists.draw_lists(run.config, store, candidates, "reranker")
+    lists = mining.draw_lists(run.config, store, candidates, "reranker")
     dev = Dev(run.config, run.forward, store, candidates["dev"])
     train_stage(run, store, "reranker", params, run.weights_hash, lists, dev)
 
@@ -147,14 +148,14 @@ def train_joint(run: Run, store: tokens.Store, candidates: mining.Candidates) ->
         params = state.params if int(state.step) == step else None
         refreshed = mining.refresh(run, store, candidates, step, params)
         part = {"number": number, "step": step}
-        return training_lists.draw_lists(run.config, store, refreshed, "joint", **part)
+        return mining.draw_lists(run.config, store, refreshed, "joint", **part)
 
     if not finished(run.workdir / "joint"):
         hosts.from_first(lambda: _forget_refreshed(run.workdir))
     if run.config.joint.lists:
-        source, lists = training_lists.read_lists(run)
+        source, lists = mining.read_lists(run)
     else:
-        source, lists = store, training_lists.draw_lists(run.config, store, candidates, "joint")
+        source, lists = store, mining.draw_lists(run.config, store, candidates, "joint")
     params = {m: run.params(state="reranker", model=m) for m in ("retriever", "reranker")}
     origin, dev = mining.warmed_up(run), Dev(run.config, run.forward, store, candidates["dev"])
     refreshing = run.config.joint.refresh_every > 0
@@ -166,3 +167,21 @@ def _forget_refreshed(workdir: pathlib.Path):
     if not any((workdir / "joint" / "last").glob("[0-9]*")):
         for folder in [*workdir.glob("lists/joint.*"), workdir / "vectors/refreshed"]:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def export_lists(run: Run, path: pathlib.Path) -> None:
+    """Writes the lists of joint training, as they were drawn, as a joint TSV file.
+
+    Training deals them to batches by length.
+
+    Raises:
+      InputError: there are no candidates yet, or they are not the lists' only source.
+    """
+    for setting in ("lists", "refresh_every"):
+        if run.config.joint[setting]:
+            raise InputError(
+                f"{run.workdir}: config.joint.{setting} is {run.config.joint[setting]!r}, so its lists "
+                "were not all drawn from mined candidates; export those of another run"
+            )
+    store, candidates, texts = mining.mined(run)
+    joint_tsv.write(path, mining.draw_lists(run.config, store, candidates, "joint"), texts)

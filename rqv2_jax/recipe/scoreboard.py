@@ -18,8 +18,8 @@ from rqv2_jax.errors import InputError
 from rqv2_jax.ranking import answers as answers_lib
 from rqv2_jax.ranking import metrics
 from rqv2_jax.recipe import results
+from rqv2_jax.recipe.rankings import Ranking
 from rqv2_jax.recipe.run import STATES, Run
-from rqv2_jax.recipe.state_search import Ranking
 from rqv2_jax.recipe.texts import texts_of
 from rqv2_jax.retrieval import rerank
 

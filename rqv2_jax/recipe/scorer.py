@@ -16,8 +16,8 @@ import numpy as np
 
 from rqv2_jax.data import tokens
 from rqv2_jax.recipe.claim import open_workdir
+from rqv2_jax.recipe.rankings import retrieve
 from rqv2_jax.recipe.run import Run
-from rqv2_jax.recipe.state_search import retrieve
 from rqv2_jax.retrieval import encode, rerank
 
 

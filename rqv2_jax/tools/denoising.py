@@ -1,6 +1,6 @@
 """What denoising does with the scored candidates of a workdir, for people to judge the re-ranker by.
 
-Shape suffixes: N labels.
+Shape suffixes: N labels or candidates.
 """
 
 import pathlib
@@ -15,7 +15,6 @@ from rqv2_jax.errors import InputError
 from rqv2_jax.recipe import mining
 from rqv2_jax.recipe.run import Run
 from rqv2_jax.recipe.texts import rows_of
-from rqv2_jax.recipe.training_lists import labelled_scores
 
 
 def denoise_report(run: Run, labels: str, samples: int) -> tuple[dict, list[dict]]:
@@ -28,44 +27,50 @@ def denoise_report(run: Run, labels: str, samples: int) -> tuple[dict, list[dict
     Raises:
       InputError: the candidates have not been scored, or there are no such labels.
     """
-    _check(run, labels)
-    store, candidates, texts = mining.mined(run)
-    dev, positives_2xN = candidates["dev"], store.splits["train"].positives()
-    scores_N, relevant_N = labelled_scores(store, dev)
-    probability = lists_lib.calibrate(scores_N, relevant_N)
-    fuller_2xN = _fuller_labels(run.config.data, labels, store) if labels else None
-    below, above = run.config.mine.negative_below, run.config.mine.positive_above
-    known = (candidates["train"], positives_2xN, probability, len(store.passage_ids))
-    report = denoise.table(*known, chosen=(below, above), fuller_2xN=fuller_2xN)
-    report["dev"] = {"candidates": len(relevant_N), "labelled": int(relevant_N.sum())}
-    shown = denoise.rejected(*known, negative_below=below, count=samples, seed=run.config.seed)
-    return report, _described(shown, positives_2xN, texts)
-
-
-def _check(run: Run, labels: str):
-    """Raises InputError unless the run has scored its candidates, and its data may have such labels."""
-    joint, dataset = run.config.joint, run.config.data.dataset
-    if joint.denoised_share == 0:
+    config = run.config
+    if config.joint.denoised_share == 0:
         raise InputError(
             f"{run.workdir}: config.joint.denoised_share is 0, so no candidate has a score; run with "
             "a share above 0"
         )
-    if joint.lists:
+    if config.joint.lists:
         raise InputError(
-            f"{run.workdir}: config.joint.lists is {joint.lists!r}, so no candidates were "
+            f"{run.workdir}: config.joint.lists is {config.joint.lists!r}, so no candidates were "
             "scored for it; run without it"
         )
-    if labels and dataset != "beir":
-        raise InputError(f"--labels: {dataset} has no other labels; leave the flag out")
+    if labels and config.data.dataset != "beir":
+        raise InputError(f"--labels: {config.data.dataset} has no other labels; leave the flag out")
+    store, candidates, texts = mining.mined(run)
+    scores_N, relevant_N = mining.labelled_scores(store, candidates["dev"])
+    probability = lists_lib.calibrate(scores_N, relevant_N)
+    positives_2xN = store.splits["train"].positives()
+    fuller_2xN = _fuller_labels(config.data, labels, store) if labels else None
+    below, above = config.mine.negative_below, config.mine.positive_above
+    known = (candidates["train"], positives_2xN, probability, len(store.passage_ids))
+    report = denoise.table(*known, chosen=(below, above), fuller_2xN=fuller_2xN)
+    report["dev"] = {"candidates": len(relevant_N), "labelled": int(relevant_N.sum())}
+    shown = denoise.rejected(*known, negative_below=below, count=samples, seed=config.seed)
+    labelled = {query: passage for query, passage in positives_2xN.T[::-1].tolist()}
+    passages = texts.shown({row for query, row, _ in shown for row in (row, labelled[query])})
+    queries = [query.text for query in texts.queries("train")]
+    return report, [
+        {
+            "query": queries[query],
+            "labelled": passages[labelled[query]],
+            "candidate": passages[passage],
+            "probability": p,
+        }
+        for query, passage, p in shown
+    ]
 
 
 def _fuller_labels(data: ml_collections.ConfigDict, labels: str, store: tokens.Store) -> np.ndarray:
     """Returns the relevant pairs [2, N], query row and passage row, of another qrels folder."""
-    # All of the file: which queries were held out depends on the labels.
     folder = pathlib.Path(data.path) / labels
     if not folder.is_dir():
         raise InputError(f"{folder}: no such qrels folder; add it or name another one")
     query_rows, passage_rows = rows_of(store.splits["train"].ids), rows_of(store.passage_ids)
+    # All of the file: which queries were held out depends on the labels.
     fuller = collection.labels(collection.required(folder, "qrels", "train.tsv"))
     trained_on = (label for label in fuller if label.query_id in query_rows)
     left = collection.Left()
@@ -73,22 +78,3 @@ def _fuller_labels(data: ml_collections.ConfigDict, labels: str, store: tokens.S
     for line in left.lines():
         tqdm.tqdm.write(f"{labels}: {line}")
     return np.stack(pairs)[:, relevance_N > 0]
-
-
-def _described(
-    shown: list[tuple[int, int, float]], positives_2xN: np.ndarray, texts: collection.Collection
-) -> list[dict]:
-    """Returns candidates as text beside their queries and these queries' first labelled passages."""
-    labelled = {query: passage for query, passage in positives_2xN.T[::-1].tolist()}
-    passages = texts.shown({row for query, row, _ in shown for row in (row, labelled[query])})
-    asked = {query for query, _, _ in shown}
-    asked = {row: q.text for row, q in enumerate(texts.queries("train")) if row in asked}
-    return [
-        {
-            "query": asked[query],
-            "labelled": passages[labelled[query]],
-            "candidate": passages[passage],
-            "probability": p,
-        }
-        for query, passage, p in shown
-    ]
