@@ -44,28 +44,26 @@ def evaluate(
       InputError: the split is not there, or a stage has not been run.
     """
     board, first = Scoreboard(run, store, split), indexes[0]
-    asked, retriever = (run, store, split, board.rows_Q), {"model": "retriever"}
+    rows_Q, asked = board.rows_Q, (run, store, split, board.rows_Q)
     by_bm25 = rankings.by_bm25(*asked)
     if by_bm25:
         parameters = bm25.described(run.config.evaluate.bm25)
-        row = {"state": "bm25", "model": "bm25", "index": "bm25", "parameters": parameters}
-        board.add(board.rows_Q, by_bm25, **row)
+        board.add(("bm25", "bm25", "bm25"), rows_Q, by_bm25, parameters=parameters)
     by_released = rankings.by_released(*asked)
     if by_released:
-        board.add(board.rows_Q, by_released, state="released", index="exact", **retriever)
+        board.add(("released", "retriever", "exact"), rows_Q, by_released)
     for state in states:
         if state == "retriever" and run.config.retriever.epochs == 0:
             continue
+        retrieved = {}
         for index in indexes:
-            ranking, recalls = rankings.retrieve_split(*asked, state=state, index_name=index)
+            how = {"state": state, "index_name": index}
+            retrieved[index], recalls = rankings.retrieve_split(*asked, **how)
             # The re-ranker's warm-up leaves the retriever as it was.
             if state != "reranker":
-                row = {"state": state, "index": index}
-                board.add(board.rows_Q, ranking, **row, **retriever, **recalls)
-            if index == first:
-                by_first = ranking
+                board.add((state, "retriever", index), rows_Q, retrieved[index], **recalls)
         if state in RERANKED:
-            board.add_reranked(by_first, state=state, index=first)
+            board.add_reranked(retrieved[first], state=state, index=first)
             if by_bm25:
                 board.add_reranked(by_bm25, state=state, index="bm25")
     start = "zero_shot" if run.config.retriever.epochs == 0 else "retriever"
@@ -102,12 +100,11 @@ def evaluate_candidates(
     board = Scoreboard(run, store, split)
     ranking, named = _read_candidates(board, path)
     asked = tuple(array[board.reranked_R] for array in ranking)
-    row = {"state": "candidates", "model": "given", "index": name, "queries_named": named}
-    board.add(board.rows_Q[board.reranked_R], asked, **row)
+    given, joint = ("candidates", "given", name), ("joint", "reranker", name)
+    board.add(given, board.rows_Q[board.reranked_R], asked, queries_named=named)
     for state in states:
         board.add_reranked(ranking, state=state, index=name)
-    joint = ("joint", "reranker", name)
-    pairs = [(joint, ("reranker", "reranker", name)), (joint, ("candidates", "given", name))]
+    pairs = [(joint, ("reranker", "reranker", name)), (joint, given)]
     return board.write(f"{split}.{name}", pairs, name)
 
 
@@ -119,23 +116,23 @@ def _read_candidates(board: Scoreboard, path: pathlib.Path) -> tuple[Ranking, in
     Raises:
       InputError: the file names none of these queries, or passages that the collection lacks.
     """
-    found, passage_rows = metrics.read_trec_run(path), rows_of(board.store.passage_ids)
+    listed, passage_rows = metrics.read_trec_run(path), rows_of(board.store.passage_ids)
     every_id = [board.queries.ids[row] for row in board.rows_Q]
     query_ids = [every_id[number] for number in board.reranked_R]
-    found = {query: found[query] for query in query_ids if query in found}
-    if not found:
+    listed = {query: listed[query] for query in query_ids if query in listed}
+    if not listed:
         raise InputError(
             f"{path}: holds none of the {len(query_ids)} {board.split} queries of "
             f"{board.run.workdir} that are re-ranked; give a run of these"
         )
-    for query, candidates in found.items():
+    for query, candidates in listed.items():
         for passage, _ in candidates:
             if passage not in passage_rows:
                 raise InputError(
                     f"{path}: passage {passage!r} of query {query!r} is not in the collection; give "
                     "a run over its passages"
                 )
-    passages_QxK, scores_QxK = metrics.run_arrays(found, every_id, passage_rows)
+    passages_QxK, scores_QxK = metrics.run_arrays(listed, every_id, passage_rows)
     own_Q = own_texts.of_rows(board.queries, board.rows_Q)
     passages_QxK = np.where(passages_QxK == own_Q[:, None], -1, passages_QxK)
-    return metrics.sort_run(passages_QxK, scores_QxK, board.store.passage_ids), len(found)
+    return metrics.sort_run(passages_QxK, scores_QxK, board.store.passage_ids), len(listed)

@@ -85,14 +85,11 @@ class _Mine:
                 part = slice(start, start + MINED_AT_ONCE)
                 pairs = self.store, texts, first.query_rows_Q[part], first.passages_QxN[part]
                 path = self.folder / f"{split}.scores" / f"{start // MINED_AT_ONCE:05}.npz"
-                kept = artifacts.cached(
-                    path,
-                    self.source,
-                    lambda pairs=pairs: {
-                        "scores": rerank.scores(self.run.forward, reranker(), *pairs)
-                    },
-                )
-                parts.append(kept["scores"])
+
+                def compute(pairs: tuple = pairs) -> dict[str, np.ndarray]:
+                    return {"scores": rerank.scores(self.run.forward, reranker(), *pairs)}
+
+                parts.append(artifacts.cached(path, self.source, compute)["scores"])
             reranker_QxN = candidates[split].reranker_QxN.copy()
             reranker_QxN[:queries, :depth] = np.concatenate(parts)
             return dataclasses.replace(candidates[split], reranker_QxN=reranker_QxN)

@@ -106,17 +106,15 @@ class Scoreboard:
         qrels = self.queries.labels_of(rows_Q)
         return metrics.evaluate(*ranking, self.store.passage_ids, qrels, names)
 
-    def add(
-        self, rows_Q: np.ndarray, ranking: Ranking, *, state: str, model: str, index: str, **extra
-    ) -> None:
+    def add(self, key: Key, rows_Q: np.ndarray, ranking: Ranking, **extra) -> None:
         """Measures what a model found, or re-ranked, for the queries in these rows of the split."""
-        path = self.run.workdir / "runs" / f"{self.split}.{state}.{model}.{index}.trec"
-        tag, query_ids = f"rqv2_jax.{state}.{model}", [self.queries.ids[row] for row in rows_Q]
+        path = self.run.workdir / "runs" / f"{self.split}.{'.'.join(key)}.trec"
+        tag, query_ids = f"rqv2_jax.{key[0]}.{key[1]}", [self.queries.ids[row] for row in rows_Q]
         hosts.from_first(
             lambda: metrics.write_trec_run(path, query_ids, self.store.passage_ids, *ranking, tag)
         )
         values = self._measure(rows_Q, ranking, self.metrics)
-        self.entries[state, model, index] = Entry(rows_Q, values, extra)
+        self.entries[key] = Entry(rows_Q, values, extra)
 
     def add_reranked(self, ranking: Ranking, *, state: str, index: str) -> None:
         """Adds how the re-ranker of a state ranks the first candidates of the re-ranked queries.
@@ -140,9 +138,8 @@ class Scoreboard:
         origin = run.origin(state=state, model="reranker")
         source = f"{origin} {self.store.fingerprint} {self.queries.fingerprint}"
         source = artifacts.digest(source, rows_R, top_RxK)
-        reranked = artifacts.cached(path, source, compute)["scores"]
-        merged_RxK = rerank.merge(reranked, scores_RxK)
-        self.add(rows_R, (passages_RxK, merged_RxK), state=state, model="reranker", index=index)
+        merged_RxK = rerank.merge(artifacts.cached(path, source, compute)["scores"], scores_RxK)
+        self.add((state, "reranker", index), rows_R, (passages_RxK, merged_RxK))
         reached = metrics.at_relevance((f"Success@{depth}",), settings.min_relevance)
         (values_R,) = self._measure(rows_R, (top_RxK, scores_RxK[:, :depth]), reached).values()
         self.reachable[index] = float(values_R.mean())
