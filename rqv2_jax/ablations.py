@@ -105,7 +105,9 @@ def run_all(
     from rqv2_jax import config as config_lib
     from rqv2_jax.errors import InputError
     from rqv2_jax.recipe import evaluation, mining, pipeline
-    from rqv2_jax.recipe.workdir import alone, branch, claim, open_run
+    from rqv2_jax.recipe.claim import claim
+    from rqv2_jax.recipe.run import open_run
+    from rqv2_jax.recipe.workdir import alone, branch
     from rqv2_jax.training import checkpoint
 
     changes = rows(config, sizes)
@@ -138,7 +140,7 @@ def run_all(
     given = warm.workdir / "runs" / f"test.{start}.retriever.exact.trec"
 
     def count(run, candidates):
-        return len(mining.draw_lists(run, store, candidates, "joint").query_rows_L)
+        return len(mining.draw_lists(run.config, store, candidates, "joint").query_rows_L)
 
     lists = count(warm, candidates)
     steps = lists // config.joint.batch
@@ -158,7 +160,7 @@ def run_all(
                 own.joint.epochs *= lists / count(run, found)
             with alone(folder):
                 claim(run)
-                branch(run, warm)
+                branch(folder, warm.workdir)
                 pipeline.finish(run, store, found, ("exact",))
                 evaluation.evaluate_candidates(run, store, "test", given, WARM, states=("joint",))
             values = {}

@@ -63,7 +63,7 @@ def main(benchmark: str = ""):
     to, plot = program.file_to_write("json"), program.file_to_write("plot")
 
     from rqv2_jax.models import random_model
-    from rqv2_jax.recipe.workdir import open_run
+    from rqv2_jax.recipe.run import open_run
     from rqv2_jax.report import draw_scaling
     from rqv2_jax.tools import accelerator_checks, benchmarks
 

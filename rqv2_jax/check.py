@@ -39,7 +39,7 @@ def main():
 
 
 def _data(config):
-    from rqv2_jax.recipe import opening, workdir
+    from rqv2_jax.recipe import opening, texts
     from rqv2_jax.tools import doctor
 
     opened, tokenizer, inputs = opening.open_inputs(config)
@@ -48,7 +48,7 @@ def _data(config):
     with tempfile.TemporaryDirectory() as folder:
         report = doctor.examine(
             opened.config,
-            lambda: workdir.open_collection(config.data, pathlib.Path(folder)),
+            lambda: texts.open_collection(config.data, pathlib.Path(folder)),
             tokenizer,
             inputs,
         )
@@ -59,12 +59,13 @@ def _data(config):
 def _denoising(workdir: pathlib.Path, labels: str, samples: int):
     from rqv2_jax import artifacts
     from rqv2_jax.data import denoise
-    from rqv2_jax.recipe import pipeline
-    from rqv2_jax.recipe.workdir import alone, open_workdir
+    from rqv2_jax.recipe.claim import open_workdir
+    from rqv2_jax.recipe.workdir import alone
+    from rqv2_jax.tools import denoising
 
     run = open_workdir(workdir, **program.places())
     with alone(workdir):
-        report, shown = pipeline.denoise_report(run, labels, samples)
+        report, shown = denoising.denoise_report(run, labels, samples)
         path = run.workdir / "eval" / "denoise.json"
         artifacts.write_text(path, json.dumps({**report, "samples": shown}, indent=1) + "\n")
     print(denoise.render(report))

@@ -69,7 +69,8 @@ def _evaluate(workdir: pathlib.Path):
 
     if _DISTRIBUTED.value:
         hosts.start()
-    from rqv2_jax.recipe.workdir import alone, open_workdir
+    from rqv2_jax.recipe.claim import open_workdir
+    from rqv2_jax.recipe.workdir import alone
 
     run = open_workdir(workdir, **program.places())
     with alone(workdir):
@@ -78,21 +79,21 @@ def _evaluate(workdir: pathlib.Path):
 
 def _report(run):
     from rqv2_jax.recipe import evaluation, results
-    from rqv2_jax.recipe.workdir import open_store
+    from rqv2_jax.recipe.texts import open_store, stem, with_topics
 
     store, split = open_store(run), _SPLIT.value
     if _TOPICS.value:
         files = pathlib.Path(_TOPICS.value), pathlib.Path(_QRELS.value)
-        store, split = evaluation.with_topics(run, store, *files)
+        store, split = with_topics(run, store, *files)
     if _MIN_RELEVANCE.value:
         run.config.evaluate.min_relevance = _MIN_RELEVANCE.value
     if _RERANK_DEPTH.value:
         run.config.evaluate.rerank_depth = _RERANK_DEPTH.value
     if _CANDIDATES.value:
         path = pathlib.Path(_CANDIDATES.value)
-        if evaluation.stem(path) in RESERVED:
+        if stem(path) in RESERVED:
             raise InputError(f"{path}: results are named after the file; rename it")
-        report = evaluation.evaluate_candidates(run, store, split, path, evaluation.stem(path))
+        report = evaluation.evaluate_candidates(run, store, split, path, stem(path))
     else:
         report = evaluation.evaluate(run, store, split, (_INDEX.value,))
     print(results.render(report))

@@ -36,7 +36,8 @@ _STATE = flags.DEFINE_enum(
 
 def main():
     """Writes the folder or file."""
-    from rqv2_jax.recipe.workdir import alone, open_workdir
+    from rqv2_jax.recipe.claim import open_workdir
+    from rqv2_jax.recipe.workdir import alone
 
     if _FORMAT.value == "huggingface" and pathlib.Path(_TO.value).exists():
         raise InputError(f"--to {_TO.value}: exists; name a folder that does not")
@@ -60,7 +61,9 @@ def _models(run, path: pathlib.Path):
     from rqv2_jax.models import exported
 
     models, data = run.models, run.config.data
-    retriever, reranker = (run.params(_STATE.value, model) for model in ("retriever", "reranker"))
+    retriever, reranker = (
+        run.params(state=_STATE.value, model=model) for model in ("retriever", "reranker")
+    )
     partial = path.with_name(f"{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     for tower, length in (("query", data.query_length), ("passage", data.passage_length)):

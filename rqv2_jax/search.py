@@ -43,14 +43,22 @@ def main(*question: str):
         raise InputError("the question is empty; --help shows an example")
     to = program.file_to_write("to")
 
+    import numpy as np
+
+    from rqv2_jax.data import tokens
     from rqv2_jax.recipe import scorer as score
-    from rqv2_jax.recipe.workdir import alone, open_store, open_workdir
+    from rqv2_jax.recipe.claim import open_workdir
+    from rqv2_jax.recipe.texts import open_store
+    from rqv2_jax.recipe.workdir import alone
 
     run = open_workdir(pathlib.Path(_WORKDIR.value), **program.places())
     with alone(run.workdir):
         store = open_store(run)
         if question:
-            found = score.search(run, store, question, _STATE.value, _INDEX.value, own_Q=[-1])
+            no_labels = np.zeros((3, 0), np.int64)
+            asked = tokens.Queries(run.tokenizer.texts(question), ["question"], no_labels)
+            how = {"state": _STATE.value, "index_name": _INDEX.value}
+            found = score.search(run, store, asked, **how)
             print(render(run, store, *found, shown=_SHOWN.value))
         else:
             _write_run(run, store, pathlib.Path(_TOPICS.value), to)
@@ -64,13 +72,15 @@ def render(run, store, passages_1xK, retriever_1xK, reranker_1xR, *, shown: int)
     """
     import numpy as np
 
-    from rqv2_jax.recipe.workdir import texts_of
+    from rqv2_jax.recipe.texts import texts_of
     from rqv2_jax.retrieval import rerank
 
     scores_1xK = rerank.merge(reranker_1xR, retriever_1xK)
     order = np.argsort(-scores_1xK[0], kind="stable").tolist()
     order = [number for number in order if passages_1xK[0, number] >= 0][:shown]
-    texts = texts_of(run, store).shown({int(passages_1xK[0, number]) for number in order})
+    texts = texts_of(run, store.fingerprint).shown(
+        {int(passages_1xK[0, number]) for number in order}
+    )
     blocks = ["rank  re-ranker  retriever  passage"]
     for rank, number in enumerate(order, start=1):
         row = int(passages_1xK[0, number])
@@ -100,14 +110,12 @@ def _write_run(run, store, topics_file: pathlib.Path, path: pathlib.Path):
         raise InputError(f"{topics_file}: holds no query; give one with text")
     state = _STATE.value
     texts = [query.text for query in queries]
-    rows_Q, no_labels = np.arange(len(queries)), np.zeros((3, 0), np.int64)
-    asked = tokens.Queries(run.tokenizer.texts(texts), [query.id for query in queries], no_labels)
+    ids, no_labels = [query.id for query in queries], np.zeros((3, 0), np.int64)
+    asked = tokens.Queries(run.tokenizer.texts(texts), ids, no_labels)
     asked = own_texts.of_queries(store, asked, run.config.data.ignore_identical_ids)
-    own_Q = own_texts.of_rows(asked, rows_Q)
-    found = score.search(run, store, texts, state, _INDEX.value, own_Q=own_Q)
+    found = score.search(run, store, asked, state=state, index_name=_INDEX.value)
     passages_QxK, retriever_QxK, reranker_QxR = found
     scores_QxK = rerank.merge(reranker_QxR, retriever_QxK)
-    ids = [query.id for query in queries]
     tag = f"rqv2_jax.{state}.reranker"
     trec.write_run(path, ids, store.passage_ids, passages_QxK, scores_QxK, tag)
     for line in left.lines():

@@ -19,7 +19,7 @@ from test_pipeline import ROOT, _leaves, last_joint_params, run_program, tiny_co
 from rqv2_jax import config as config_lib
 from rqv2_jax import hosts
 from rqv2_jax.recipe import pipeline
-from rqv2_jax.recipe.workdir import open_workdir
+from rqv2_jax.recipe.claim import open_workdir
 
 PROCESSES, DEVICES = 2, 2
 

@@ -30,19 +30,16 @@ from rqv2_jax.data import tokens
 from rqv2_jax.errors import InputError
 from rqv2_jax.models import weights
 from rqv2_jax.ranking import trec
-from rqv2_jax.recipe import evaluation, mining, pipeline, results
+from rqv2_jax.recipe import evaluation, mining, pipeline, rankings, results
 from rqv2_jax.recipe import scorer as score
-from rqv2_jax.recipe.workdir import (
-    alone,
-    as_released,
-    branch,
-    claim,
-    open_collection,
-    open_run,
-    open_store,
-    open_workdir,
-)
+from rqv2_jax.recipe.claim import claim, open_workdir
+from rqv2_jax.recipe.dev import Dev
+from rqv2_jax.recipe.run import as_released, open_run
+from rqv2_jax.recipe.scoreboard import Scoreboard
+from rqv2_jax.recipe.texts import open_collection, open_store, with_topics
+from rqv2_jax.recipe.workdir import alone, branch
 from rqv2_jax.retrieval import bm25, encode
+from rqv2_jax.tools import denoising
 from rqv2_jax.training import train
 from rqv2_jax.training.checkpoint import Checkpoints
 
@@ -255,9 +252,9 @@ def test_the_released_model_is_measured_at_its_own_length_and_similarity(release
 def test_every_trained_state_is_compared_with_the_released_model(released):
     """Which exact search serves, whatever index the run's own rows are by."""
     run, store, _, _ = released
-    own = evaluation._Report(run, store, "test")
+    own = Scoreboard(run, store, "test")
     keys = [("joint", "retriever", "scann"), ("released", "retriever", "exact")]
-    own.values = dict.fromkeys([*keys, ("zero_shot", "retriever", "scann")])
+    own.entries = dict.fromkeys([*keys, ("zero_shot", "retriever", "scann")])
     assert own._against_floors("scann") == [tuple(keys)]
 
 
@@ -281,17 +278,17 @@ def test_a_floor_that_says_nothing_is_left_out_with_a_line(released, monkeypatch
         return np.full((len(queries), depth), -1), np.full((len(queries), depth), -np.inf)
 
     monkeypatch.setattr(bm25, "search", nothing)
-    assert evaluation._bm25(run, store, "test", rows_Q) is None
+    assert rankings.by_bm25(run, store, "test", rows_Q) is None
     assert "bm25: left out, as no query has a word of a passage" in capsys.readouterr().out
     monkeypatch.setitem(sys.modules, "Stemmer", None)
-    assert evaluation._bm25(run, store, "test", rows_Q) is None
+    assert rankings.by_bm25(run, store, "test", rows_Q) is None
     assert "bm25: left out (the floor BM25 needs the package Stemmer" in capsys.readouterr().out
 
     def refuse(run):
         raise InputError("similarity 'euclidean' is not understood")
 
-    monkeypatch.setattr(evaluation, "as_released", refuse)
-    assert evaluation._released(run, store, "test", rows_Q) is None
+    monkeypatch.setattr(rankings, "as_released", refuse)
+    assert rankings.by_released(run, store, "test", rows_Q) is None
     assert "released: left out, as the folder cannot be read" in capsys.readouterr().out
 
 
@@ -300,7 +297,7 @@ def test_a_retriever_that_reads_alike_is_not_measured_twice(released, capsys):
     run, store, _, _ = released
     own = as_released(run)
     own = dataclasses.replace(own, inputs=dataclasses.replace(own.inputs, pair_length=20))
-    evaluation._released(own, store, "test", np.arange(8))
+    rankings.by_released(own, store, "test", np.arange(8))
     assert "released: the starting model" not in capsys.readouterr().out
 
 
@@ -427,14 +424,14 @@ def test_joint_training_changes_both_models_and_starts_from_the_warm_ones(finish
     run = open_workdir(workdir)
     last = last_joint_params(run)
     for model, joint in last.items():
-        warm = run.params("reranker", model)
+        warm = run.params(state="reranker", model=model)
         leaves = zip(*(map(np.asarray, _leaves(tree)) for tree in (warm, joint)))
         moved = [float(np.abs(a - b).max()) for a, b in leaves]
         assert max(moved) > 0
         # Adam moves a weight by at most about the learning rate in a step.
         steps = 6
         assert max(moved) < 2 * steps * config.joint.learning_rate
-    assert run.trained_by("reranker", "retriever") == "retriever"
+    assert run.trained_by(state="reranker", model="retriever") == "retriever"
 
 
 def last_joint_params(run):
@@ -601,7 +598,7 @@ def test_further_queries_that_do_not_fit(finished, tmp_path, topics, qrels, name
         (tmp_path / "qrels").write_text(qrels)
     store = tokens.open_store(run.workdir / "data" / "tokens")
     with pytest.raises(InputError, match=message):
-        evaluation.with_topics(run, store, tmp_path / name, tmp_path / "qrels")
+        with_topics(run, store, tmp_path / name, tmp_path / "qrels")
 
 
 def test_topics_and_qrels_go_together():
@@ -1012,7 +1009,7 @@ def test_a_workdir_opens_on_other_devices_than_it_was_made_on(finished, tmp_path
     assert "not finished" not in capsys.readouterr().out
     (tmp_path / "w" / "joint" / "finished.txt").unlink()
     open_workdir(tmp_path / "w")
-    assert "w/joint: is not finished; its models are the best until now" in capsys.readouterr().out
+    assert "w/joint: is not finished; its models are the best so far" in capsys.readouterr().out
     path.write_text("{")
     with pytest.raises(InputError, match=r"config\.json: not as rqv2_jax\.main wrote it"):
         open_workdir(tmp_path / "w")
@@ -1117,7 +1114,7 @@ def test_what_better_params_replace_is_found_again(finished, tmp_path):
     whole = evaluated()
     (best,) = (workdir / "joint" / "best").glob("[0-9]*")
     best.rename(tmp_path / "kept")
-    warm = {model: run.params("reranker", model) for model in ("retriever", "reranker")}
+    warm = {model: run.params(state="reranker", model=model) for model in ("retriever", "reranker")}
     with contextlib.closing(Checkpoints(workdir / "joint")) as checkpoints:
         checkpoints.save_best(int(best.name) + 1, warm, "dev RR@10", 1.0)
     earlier = evaluated()
@@ -1245,7 +1242,7 @@ def test_static_distillation_leaves_the_reranker_alone(finished, joint_again):
     params, _, _ = joint_again(train_reranker=False)
     warm = open_workdir(finished[1])
     for model, same in (("reranker", True), ("retriever", False)):
-        pairs = zip(_leaves(params[model]), _leaves(warm.params("reranker", model)))
+        pairs = zip(_leaves(params[model]), _leaves(warm.params(state="reranker", model=model)))
         assert all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in pairs) == same
 
 
@@ -1264,7 +1261,7 @@ def test_candidates_are_scored_by_the_query_tower_and_the_passage_tower(
     monkeypatch.setattr(mining, "refresh", listen)
     run, store = open_workdir(finished[1]), tokens.open_store(finished[1] / "data" / "tokens")
     if step == 0:
-        folder, params = finished[1] / "lists", run.params("retriever", "retriever")
+        folder, params = finished[1] / "lists", run.params(state="retriever", model="retriever")
     else:
         folder = joint_again(refresh_every=2)[1] / "lists" / f"joint.{step:07}"
         params = dict(refreshed)[step]
@@ -1278,7 +1275,7 @@ def test_candidates_are_scored_by_the_query_tower_and_the_passage_tower(
     scores_QxN = np.take_along_axis(queries_QxD @ passages_NxD.T, found["passages"], axis=1)
     np.testing.assert_allclose(found["scores"], scores_QxN, rtol=1e-4, atol=1e-4)
     swapped = {"query": params["passage"], "passage": params["query"]}
-    dev = evaluation.Dev(run, store, mining.retrieve(run, store)["dev"])
+    dev = Dev(run.config, run.forward, store, mining.retrieve(run, store)["dev"])
     order_Q = np.argsort(found["query_rows"])
     pool_QxN = queries_QxD[order_Q] @ passages_NxD[dev.pool_N].T
     reciprocal = []
@@ -1330,7 +1327,7 @@ def test_exported_lists_can_be_trained_on(finished, joint_again, tmp_path):
     run = open_workdir(workdir)
     store = tokens.open_store(workdir / "data" / "tokens")
     candidates = mining.mine(run, store, mining.retrieve(run, store))
-    drawn = mining.draw_lists(run, store, candidates, "joint")
+    drawn = mining.draw_lists(run.config, store, candidates, "joint")
     _, folder, printed = joint_again(lists=str(path), epochs=1.0)
     assert any(line.startswith(f"  {len(drawn.query_rows_L)} lists of 4: ") for line in printed)
     given = tokens.open_store(folder / "lists" / "given")
@@ -1428,7 +1425,7 @@ def test_exported_models_score_in_sentence_transformers_as_here(finished, tmp_pa
     run = open_run(warm, tmp_path / "warm")
     for model in ("retriever", "reranker"):
         found, trained = (
-            r.params(state, model)
+            r.params(state=state, model=model)
             for r, state in ((run, "reranker"), (open_workdir(workdir), "joint"))
         )
         assert jax.tree.structure(found) == jax.tree.structure(trained)
@@ -1455,7 +1452,7 @@ def test_report_and_export_need_what_they_read(finished, tmp_path):
         assert "\n" not in str(e.value)
 
     def report(run):
-        pipeline.denoise_report(run, "", 1)
+        denoising.denoise_report(run, "", 1)
 
     def export(run):
         pipeline.export_lists(run, tmp_path / "lists.tsv")
@@ -1490,10 +1487,10 @@ def test_unwarmed_retriever_is_the_starting_model(tmp_path, finished, bert_folde
     skipped = config_lib.loads(config_lib.dumps(config))
     skipped.retriever.epochs = 0.0
     run = open_run(skipped, tmp_path / "w")
-    assert run.trained_by("joint", "retriever") == "joint"
-    assert run.trained_by("retriever", "retriever") == "zero_shot"
+    assert run.trained_by(state="joint", model="retriever") == "joint"
+    assert run.trained_by(state="retriever", model="retriever") == "zero_shot"
     encoder = weights.load_encoder(pathlib.Path(bert_folder), run.models.retriever)
-    params = run.params("retriever", "retriever")
+    params = run.params(state="retriever", model="retriever")
     for tower in ("query", "passage"):
         for ours, theirs in zip(_leaves(params[tower]), _leaves(encoder)):
             np.testing.assert_array_equal(np.asarray(ours), theirs)
@@ -1502,7 +1499,7 @@ def test_unwarmed_retriever_is_the_starting_model(tmp_path, finished, bert_folde
 def test_reranker_of_an_untrained_state_is_refused(finished):
     run = open_workdir(finished[1])
     with pytest.raises(InputError, match="zero_shot"):
-        run.params("zero_shot", "reranker")
+        run.params(state="zero_shot", model="reranker")
 
 
 def test_dev_pool_holds_positives_and_candidates_and_a_perfect_score_is_one(finished):
@@ -1510,12 +1507,12 @@ def test_dev_pool_holds_positives_and_candidates_and_a_perfect_score_is_one(fini
     run = open_workdir(workdir)
     store = tokens.open_store(workdir / "data" / "tokens")
     candidates = mining.retrieve(run, store)["dev"]
-    dev = evaluation.Dev(run, store, candidates)
+    dev = Dev(run.config, run.forward, store, candidates)
     positives = store.splits["dev"].positives()
     needed = {*candidates.passages_QxN.reshape(-1).tolist(), *positives[1].tolist()}
     assert needed <= set(dev.pool_N.tolist())
     assert len(dev.pool_N) == len(set(dev.pool_N.tolist())) == max(config.dev.pool, len(needed))
-    assert len(evaluation.Dev(run, store, None).pool_N) == config.dev.pool
+    assert len(Dev(run.config, run.forward, store, None).pool_N) == config.dev.pool
     found_QxK = np.stack([positives[1], (positives[1] + 1) % 48], axis=1)
     assert dev._score(found_QxK, np.array([[2.0, 1.0]] * 8)) == 1.0
     assert dev._score(found_QxK, np.array([[1.0, 2.0]] * 8)) == 0.5
@@ -1717,7 +1714,7 @@ def test_the_retriever_learns_from_the_reranker_alone(tmp_path):
     for weight, lists in ((0.0, 48), (1.0, 320)):
         config.joint.update({"kl_weight": weight, "most_lists": lists})
         run = open_run(config, tmp_path / f"kl {weight}")
-        branch(run, warm)
+        branch(run.workdir, warm.workdir)
         pipeline.train_joint(run, store, candidates)
         curves = report.curves(run.workdir / "joint")
         scores[weight] = [score for _, score in curves["dev/retriever RR@10"]]

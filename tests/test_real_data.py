@@ -19,9 +19,13 @@ from rqv2_jax import evaluate
 from rqv2_jax.data import own_texts, tokens
 from rqv2_jax.errors import InputError
 from rqv2_jax.ranking import trec
-from rqv2_jax.recipe import evaluation, mining, pipeline
+from rqv2_jax.recipe import mining, pipeline
 from rqv2_jax.recipe import scorer as score
-from rqv2_jax.recipe.workdir import claim, open_run, open_store, open_workdir, texts_of
+from rqv2_jax.recipe.claim import claim, open_workdir
+from rqv2_jax.recipe.dev import Dev
+from rqv2_jax.recipe.run import open_run
+from rqv2_jax.recipe.texts import open_store, texts_of, with_topics
+from rqv2_jax.retrieval import rerank
 
 
 def write_messy(folder):
@@ -99,20 +103,17 @@ def test_a_query_that_is_a_passage_is_no_candidate_and_no_negative(messy):
             query != passage
             for query, passage in ids_of(store, split, found.query_rows_Q, found.passages_QxN)
         )
-    lists = mining.draw_lists(run, store, mining.mine(run, store, candidates), "joint")
+    lists = mining.draw_lists(run.config, store, mining.mine(run, store, candidates), "joint")
     drawn = ids_of(store, "train", lists.query_rows_L, lists.passages_LxP)
     assert drawn
     assert all(query != passage for query, passage in drawn)
     # The retriever does find it.
     vectors = tokens.open_store(workdir / "data" / "tokens")
-    ignored_by_nothing = mining._retrieve(
-        run,
-        vectors,
-        workdir / "lists" / "unmarked",
-        "unmarked",
+    unmarked = mining._Mine(run, vectors, workdir / "lists" / "unmarked", "unmarked")
+    ignored_by_nothing = unmarked.retrieve(
         {"train": candidates["train"].query_rows_Q},
-        lambda: run.params("retriever", "retriever")["query"],
-        lambda: mining.corpus_vectors(run, store, "retriever"),
+        workdir / "vectors" / "unmarked",
+        lambda: run.params(state="retriever", model="retriever"),
     )["train"]
     pairs = ids_of(store, "train", ignored_by_nothing.query_rows_Q, ignored_by_nothing.passages_QxN)
     assert any(query == passage for query, passage in pairs)
@@ -164,7 +165,7 @@ def test_topics_of_beir_are_measured_without_those_that_have_no_text(messy, tmp_
     store, data = open_store(run), workdir.parent / "data"
     shutil.copy(data / "queries.jsonl", tmp_path / "further.jsonl")
     (tmp_path / "qrels").write_text("q41\tp1\t1\nasked\tp3\t1\nq41\tnowhere\t0\nnobody\tp1\t-1\n")
-    found, name = evaluation.with_topics(run, store, tmp_path / "further.jsonl", tmp_path / "qrels")
+    found, name = with_topics(run, store, tmp_path / "further.jsonl", tmp_path / "qrels")
     assert name == "further"
     assert found.splits[name].ids == ["q41"]
     assert found.splits[name].qrels_3xN.tolist() == [[0], [1], [1]]
@@ -179,14 +180,12 @@ def test_topics_of_beir_are_measured_without_those_that_have_no_text(messy, tmp_
 def test_dev_is_measured_without_it(messy, monkeypatch):
     _, workdir, _ = messy
     run, measured = open_workdir(workdir), []
-    monkeypatch.setattr(
-        evaluation.Dev, "_score", lambda self, passages_QxK, _: measured.append(passages_QxK)
-    )
+    monkeypatch.setattr(Dev, "_score", lambda self, passages_QxK, _: measured.append(passages_QxK))
     unmarked = tokens.open_store(workdir / "data" / "tokens")
     for store in (open_store(run), unmarked):
-        dev = evaluation.Dev(run, store, None)
+        dev = Dev(run.config, run.forward, store, None)
         dev.pool_N = np.arange(len(store.passage_ids))
-        dev.retriever(run.params("joint", "retriever"))
+        dev.retriever(run.params(state="joint", model="retriever"))
         assert measured[-1].shape == (3, 10)
     own_Q = np.array([unmarked.passage_ids.index(key) for key in unmarked.splits["dev"].ids])
     with_it, without = (np.array(x) == own_Q[:, None] for x in reversed(measured))
@@ -228,7 +227,7 @@ def test_a_dev_score_that_is_no_number_names_the_stage_and_not_a_passage(
     config = config_lib.loads(config_lib.dumps(config))
     config.retriever.epochs = 0.0
     config.reranker.update({"evaluate_every": 2, "save_every": 1})
-    score_pairs = evaluation.rerank.scores
+    score_pairs = rerank.scores
 
     def broken(forward, params, *given):
         scores = score_pairs(forward, params, *given)
@@ -236,7 +235,7 @@ def test_a_dev_score_that_is_no_number_names_the_stage_and_not_a_passage(
         return scores if len(measured) == 1 else scores * np.nan
 
     measured = []
-    monkeypatch.setattr(evaluation.rerank, "scores", broken)
+    monkeypatch.setattr(rerank, "scores", broken)
     with pytest.raises(InputError, match=r"^reranker, step 2: dev/reranker RR@10 is nan; "):
         pipeline.main(config, tmp_path / "w")
     assert [path.name for path in (tmp_path / "w/reranker/last").glob("[0-9]*")] == ["1"]
@@ -273,9 +272,9 @@ def test_what_has_moved_is_found_at_the_place_of_the_flags(moved):
         open_workdir(workdir)
     run = open_workdir(workdir, weights=places["weights"])
     with pytest.raises(InputError, match=r"old data: .* are not there any more; .* as --data DIR"):
-        texts_of(run, open_store(run))
+        texts_of(run, open_store(run).fingerprint)
     run = open_workdir(workdir, **places)
-    assert len(list(texts_of(run, open_store(run)).passages())) == 98
+    assert len(list(texts_of(run, open_store(run).fingerprint).passages())) == 98
     arguments = [f"--{name}={place}" for name, place in places.items()]
     ended = run_program("rqv2_jax.search", f"--workdir={workdir}", *arguments, "stone garden")
     assert ended.returncode == 0, ended.stderr
@@ -291,7 +290,7 @@ def test_other_content_is_not_what_has_moved(moved, make_bert):
         file.write('{"_id": "more", "text": "more"}\n')
     run = open_workdir(workdir, **places)
     with pytest.raises(InputError, match="have changed since this workdir was made"):
-        texts_of(run, open_store(run))
+        texts_of(run, open_store(run).fingerprint)
 
 
 def test_main_takes_the_new_places_if_their_content_is_the_same(messy, moved, make_bert):
@@ -310,7 +309,7 @@ def test_main_takes_the_new_places_if_their_content_is_the_same(messy, moved, ma
     pipeline.main(config, workdir)
     # From here on they are known.
     run = open_workdir(workdir)
-    assert len(list(texts_of(run, open_store(run)).passages())) == 98
+    assert len(list(texts_of(run, open_store(run).fingerprint).passages())) == 98
     assert stamps == {path: path.stat().st_mtime_ns for path in (workdir / "data").rglob("*")}
     assert json.loads((workdir / "results.json").read_text()) == results
     with (pathlib.Path(places["data"]) / "qrels" / "train.tsv").open("a") as file:

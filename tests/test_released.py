@@ -25,7 +25,7 @@ from rqv2_jax.data.tokens import Store
 from rqv2_jax.errors import InputError
 from rqv2_jax.models import exported, released, weights
 from rqv2_jax.recipe.opening import open_inputs, open_models
-from rqv2_jax.recipe.workdir import open_run
+from rqv2_jax.recipe.run import open_run
 from rqv2_jax.retrieval import encode, rerank
 
 KEY = jax.random.key(0)
@@ -57,7 +57,7 @@ def store_of(tokenizer):
 
 def vectors_of(run):
     """Our vectors of QUERIES and PASSAGES."""
-    params = run.params("zero_shot", "retriever")
+    params = run.params(state="zero_shot", model="retriever")
     asked, store = run.tokenizer.texts(QUERIES), store_of(run.tokenizer)
     queries = encode.queries(run.forward, params["query"], asked, np.arange(len(QUERIES)))
     passages = encode.passages(run.forward, params["passage"], store, np.arange(len(PASSAGES)))

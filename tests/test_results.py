@@ -67,13 +67,13 @@ def run_and_store(world, tmp_path):
         config=config,
         inputs=inputs,
         workdir=tmp_path,
-        trained_by=lambda state, model: state,
+        trained_by=lambda *, state, model: state,
     )
     return run, store
 
 
 def test_the_share_of_tokens_that_a_length_cuts_off(run_and_store):
-    shares = results.cut_by(*run_and_store)
+    shares = results.cut_by(run_and_store[0].inputs, run_and_store[1])
     assert shares["query_length"] == pytest.approx(1 - (5 + 8) / (5 + 18))
     assert shares["passage_length"] == pytest.approx(1 - (3 + 13 + 16) / (3 + 13 + 43))
     # Queries of 3, 6 and 3 tokens, 3 special ones, and the passages.

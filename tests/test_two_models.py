@@ -14,7 +14,8 @@ from rqv2_jax.data import tokens
 from rqv2_jax.errors import InputError
 from rqv2_jax.recipe import pipeline
 from rqv2_jax.recipe import scorer as score
-from rqv2_jax.recipe.workdir import claim, open_run, open_workdir
+from rqv2_jax.recipe.claim import claim, open_workdir
+from rqv2_jax.recipe.run import open_run
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,7 @@ def test_both_learn_and_open_in_sentence_transformers(taught, tmp_path):
     """The pooler learns too; cosines are not scaled where anybody reads them."""
     config, workdir = taught
     run = open_workdir(workdir)
-    trained, start = run.params("joint", "reranker"), run.initial("reranker")
+    trained, start = run.params(state="joint", model="reranker"), run.initial("reranker")
     assert jax.tree.structure(trained) == jax.tree.structure(start)
     steps = [path.name for path in (workdir / "joint" / "best").iterdir()]
     if steps != ["0"]:

@@ -80,6 +80,13 @@ class Queries:
         pairs_2xN = np.concatenate([self.positives(), self.own_2xN], axis=1)
         return pairs_2xN[:, np.argsort(pairs_2xN[0], kind="stable")]
 
+    def labels_of(self, rows_Q: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns the labels of some queries, in ascending order; their rows count through `rows_Q`."""
+        query_N, passage_N, relevance_N = self.qrels_3xN
+        chosen_N = np.isin(query_N, rows_Q)
+        query_N = np.searchsorted(rows_Q, query_N[chosen_N])
+        return query_N, passage_N[chosen_N], relevance_N[chosen_N]
+
 
 @dataclasses.dataclass(frozen=True)
 class Store:

@@ -1,4 +1,7 @@
-"""Two run files on the same qrels: every metric of both, and whether they differ."""
+"""Two run files on the same qrels: every metric of both, and whether they differ.
+
+Shape suffixes: J queries with a relevant passage, N labels.
+"""
 
 import pathlib
 from collections.abc import Sequence
@@ -12,7 +15,7 @@ from rqv2_jax.ranking import metrics, significance, trec
 
 
 def read_qrels(path: pathlib.Path) -> dict[tuple[str, str], int]:
-    """Relevance of every judged (query id, passage id), in any format of `files.labels`.
+    """Reads the relevance of every judged (query id, passage id), in any format of `files.labels`.
 
     Raises:
       InputError: there is no such file, or what `files.labels` raises.
@@ -30,7 +33,7 @@ def compare(
     permutations: int,
     seed: int,
 ) -> tuple[list[dict], int, tuple[int, ...]]:
-    """(a row for each metric, number of queries, how many of them a and b name) of two TREC run files.
+    """Compares two TREC run files by every metric on the same qrels.
 
     A row has the means `a` and `b`, `difference` = a - b with its 95% bootstrap interval from `low`
     to `high`, and the p-value of the two-sided paired randomisation test. All queries with a relevant
@@ -38,6 +41,9 @@ def compare(
     passage in all metrics but nDCG, as their names then say. Of a run in which most queries find the
     passage with their own id first, being in the corpus themselves, these passages are left out, and
     that is printed.
+
+    Returns:
+      (a row for each metric, number of queries, how many of them a and b name).
 
     Raises:
       InputError: a file cannot be used, or a run shares no query with the qrels.
@@ -48,7 +54,7 @@ def compare(
         if not run.keys() & set(query_ids):
             raise InputError(f"{path}: holds no query of {qrels}; give the qrels of its queries")
     runs = [_without_own(path, run) for path, run in zip((a, b), runs)]
-    listed = {passage for run in runs for found in run.values() for passage, _ in found}
+    listed = {passage for run in runs for ranking in run.values() for passage, _ in ranking}
     passage_ids = sorted(listed | {passage for _, passage in judged})
     query_rows, passage_rows = (
         {name: row for row, name in enumerate(ids)} for ids in (query_ids, passage_ids)
@@ -75,8 +81,9 @@ def compare(
     return rows, len(a_J), tuple(len(relevant & run.keys()) for run in runs)
 
 
-def _without_own(path: pathlib.Path, run: dict[str, list[tuple[str, float]]]):
-    best = {query: max(found, key=lambda pair: pair[1])[0] for query, found in run.items()}
+def _without_own(path: pathlib.Path, run: dict[str, list[tuple[str, float]]]) -> dict:
+    """Returns a run without the passages that are the queries themselves, if most queries have one."""
+    best = {query: max(ranking, key=lambda pair: pair[1])[0] for query, ranking in run.items()}
     own = sum(query == passage for query, passage in best.items())
     # Numbers may be ids of both by chance, but then not at the top.
     if own < own_texts.MOST * len(run):
@@ -84,11 +91,11 @@ def _without_own(path: pathlib.Path, run: dict[str, list[tuple[str, float]]]):
     tqdm.tqdm.write(
         f"{path}: {own:,} of {len(run):,} queries find themselves, as passages; these are ignored"
     )
-    return {q: [pair for pair in found if pair[0] != q] for q, found in run.items()}
+    return {q: [pair for pair in ranking if pair[0] != q] for q, ranking in run.items()}
 
 
 def render(rows: list[dict], queries: int, named: tuple[int, ...], a: str, b: str) -> str:
-    """The comparison as a table for people."""
+    """Returns the comparison as a table for people."""
     lines = []
     for name, path, count in zip("ab", (a, b), named):
         missing = f" (names {count} of the queries; the others count 0)" if count < queries else ""

@@ -1,149 +1,166 @@
-"""Candidates by both models, and the lists of training drawn from them."""
+"""Candidates by both models, and the lists of training drawn from them.
+
+Shape suffixes: Q queries, N candidates of a query, D vector size, L lists, P passages of a list,
+U unlabelled candidates.
+"""
 
 import dataclasses
 import functools
 import pathlib
+from collections.abc import Callable
+from typing import Any
 
+import ml_collections
 import numpy as np
 import tqdm
 
 from rqv2_jax import artifacts, hosts
+from rqv2_jax.data import collection, own_texts, tokenise, tokens
 from rqv2_jax.data import lists as lists_lib
-from rqv2_jax.data import own_texts, tokenise, tokens
 from rqv2_jax.data.readers import joint_tsv
 from rqv2_jax.errors import InputError
-from rqv2_jax.recipe.workdir import Run
+from rqv2_jax.recipe.rankings import source_of
+from rqv2_jax.recipe.run import Run
+from rqv2_jax.recipe.texts import open_store, texts_of
 from rqv2_jax.retrieval import encode, index, rerank
 
 MINED_AT_ONCE = 1024
 
-
-def corpus_vectors(run: Run, store: tokens.Store, state: str) -> list[np.ndarray]:
-    """The corpus by the retriever of a state, in `vectors/<stage that trained it>`."""
-    stage = run.trained_by(state, "retriever")
-    return encode.corpus(
-        run.forward,
-        run.params(state, "retriever")["passage"],
-        store,
-        run.workdir / "vectors" / stage,
-        f"{run.origin(state, 'retriever')} {store.fingerprint}",
-    )
+# By split, "train" and "dev".
+Candidates = dict[str, lists_lib.Candidates]
 
 
-def _retrieve(
-    run: Run, store: tokens.Store, folder: pathlib.Path, source: str, rows, tower, shards
-):
-    """The top passages of some queries, by split, as `source` names them.
+@dataclasses.dataclass(frozen=True)
+class _Mine:
+    """Candidates in a folder of a run, with the name of the models and the corpus they come from."""
 
-    `rows` are their row numbers by split; `tower()` and `shards()` give the params of the query tower
-    and the passages' vectors.
-    """
+    run: Run
+    store: tokens.Store
+    folder: pathlib.Path
+    source: str
 
-    def candidates(split, depth):
-        rows_Q, queries = rows[split], store.splits[split]
+    def retrieve(
+        self, rows: dict[str, np.ndarray], vectors: pathlib.Path, retriever: Callable[[], dict]
+    ) -> Candidates:
+        """Returns the top passages of the queries in `rows`, by split.
 
-        def compute():
-            vectors_QxD = encode.queries(run.forward, tower(), queries.texts, rows_Q)
-            own_Q = own_texts.of_rows(queries, rows_Q)
-            found = index.exact(vectors_QxD, shards(), own_texts.deeper(depth, own_Q))
-            passages_QxN, scores_QxN = own_texts.without(*found, own_Q)
-            return {"query_rows": rows_Q, "passages": passages_QxN, "scores": scores_QxN}
+        `retriever()` gives the params; the corpus by them lies in the folder `vectors`.
+        """
+        config, forward = self.run.config, self.run.forward
 
-        found = artifacts.cached(folder / f"{split}.retrieved.npz", source, compute)
-        return lists_lib.Candidates(
-            found["query_rows"],
-            found["passages"],
-            found["scores"],
-            np.full(found["scores"].shape, np.nan, np.float32),
-        )
+        def candidates(split: str, depth: int) -> lists_lib.Candidates:
+            rows_Q, queries = rows[split], self.store.splits[split]
 
-    depths = {"train": run.config.mine.depth, "dev": run.config.dev.depth}
-    return {split: candidates(split, depths[split]) for split in rows}
+            def compute():
+                towers, own_Q = retriever(), own_texts.of_rows(queries, rows_Q)
+                vectors_QxD = encode.queries(forward, towers["query"], queries.texts, rows_Q)
+                passages = towers["passage"], self.store, vectors, self.source
+                shards = encode.corpus(forward, *passages)
+                ranking = index.exact(vectors_QxD, shards, own_texts.deeper(depth, own_Q))
+                passages_QxN, scores_QxN = own_texts.without(*ranking, own_Q)
+                return {"query_rows": rows_Q, "passages": passages_QxN, "scores": scores_QxN}
+
+            path = self.folder / f"{split}.retrieved.npz"
+            kept = artifacts.cached(path, self.source, compute)
+            arrays = [kept[name] for name in ("query_rows", "passages", "scores")]
+            return lists_lib.Candidates(*arrays, np.full(arrays[2].shape, np.nan, np.float32))
+
+        depths = {"train": config.mine.depth, "dev": config.dev.depth}
+        return {split: candidates(split, depths[split]) for split in rows}
+
+    def score(self, candidates: Candidates, reranker: Callable[[], dict]) -> Candidates:
+        """Returns the candidates with scores by the params `reranker()`, asked for only if needed.
+
+        Those that `config.mine` says and all of the dev queries get one, the others keep NaN; none does
+        unless joint lists are to be denoised.
+        """
+        config, reranker = self.run.config, functools.cache(reranker)
+        if config.joint.denoised_share == 0:
+            return candidates
+
+        def scored(split: str, queries: int, depth: int) -> lists_lib.Candidates:
+            first, texts = candidates[split].first(queries, depth), self.store.splits[split].texts
+            parts = []
+            for start in range(0, len(first.query_rows_Q), MINED_AT_ONCE):
+                part = slice(start, start + MINED_AT_ONCE)
+                pairs = self.store, texts, first.query_rows_Q[part], first.passages_QxN[part]
+                path = self.folder / f"{split}.scores" / f"{start // MINED_AT_ONCE:05}.npz"
+
+                def compute(pairs: tuple = pairs) -> dict[str, np.ndarray]:
+                    return {"scores": rerank.scores(self.run.forward, reranker(), *pairs)}
+
+                parts.append(artifacts.cached(path, self.source, compute)["scores"])
+            reranker_QxN = candidates[split].reranker_QxN.copy()
+            reranker_QxN[:queries, :depth] = np.concatenate(parts)
+            return dataclasses.replace(candidates[split], reranker_QxN=reranker_QxN)
+
+        most = {
+            "train": (config.mine.scored_queries, config.mine.scored_depth),
+            "dev": (config.dev.queries, config.dev.depth),
+        }
+        return {split: scored(split, *most[split]) for split in candidates}
 
 
-def _score(
-    run: Run, store: tokens.Store, candidates: dict, folder: pathlib.Path, source: str, reranker
-):
-    """The candidates with scores, as `source` names them, of the re-ranker `reranker()` gives.
+def retrieve(run: Run, store: tokens.Store) -> Candidates:
+    """Returns the warmed-up retriever's top passages for training and dev queries, kept in `lists/`.
 
-    Those of `config.mine` and all of the dev queries get one, the others keep NaN; none does unless
-    joint lists are to be denoised.
-    """
-    params = None
-
-    def scored(split, candidates, queries, depth):
-        found = candidates.first(queries, depth)
-        texts = store.splits[split].texts
-        parts = []
-        for first in range(0, len(found.query_rows_Q), MINED_AT_ONCE):
-            rows_Q = found.query_rows_Q[first : first + MINED_AT_ONCE]
-            passages_QxN = found.passages_QxN[first : first + MINED_AT_ONCE]
-
-            def compute(rows_Q=rows_Q, passages_QxN=passages_QxN):
-                nonlocal params
-                params = reranker() if params is None else params
-                scores = rerank.scores(run.forward, params, store, texts, rows_Q, passages_QxN)
-                return {"scores": scores}
-
-            path = folder / f"{split}.scores" / f"{first // MINED_AT_ONCE:05}.npz"
-            parts.append(artifacts.cached(path, source, compute)["scores"])
-        reranker_QxN = candidates.reranker_QxN.copy()
-        reranker_QxN[:queries, :depth] = np.concatenate(parts)
-        return dataclasses.replace(candidates, reranker_QxN=reranker_QxN)
-
-    if run.config.joint.denoised_share == 0:
-        return candidates
-    most = {
-        "train": (run.config.mine.scored_queries, run.config.mine.scored_depth),
-        "dev": (run.config.dev.queries, run.config.dev.depth),
-    }
-    return {split: scored(split, found, *most[split]) for split, found in candidates.items()}
-
-
-def retrieve(run: Run, store: tokens.Store) -> dict[str, lists_lib.Candidates]:
-    """The warmed-up retriever's top passages for the training and dev queries, in `lists/`.
-
-    For dev queries alone where no lists are drawn from the others.
+    Dev queries only, if no training lists are drawn from the others.
     """
     most = {"dev": run.config.dev.queries}
     if run.config.reranker.epochs > 0 or not run.config.joint.lists:
         most = {"train": run.config.mine.queries, **most}
-    return _retrieve(
-        run,
-        store,
-        run.workdir / "lists",
-        f"{run.origin('retriever', 'retriever')} {store.fingerprint}",
-        {
-            s: lists_lib.subset(len(store.splits[s].ids), n, run.config.seed)
-            for s, n in most.items()
-        },
-        lambda: run.params("retriever", "retriever")["query"],
-        lambda: corpus_vectors(run, store, "retriever"),
-    )
+    rows = {
+        split: lists_lib.subset(len(store.splits[split].ids), count, run.config.seed)
+        for split, count in most.items()
+    }
+    warm = {"state": "retriever", "model": "retriever"}
+    vectors = run.workdir / "vectors" / run.trained_by(**warm)
+    kept = _Mine(run, store, run.workdir / "lists", source_of(run, store, "retriever"))
+    return kept.retrieve(rows, vectors, functools.partial(run.params, **warm))
 
 
-def mine(run: Run, store: tokens.Store, candidates: dict) -> dict[str, lists_lib.Candidates]:
-    """The candidates with the warmed-up re-ranker's scores, in `lists/`."""
-    origins = (run.origin("reranker", model) for model in ("retriever", "reranker"))
-    source = f"{' '.join(origins)} {store.fingerprint}"
-    folder = run.workdir / "lists"
-    scorer = functools.partial(run.params, "reranker", "reranker")
-    return _score(run, store, candidates, folder, source, scorer)
+def mine(run: Run, store: tokens.Store, candidates: Candidates) -> Candidates:
+    """Returns the candidates with the warmed-up re-ranker's scores, kept in `lists/`."""
+    kept = _Mine(run, store, run.workdir / "lists", f"{warmed_up(run)} {store.fingerprint}")
+    return kept.score(candidates, lambda: run.params(state="reranker", model="reranker"))
+
+
+def warmed_up(run: Run) -> str:
+    """Names the params of both warmed-up models."""
+    models = ("retriever", "reranker")
+    return " ".join(run.origin(state="reranker", model=model) for model in models)
+
+
+def mined(run: Run) -> tuple[tokens.Store, Candidates, collection.Collection]:
+    """Opens the token store, the candidates and the texts of a workdir that has finished mining.
+
+    Raises:
+      InputError: it has not, or the texts have changed since.
+    """
+    lists, share = run.workdir / "lists", run.config.joint.denoised_share
+    if not (lists / ("dev.scores" if share > 0 else "dev.retrieved.npz")).exists():
+        raise InputError(
+            f"{lists}: holds no candidates yet; run rqv2_jax.main up to joint training"
+        )
+    store = open_store(run)
+    texts = texts_of(run, store.fingerprint)
+    return store, mine(run, store, retrieve(run, store)), texts
 
 
 def refresh(
-    run: Run, store: tokens.Store, candidates: dict, step: int, params
-) -> dict[str, lists_lib.Candidates]:
-    """New candidates of the same queries by both models as they are at a step, in `lists/`.
+    run: Run, store: tokens.Store, candidates: Candidates, step: int, params: dict | None
+) -> Candidates:
+    """Returns new candidates of the same queries by both models as they are at a step.
 
-    A run that resumes at a later step, and has no `params` of this one (None), reads them there.
+    They are kept in `lists/`. A run that resumes at a later step has no `params` of this one (None),
+    and reads its candidates there.
 
     Raises:
       InputError: then they are not there, or damaged.
     """
-    folder, source = run.workdir / "lists" / f"joint.{step:07}", f"joint {step} {store.fingerprint}"
+    folder = run.workdir / "lists" / f"joint.{step:07}"
 
-    def model(name):
+    def model(name: str) -> dict[str, Any]:
         if params is None:
             raise InputError(
                 f"{folder}: the candidates of step {step} are gone, the models have changed; delete "
@@ -151,68 +168,78 @@ def refresh(
             )
         return params[name]
 
-    def shards():
-        tower = model("retriever")["passage"]
-        return encode.corpus(run.forward, tower, store, run.workdir / "vectors/refreshed", source)
-
-    rows = {split: found.query_rows_Q for split, found in candidates.items()}
-    found = _retrieve(run, store, folder, source, rows, lambda: model("retriever")["query"], shards)
-    return _score(run, store, found, folder, source, lambda: model("reranker"))
+    kept = _Mine(run, store, folder, f"joint {step} {store.fingerprint}")
+    rows = {split: each.query_rows_Q for split, each in candidates.items()}
+    vectors = run.workdir / "vectors" / "refreshed"
+    new = kept.retrieve(rows, vectors, lambda: model("retriever"))
+    return kept.score(new, lambda: model("reranker"))
 
 
-def labelled_scores(store: tokens.Store, dev: lists_lib.Candidates):
-    """The re-ranker's scores of all dev candidates [N], and which of these are labelled relevant."""
-    positives_2xN = store.splits["dev"].positives()
-    relevant_QxN = lists_lib.known_positive(
-        positives_2xN, dev.query_rows_Q, dev.passages_QxN, len(store.passage_ids)
+def _known_positive(
+    store: tokens.Store, split: str, candidates: lists_lib.Candidates
+) -> np.ndarray:
+    """Says which candidates are labelled relevant for their query [Q, N]."""
+    return lists_lib.known_positive(
+        store.splits[split].positives(),
+        candidates.query_rows_Q,
+        candidates.passages_QxN,
+        len(store.passage_ids),
     )
+
+
+def labelled_scores(
+    store: tokens.Store, dev: lists_lib.Candidates
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the re-ranker's scores of all dev candidates [N], and which are labelled relevant."""
+    relevant_QxN = _known_positive(store, "dev", dev)
     return dev.reranker_QxN.reshape(-1), relevant_QxN.reshape(-1)
 
 
 def draw_lists(
-    run: Run, store: tokens.Store, candidates: dict, stage: str, *, number: int = 0, step: int = 0
+    config: ml_collections.ConfigDict,
+    store: tokens.Store,
+    candidates: Candidates,
+    stage: str,
+    *,
+    number: int = 0,
+    step: int = 0,
 ) -> lists_lib.Lists:
-    """Lists of the re-ranker's warm-up or of joint training, as `lists.draw` orders them.
+    """Draws lists of the re-ranker's warm-up or of joint training, as `lists.draw` orders them.
 
     All of the stage's, or `number` of them for the steps from `step` on.
     """
-    settings, thresholds = run.config[stage], run.config.mine
+    settings = config[stage]
     share = settings.denoised_share if stage == "joint" else 0.0
     probability = (1.0, 0.0)
     if share > 0:
         probability = lists_lib.calibrate(*labelled_scores(store, candidates["dev"]))
 
-    def draw(epoch):
+    def draw(epoch: int) -> lists_lib.Lists:
         return lists_lib.draw(
             candidates["train"],
             store.splits["train"].positives(),
             store.splits["train"].own_2xN,
             list_size=settings.list_size,
             denoising=lists_lib.Denoising(
-                share, probability, thresholds.negative_below, thresholds.positive_above
+                share, probability, config.mine.negative_below, config.mine.positive_above
             ),
             num_passages=len(store.passage_ids),
             # The two stages draw apart, and so do all refreshes.
-            seed=2 * run.config.seed + (stage == "joint"),
+            seed=2 * config.seed + (stage == "joint"),
             epoch=(step << 20) + epoch,
         )
 
     lists = _counted(epochs_of_lists(draw, settings, number=number))
     if share > 0:
-        _say_what_is_missing(run, store, candidates["train"], probability, lists)
+        train = candidates["train"]
+        unlabelled_QxN = ~np.isnan(train.reranker_QxN) & ~_known_positive(store, "train", train)
+        p_U = lists_lib.relevance(train.reranker_QxN[unlabelled_QxN], probability)
+        _warn_of_missing(config.mine, p_U, lists)
     return lists
 
 
-def _say_what_is_missing(run: Run, store: tokens.Store, candidates, probability, lists):
-    """Prints which kind of denoised passage no candidate was certain enough for."""
-    known_QxN = lists_lib.known_positive(
-        store.splits["train"].positives(),
-        candidates.query_rows_Q,
-        candidates.passages_QxN,
-        len(store.passage_ids),
-    )
-    scored_QxN = ~np.isnan(candidates.reranker_QxN)
-    p_U = lists_lib.relevance(candidates.reranker_QxN[scored_QxN & ~known_QxN], probability)
+def _warn_of_missing(mine: ml_collections.ConfigDict, p_U: np.ndarray, lists: lists_lib.Lists):
+    """Prints which kind of denoised passage no unlabelled candidate was certain enough for."""
     for kind, name, extreme in (
         (lists_lib.Provenance.DENOISED_NEGATIVE, "negative_below", np.min),
         (lists_lib.Provenance.DENOISED_POSITIVE, "positive_above", np.max),
@@ -220,12 +247,12 @@ def _say_what_is_missing(run: Run, store: tokens.Store, candidates, probability,
         if len(p_U) and not (lists.provenance_LxP == kind).any():
             tqdm.tqdm.write(
                 f"  no {kind.name.lower()}: unlabelled candidates' probabilities of relevance reach "
-                f"{extreme(p_U):.3f}, config.mine.{name} is {run.config.mine[name]}"
+                f"{extreme(p_U):.3f}, config.mine.{name} is {mine[name]}"
             )
 
 
 def read_lists(run: Run) -> tuple[tokens.Store, lists_lib.Lists]:
-    """The joint lists of the file the config names, with a token store of their own in `lists/`.
+    """Reads the joint lists of the file the config names, with a token store of their own in `lists/`.
 
     Raises:
       InputError: the file cannot be used.
@@ -252,7 +279,7 @@ def read_lists(run: Run) -> tuple[tokens.Store, lists_lib.Lists]:
             "passages of the file stand in for them"
         )
 
-    def draw(epoch):
+    def draw(epoch: int) -> lists_lib.Lists:
         rng = np.random.default_rng([run.config.seed, epoch])
         return given.take(rng.permutation(len(given.query_rows_L)))
 
@@ -260,22 +287,20 @@ def read_lists(run: Run) -> tuple[tokens.Store, lists_lib.Lists]:
 
 
 def _counted(lists: lists_lib.Lists) -> lists_lib.Lists:
+    """Returns the lists, and prints how many passages of each kind they hold."""
     kinds = np.bincount(lists.provenance_LxP.reshape(-1), minlength=len(lists_lib.Provenance))
     counts = ", ".join(f"{n} {k.name.lower()}" for k, n in zip(lists_lib.Provenance, kinds) if n)
     tqdm.tqdm.write(f"  {len(lists.query_rows_L)} lists of {lists.passages_LxP.shape[1]}: {counts}")
     return lists
 
 
-def epochs_of_lists(draw, stage, *, number: int = 0) -> lists_lib.Lists:
-    """A stage's lists, or so many, one epoch's draw after the other; `draw(epoch)` gives one."""
-    first = draw(0)
-    wanted = number or lists_lib.training_lists(stage, len(first.query_rows_L))
-    parts, count = [first], len(first.query_rows_L)
-    while count < wanted:
+def epochs_of_lists(
+    draw: Callable[[int], lists_lib.Lists], stage: ml_collections.ConfigDict, *, number: int = 0
+) -> lists_lib.Lists:
+    """Returns a stage's lists, or `number` of them: `draw(epoch)` of one epoch after the other."""
+    parts = [draw(0)]
+    wanted = number or lists_lib.training_lists(stage, len(parts[0].query_rows_L))
+    while sum(len(part.query_rows_L) for part in parts) < wanted:
         parts.append(draw(len(parts)))
-        count += len(parts[-1].query_rows_L)
-    joined = (
-        np.concatenate([getattr(part, field.name) for part in parts])[:wanted]
-        for field in dataclasses.fields(lists_lib.Lists)
-    )
-    return lists_lib.Lists(*joined)
+    fields = zip(*(vars(part).values() for part in parts))
+    return lists_lib.Lists(*(np.concatenate(arrays)[:wanted] for arrays in fields))

@@ -1,10 +1,10 @@
-"""A config and its model folders made concrete: what the folders decide, the models, how they read.
+"""Models, tokenizer and inputs of a config, which its model folders fill in where it leaves them open.
 
 The config overrides the folders. What it overrides, and what of a folder is left unused, is a note.
 """
 
 import pathlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
@@ -13,7 +13,7 @@ from rqv2_jax import config as config_lib
 from rqv2_jax.data import tokenise
 from rqv2_jax.data.inputs import Inputs
 from rqv2_jax.errors import InputError
-from rqv2_jax.models import attention, bert, released, weights
+from rqv2_jax.models import attention, bert, hf_config, released, sbert, weights
 from rqv2_jax.models import scoring as models_lib
 
 # The scale that sentence-transformers trains cosines with.
@@ -21,7 +21,7 @@ COSINE_SCALE = 20.0
 
 
 class Opened(NamedTuple):
-    """A config with its model folders: resolved, what they hold, and what there is to tell of them."""
+    """A config that says all in full, its model folders, its models without params, and notes."""
 
     config: ml_collections.ConfigDict
     sources: released.Sources
@@ -30,7 +30,7 @@ class Opened(NamedTuple):
 
 
 def open_models(config: ml_collections.ConfigDict) -> Opened:
-    """Reads the model folders of a config, and what they say of what it leaves open.
+    """Reads the model folders of a config, and fills in from them what it leaves open.
 
     Raises:
       InputError: the config or a folder cannot be used.
@@ -59,22 +59,23 @@ def open_models(config: ml_collections.ConfigDict) -> Opened:
             )
     config, notes = resolve(config, sources)
     config_lib.check(config)
-    shape = read_shape(config, query.folder)
-    if read_shape(config, passage.folder) != shape:
+    shape, passage_shape = (
+        _read_shape(config.model, config.model, source.folder) for source in (query, passage)
+    )
+    if passage_shape != shape:
         raise InputError(
             f"{passage.folder / 'config.json'}: describes another encoder than that of {query.folder}; "
             "both towers must have one shape"
         )
-    reranker_shape = read_shape(config, reranker.folder, config.model.reranker)
-    _check_inputs(config, sources, shape, reranker_shape)
-    sizes = shape.head_size, reranker_shape.head_size
-    backend = jax.default_backend()
+    reranker_shape = _read_shape(config.model, config.model.reranker, reranker.folder)
+    separate = config.model.passage_format == "title_sep_text"
+    _check_inputs(config.data, query.folder, shape, ("query", "passage"), separate)
+    _check_inputs(config.data, reranker.folder, reranker_shape, ("pair",), True)
+    backend, sizes = jax.default_backend(), (shape.head_size, reranker_shape.head_size)
     config.model.attention = attention.implementation(config.model.attention, backend, sizes)
-    if isinstance(query.head, released.Head):
+    if isinstance(query.head, sbert.Head):
         notes.append(f"{query.folder}: is a re-ranker; the retriever starts from its encoder alone")
-    for folder in dict.fromkeys(source.folder for source in sources):
-        if names := _left_unused(folder, sources):
-            notes.append(f"{folder}: tensors left unused: {names}")
+    notes += _left_unused(sources)
     models = models_lib.Models(
         retriever=shape,
         reranker=reranker_shape,
@@ -86,37 +87,40 @@ def open_models(config: ml_collections.ConfigDict) -> Opened:
     return Opened(config, sources, models, list(dict.fromkeys(notes)))
 
 
-def _left_unused(folder: pathlib.Path, sources: released.Sources) -> str:
-    """The tensors of a folder that neither model reads, as text."""
-    names = weights.unused(folder, sources.reranker.head)
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
+def _left_unused(sources: released.Sources) -> list[str]:
+    """Returns a note for each folder with tensors that neither model reads."""
+    notes = []
+    for folder in dict.fromkeys(source.folder for source in sources):
+        names = weights.unused(folder, sources.reranker.head)
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        if names:
+            notes.append(f"{folder}: tensors left unused: {', '.join(names[:3])}{more}")
+    return notes
 
 
-def _check_inputs(config, sources, shape: bert.BertConfig, reranker_shape: bert.BertConfig):
-    """Raises InputError unless the models have a position and a type for every token they will read."""
-    data = config.data
-    separate = config.model.passage_format == "title_sep_text"
-    for source, own, kinds, types in (
-        (sources.query, shape, ("query", "passage"), separate),
-        (sources.reranker, reranker_shape, ("pair",), True),
-    ):
-        longest = max(data[f"{kind}_length"] for kind in kinds)
-        path = source.folder / "config.json"
-        if longest > own.max_positions:
-            raise InputError(
-                f"config.data asks for inputs of {longest} tokens, but {path} has {own.max_positions} "
-                f"positions; lower {', '.join(f'{kind}_length' for kind in kinds)}"
-            )
-        if types and own.type_vocab_size < 2:
-            what = "config.model.passage_format title_sep_text" if len(kinds) > 1 else "a re-ranker"
-            raise InputError(
-                f"{path}: type_vocab_size is {own.type_vocab_size}, and {what} needs 2; use "
-                "title_text, or another model"
-            )
+def _check_inputs(
+    data: ml_collections.ConfigDict,
+    folder: pathlib.Path,
+    shape: bert.BertConfig,
+    kinds: tuple[str, ...],
+    types: bool,
+):
+    """Raises InputError unless a model has a position, and if asked for a type, for every token."""
+    longest, path = max(data[f"{kind}_length"] for kind in kinds), folder / "config.json"
+    if longest > shape.max_positions:
+        raise InputError(
+            f"config.data asks for inputs of {longest} tokens, but {path} has {shape.max_positions} "
+            f"positions; lower {', '.join(f'{kind}_length' for kind in kinds)}"
+        )
+    if types and shape.type_vocab_size < 2:
+        what = "config.model.passage_format title_sep_text" if len(kinds) > 1 else "a re-ranker"
+        raise InputError(
+            f"{path}: type_vocab_size is {shape.type_vocab_size}, and {what} needs 2; use "
+            "title_text, or another model"
+        )
 
 
-def open_tokenizer(opened: Opened) -> tokenise.Tokenizer:
+def _open_tokenizer(opened: Opened) -> tokenise.Tokenizer:
     """Reads the retriever's tokenizer, with the re-ranker's beside it where that is another.
 
     Raises:
@@ -144,6 +148,7 @@ def open_tokenizer(opened: Opened) -> tokenise.Tokenizer:
 
 
 def _load_tokenizer(source: released.Released, shape: bert.BertConfig) -> tokenise.Tokenizer:
+    """Reads the tokenizer of a model folder, which must lower-case if the folder says so."""
     tokenizer = tokenise.load_tokenizer(source.folder, shape.vocab_size)
     if source.lower and tokenizer.encode(["A"]) != tokenizer.encode(["a"]):
         raise InputError(
@@ -159,13 +164,13 @@ def _prompt(setting: str) -> str:
 
 
 def open_inputs(config: ml_collections.ConfigDict) -> tuple[Opened, tokenise.Tokenizer, Inputs]:
-    """Returns the models' folders, their tokenizer, and how the models read tokens.
+    """Opens the models of a config with their tokenizer, and how they read its tokens.
 
     Raises:
       InputError: the config or one of them cannot be used.
     """
     opened = open_models(config)
-    tokenizer, data, model = open_tokenizer(opened), opened.config.data, opened.config.model
+    tokenizer, data, model = _open_tokenizer(opened), opened.config.data, opened.config.model
     pairs = tokenizer.pairs or tokenizer
     inputs = Inputs(
         cls=tokenizer.cls,
@@ -190,18 +195,11 @@ def open_inputs(config: ml_collections.ConfigDict) -> tuple[Opened, tokenise.Tok
     return opened, tokenizer, inputs
 
 
-def read_shape(config, folder: pathlib.Path, own=None) -> bert.BertConfig:
-    """Returns the encoder of a model folder as the config has it computed, layers in a loop.
-
-    Args:
-      own: `config.model.reranker`, for the re-ranker's.
-
-    Raises:
-      InputError: the folder's config.json cannot be used.
-    """
-    model = config.model
-    own = own or model
-    return released.read_config(
+def _read_shape(
+    model: ml_collections.ConfigDict, own: ml_collections.ConfigDict, folder: pathlib.Path
+) -> bert.BertConfig:
+    """Returns a folder's encoder; `own` is the part of `config.model` for it; layers are in a loop."""
+    return hf_config.read_config(
         folder,
         num_layers=own.num_layers,
         dropout=own.dropout,
@@ -215,19 +213,19 @@ def read_shape(config, folder: pathlib.Path, own=None) -> bert.BertConfig:
 def resolve(
     config: ml_collections.ConfigDict, sources: released.Sources
 ) -> tuple[ml_collections.ConfigDict, list[str]]:
-    """Returns a copy of the config that says in full what it left to the folders, and what to tell.
+    """Returns a copy of the config with what it left to the folders, and notes for people.
 
-    Resolving what is resolved changes nothing. The notes tell of each setting that overrides a folder.
+    Resolving what is resolved changes nothing. Each setting that overrides a folder has a note.
 
     Raises:
       InputError: a folder says what is not understood, and the config does not override it.
     """
-    found, notes = config_lib.loads(config_lib.dumps(config)), []
+    resolved, notes = config_lib.loads(config_lib.dumps(config)), []
     query, passage, reranker = sources
-    model, data = found.model, found.data
+    model = resolved.model
 
-    def choose(group, key, left_open, said, source):
-        name = f"{'data' if group is data else 'model'}.{key}"
+    def choose(section: str, key: str, left_open: Any, said: Any, source: released.Released):
+        name, group = f"{section}.{key}", resolved[section]
         if group[key] == left_open:
             group[key] = said
             if said not in config_lib.CHOICES.get(name, (said,)):
@@ -239,15 +237,14 @@ def resolve(
             notes.append(f"config.{name} is {group[key]!r}, where {source.folder} has {said!r}")
 
     for key in ("pooling", "similarity", "passage_format"):
-        choose(model, key, "", getattr(query, key), query)
+        choose("model", key, "", getattr(query, key), query)
     for key, source in (("query_prompt", query), ("passage_prompt", passage)):
-        choose(model, key, "", getattr(source, key) or config_lib.NO_PROMPT, source)
-    choose(model, "scale", 0.0, COSINE_SCALE if model.similarity == "cosine" else 1.0, query)
+        choose("model", key, "", getattr(source, key) or config_lib.NO_PROMPT, source)
+    choose("model", "scale", 0.0, COSINE_SCALE if model.similarity == "cosine" else 1.0, query)
     given = model.num_layers
-    choose(model, "num_layers", 0, query.num_layers, query)
-    lengths = {"query": query, "passage": passage, "pair": reranker}
-    for kind, source in lengths.items():
-        choose(data, f"{kind}_length", 0, source.longest, source)
+    choose("model", "num_layers", 0, query.num_layers, query)
+    for kind, source in (("query", query), ("passage", passage), ("pair", reranker)):
+        choose("data", f"{kind}_length", 0, source.longest, source)
     own = model.reranker
     own.weights = own.weights or model.weights
     own.num_layers = own.num_layers or given or reranker.num_layers
@@ -259,4 +256,4 @@ def resolve(
     if own.dropout < 0:
         own.dropout = model.dropout
     described = [*query.notes, *passage.notes, *reranker.notes]
-    return found, list(dict.fromkeys([*described, *notes]))
+    return resolved, list(dict.fromkeys([*described, *notes]))

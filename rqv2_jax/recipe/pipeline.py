@@ -1,46 +1,36 @@
 """The recipe: prepare, retriever, retrieve, reranker, mine, joint, evaluate.
 
 Each stage reads and writes named artifacts of the workdir. A finished stage is skipped and an
-unfinished one resumes, so running the same command again is always right.
+unfinished one resumes, so running the same command again is always right. Shape suffixes: N labelled
+pairs or passages, L lists.
 """
 
-import contextlib
 import json
 import pathlib
 import shlex
 import shutil
 
-import jax
 import ml_collections
 import numpy as np
 import tqdm
 
-from rqv2_jax import artifacts, hosts, optional
-from rqv2_jax.data import collection, denoise, files, own_texts, tokenise, tokens
+from rqv2_jax import artifacts, hosts
 from rqv2_jax.data import lists as lists_lib
-from rqv2_jax.data.batches import BatchLayout, ListBatches
+from rqv2_jax.data import own_texts, tokenise, tokens
 from rqv2_jax.data.readers import joint_tsv
 from rqv2_jax.errors import InputError
 from rqv2_jax.recipe import evaluation, mining, results
-from rqv2_jax.recipe.evaluation import DEV_METRIC
-from rqv2_jax.recipe.workdir import (
-    Run,
-    alone,
-    begin,
-    begun,
-    claim,
-    finish_stage,
-    finished,
-    open_collection,
-    open_run,
-    open_store,
-    texts_of,
-)
+from rqv2_jax.recipe.claim import claim
+from rqv2_jax.recipe.dev import Dev
+from rqv2_jax.recipe.run import Run, open_run
+from rqv2_jax.recipe.scoreboard import check_metrics
+from rqv2_jax.recipe.stage import train_stage
+from rqv2_jax.recipe.texts import open_collection, open_store
+from rqv2_jax.recipe.workdir import alone, begun, finished
 from rqv2_jax.training import train
-from rqv2_jax.training.checkpoint import Checkpoints, best_step
 
 
-def main(config: ml_collections.ConfigDict, workdir: pathlib.Path):
+def main(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     """Runs every stage that is not finished.
 
     Raises:
@@ -60,8 +50,8 @@ def main(config: ml_collections.ConfigDict, workdir: pathlib.Path):
     )
 
 
-def warm_up(run: Run) -> tuple[tokens.Store, dict[str, lists_lib.Candidates]]:
-    """All stages before joint training: the token store and the candidates of the joint lists."""
+def warm_up(run: Run) -> tuple[tokens.Store, mining.Candidates]:
+    """Runs all stages before joint training; returns the token store and the candidates."""
     config = run.config
     tqdm.tqdm.write("prepare: tokenise the collection")
     store = prepare(run)
@@ -82,8 +72,10 @@ def warm_up(run: Run) -> tuple[tokens.Store, dict[str, lists_lib.Candidates]]:
     return store, candidates
 
 
-def finish(run: Run, store: tokens.Store, candidates: dict, indexes: tuple[str, ...]) -> dict:
-    """Joint training and the evaluation of every state on test; returns what results.json holds."""
+def finish(
+    run: Run, store: tokens.Store, candidates: mining.Candidates, indexes: tuple[str, ...]
+) -> dict:
+    """Trains jointly and evaluates every state on test; returns what results.json holds."""
     tqdm.tqdm.write("joint: dynamic listwise distillation")
     train_joint(run, store, candidates)
     tqdm.tqdm.write("evaluate: every model state on the test queries")
@@ -93,7 +85,7 @@ def finish(run: Run, store: tokens.Store, candidates: dict, indexes: tuple[str, 
 
 
 def prepare(run: Run) -> tokens.Store:
-    """The collection as a token store in `data/`.
+    """Makes the token store of the collection in `data/`.
 
     Raises:
       InputError: it cannot be used, or its test labels cannot give the metrics that are wanted.
@@ -112,7 +104,7 @@ def prepare(run: Run) -> tokens.Store:
 
     hosts.from_first(make)
     store = open_store(run)
-    evaluation.check_metrics(run, store, "test")
+    check_metrics(run.config.evaluate, store.splits["test"])
     counts = ", ".join(f"{len(q.ids)} {split}" for split, q in store.splits.items())
     tqdm.tqdm.write(f"  {len(store.passage_ids)} passages; queries: {counts}")
     for line in (*tokens.remarks(folder), *own_texts.remarks(store)):
@@ -124,207 +116,60 @@ def prepare(run: Run) -> tokens.Store:
     return store
 
 
-def stage_batches(
-    run: Run, store: tokens.Store, name: str, stage: train.Stage, lists: lists_lib.Lists
-) -> ListBatches:
-    """The batches that a training stage makes of its lists."""
-    shards = run.sharding.shards
-    layout = BatchLayout(
-        batch=run.config[name].batch,
-        shards=shards,
-        accumulate=stage.accumulate,
-        made_here=run.sharding.own_parts(shards * stage.accumulate),
-        max_blocks=run.config.packing.blocks,
-        flat=run.models.flat,
-    )
-    return ListBatches(
-        store,
-        store.splits["train"],
-        run.inputs,
-        lists,
-        layout,
-        models=stage.models,
-        in_batch=stage.in_batch,
-    )
-
-
-def _train_stage(
-    run: Run,
-    store: tokens.Store,
-    name: str,
-    params,
-    origin: str,
-    lists: lists_lib.Lists,
-    dev: evaluation.Dev,
-    *,
-    refresh_every: int = 0,
-    redraw=None,
-):
-    """Runs one training stage to its end, from its last checkpoint if there is one.
-
-    `origin` names `params`, which with the lists say whether a checkpoint is this training's.
-    Every `refresh_every` steps (0: never), `redraw(step, state, number)` gives that many lists, of
-    which the steps from `step` on are made; `state` may be a later one, of a run that resumes.
-    """
-    settings, stage = run.config[name], train.make_stage(run.config, run.models, name)
-
-    def make_batches(lists):
-        hosts.check_same(f"the lists of stage {name}", lists.query_rows_L, lists.passages_LxP)
-        return stage_batches(run, store, name, stage, lists)
-
-    folder, steps = run.workdir / name, len(lists.query_rows_L) // settings.batch
-    trained_on = f"{origin} {store.fingerprint}"
-    trained_on = artifacts.digest(trained_on, lists.query_rows_L, lists.passages_LxP)
-    done = finished(folder)
-    batches = None if done else make_batches(lists)
-    begin(folder, trained_on)
-    if done:
-        tqdm.tqdm.write(f"  done; best on dev at step {best_step(folder)} of {steps}")
-        return
-    with contextlib.ExitStack() as stack:
-        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(folder)))
-        optimizer = train.make_optimizer(run.config.optimizer, settings, steps, stage.rates)
-        state = checkpoints.restore_last(train.init_state(params, optimizer, run.sharding))
-        tf = optional.tensorflow("writing TensorBoard's events")
-        events = (
-            tf.summary.create_file_writer(str(folder))
-            if hosts.first()
-            else tf.summary.create_noop_writer()
-        )
-        stack.callback(events.close)
-
-        def write(step, terms):
-            with events.as_default(step):
-                for key, value in terms.items():
-                    tf.summary.scalar(key, value)
-            events.flush()
-            shown = "  ".join(f"{key} {value:.4g}" for key, value in terms.items())
-            tqdm.tqdm.write(f"  {name} {step}/{steps}  {shown}")
-
-        def evaluate(step, params):
-            scores = {model: getattr(dev, model)(tree) for model, tree in params.items()}
-            terms = {f"dev/{model} {DEV_METRIC}": score for model, score in scores.items()}
-            train.check_finite(name, step, terms)
-            write(step, terms)
-            mean = sum(scores.values()) / len(scores)
-            checkpoints.save_best(step, params, f"dev {DEV_METRIC}, mean of models", mean)
-
-        step_fn = train.make_step(stage.loss_fn, optimizer, run.sharding)
-        every = refresh_every or steps
-        # A process may have been killed between its last checkpoint and its word that this is the end.
-        start = int(state.step) // every * every if int(state.step) < steps else steps
-        for first in range(start, steps, every):
-            stop = min(first + every, steps)
-            if first > 0:
-                number = (stop - first) * settings.batch
-                batches = make_batches(redraw(first, state, number))
-            state = train.train(
-                state,
-                step_fn=step_fn,
-                batches=lambda step, b=batches, first=first: map(
-                    run.sharding.put_batch, b.stream(step - first)
-                ),
-                dropout_key=jax.random.key(run.config.seed),
-                total_steps=steps,
-                stop=stop,
-                stage=settings,
-                hooks=train.Hooks(evaluate, checkpoints.save_last, write),
-                name=name,
-            )
-    finish_stage(folder)
-    tqdm.tqdm.write(f"  best on dev at step {best_step(folder)} of {steps}")
-
-
-def train_retriever(run: Run, store: tokens.Store):
-    """Warm-up of the retriever: each labelled positive once an epoch, in-batch negatives."""
+def train_retriever(run: Run, store: tokens.Store) -> None:
+    """Warms up the retriever: each labelled positive once an epoch, in-batch negatives."""
     positives_2xN = store.splits["train"].positives()
 
-    def draw(epoch):
+    def draw(epoch: int) -> lists_lib.Lists:
         rng = np.random.default_rng([run.config.seed, epoch])
         queries_L, passages_L = positives_2xN[:, rng.permutation(positives_2xN.shape[1])]
         provenance_Lx1 = np.full((len(queries_L), 1), lists_lib.Provenance.LABELLED_POSITIVE)
         return lists_lib.Lists(queries_L, passages_L[:, None], provenance_Lx1)
 
-    _train_stage(
-        run,
-        store,
-        "retriever",
-        {"retriever": run.initial("retriever")},
-        run.weights_hash,
-        mining.epochs_of_lists(draw, run.config.retriever),
-        evaluation.Dev(run, store, None),
-    )
+    params = {"retriever": run.initial("retriever")}
+    lists = mining.epochs_of_lists(draw, run.config.retriever)
+    dev = Dev(run.config, run.forward, store, None)
+    train_stage(run, store, "retriever", params, run.weights_hash, lists, dev)
 
 
-def train_reranker(run: Run, store: tokens.Store, candidates: dict):
-    """Warm-up of the re-ranker on undenoised lists."""
-    _train_stage(
-        run,
-        store,
-        "reranker",
-        {"reranker": run.initial("reranker")},
-        run.weights_hash,
-        mining.draw_lists(run, store, candidates, "reranker"),
-        evaluation.Dev(run, store, candidates["dev"]),
-    )
+def train_reranker(run: Run, store: tokens.Store, candidates: mining.Candidates) -> None:
+    """Warms up the re-ranker on undenoised lists."""
+    params = {"reranker": run.initial("reranker")}
+    lists = mining.draw_lists(run.config, store, candidates, "reranker")
+    dev = Dev(run.config, run.forward, store, candidates["dev"])
+    train_stage(run, store, "reranker", params, run.weights_hash, lists, dev)
 
 
-def train_joint(run: Run, store: tokens.Store, candidates: dict):
-    """Joint training of both warmed-up models on hybrid lists."""
-    settings = run.config.joint
+def train_joint(run: Run, store: tokens.Store, candidates: mining.Candidates) -> None:
+    """Trains both warmed-up models jointly on hybrid lists."""
 
-    def forget():
-        if not any((run.workdir / "joint" / "last").glob("[0-9]*")):
-            # What an earlier training left, of which the checkpoints have been deleted.
-            for folder in [*run.workdir.glob("lists/joint.*"), run.workdir / "vectors/refreshed"]:
-                shutil.rmtree(folder, ignore_errors=True)
-
-    if not finished(run.workdir / "joint"):
-        hosts.from_first(forget)
-
-    def redraw(step, state, number):
+    def redraw(step: int, state: train.TrainState, number: int) -> lists_lib.Lists:
         tqdm.tqdm.write(f"  refresh: candidates by the models of step {step}")
         params = state.params if int(state.step) == step else None
-        found = mining.refresh(run, store, candidates, step, params)
-        return mining.draw_lists(run, store, found, "joint", number=number, step=step)
+        refreshed = mining.refresh(run, store, candidates, step, params)
+        part = {"number": number, "step": step}
+        return mining.draw_lists(run.config, store, refreshed, "joint", **part)
 
-    if settings.lists:
+    if not finished(run.workdir / "joint"):
+        hosts.from_first(lambda: _forget_refreshed(run.workdir))
+    if run.config.joint.lists:
         source, lists = mining.read_lists(run)
     else:
-        source, lists = store, mining.draw_lists(run, store, candidates, "joint")
-    _train_stage(
-        run,
-        source,
-        "joint",
-        {
-            "retriever": run.params("retriever", "retriever"),
-            "reranker": run.params("reranker", "reranker"),
-        },
-        " ".join(run.origin("reranker", model) for model in ("retriever", "reranker")),
-        lists,
-        evaluation.Dev(run, store, candidates["dev"]),
-        refresh_every=settings.refresh_every,
-        redraw=redraw,
-    )
+        source, lists = store, mining.draw_lists(run.config, store, candidates, "joint")
+    params = {m: run.params(state="reranker", model=m) for m in ("retriever", "reranker")}
+    origin, dev = mining.warmed_up(run), Dev(run.config, run.forward, store, candidates["dev"])
+    refreshing = run.config.joint.refresh_every > 0
+    train_stage(run, source, "joint", params, origin, lists, dev, redraw if refreshing else None)
 
 
-def _mined(run: Run) -> tuple[tokens.Store, dict, collection.Collection]:
-    """The token store, the candidates and the texts of a workdir that has finished mining.
-
-    Raises:
-      InputError: it has not, or the texts have changed since.
-    """
-    lists, share = run.workdir / "lists", run.config.joint.denoised_share
-    if not (lists / ("dev.scores" if share > 0 else "dev.retrieved.npz")).exists():
-        raise InputError(
-            f"{lists}: holds no candidates yet; run rqv2_jax.main up to joint training"
-        )
-    store = open_store(run)
-    texts = texts_of(run, store)
-    return store, mining.mine(run, store, mining.retrieve(run, store)), texts
+def _forget_refreshed(workdir: pathlib.Path):
+    """Deletes what an earlier joint training left whose checkpoints have been deleted."""
+    if not any((workdir / "joint" / "last").glob("[0-9]*")):
+        for folder in [*workdir.glob("lists/joint.*"), workdir / "vectors/refreshed"]:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
-def export_lists(run: Run, path: pathlib.Path):
+def export_lists(run: Run, path: pathlib.Path) -> None:
     """Writes the lists of joint training, as they were drawn, as a joint TSV file.
 
     Training deals them to batches by length.
@@ -338,72 +183,5 @@ def export_lists(run: Run, path: pathlib.Path):
                 f"{run.workdir}: config.joint.{setting} is {run.config.joint[setting]!r}, so its lists "
                 "were not all drawn from mined candidates; export those of another run"
             )
-    store, candidates, texts = _mined(run)
-    joint_tsv.write(path, mining.draw_lists(run, store, candidates, "joint"), texts)
-
-
-def denoise_report(run: Run, labels: str, samples: int) -> tuple[dict, list[dict]]:
-    """What denoising does with the scored candidates of a workdir, and some untrusted ones as text.
-
-    Args:
-      labels: qrels folder with more complete training labels, or "" where there are none; labels of
-        queries that were not trained on are left out.
-
-    Raises:
-      InputError: the candidates have not been scored, or there are no such labels.
-    """
-    data = run.config.data
-    if run.config.joint.denoised_share == 0:
-        raise InputError(
-            f"{run.workdir}: config.joint.denoised_share is 0, so no candidate has a score; run with "
-            "a share above 0"
-        )
-    if run.config.joint.lists:
-        raise InputError(
-            f"{run.workdir}: config.joint.lists is {run.config.joint.lists!r}, so no candidates were "
-            "scored for it; run without it"
-        )
-    if labels and data.dataset != "beir":
-        raise InputError(f"--labels: {data.dataset} has no other labels; leave the flag out")
-    store, candidates, texts = _mined(run)
-    training, dev = candidates["train"], mining.labelled_scores(store, candidates["dev"])
-    probability = lists_lib.calibrate(*dev)
-    queries = store.splits["train"]
-    positives_2xN = queries.positives()
-    fuller_2xN = None
-    if labels:
-        # All of the file: which queries were held out depends on the labels.
-        folder = pathlib.Path(data.path) / labels
-        if not folder.is_dir():
-            raise InputError(f"{folder}: no such qrels folder; add it or name another one")
-        fuller = files.labels(files.required(folder, "qrels", "train.tsv"))
-        query_rows, passage_rows = (
-            dict(zip(ids, range(len(ids)))) for ids in (queries.ids, store.passage_ids)
-        )
-        trained_on = (label for label in fuller if label.query_id in query_rows)
-        left = collection.Left()
-        query_N, passage_N, relevance_N = collection.check_qrels(
-            trained_on, query_rows, passage_rows, left
-        )
-        for line in left.lines():
-            tqdm.tqdm.write(f"{labels}: {line}")
-        fuller_2xN = np.stack([query_N, passage_N])[:, relevance_N > 0]
-    below, above = run.config.mine.negative_below, run.config.mine.positive_above
-    known = (training, positives_2xN, probability, len(store.passage_ids))
-    report = denoise.table(*known, chosen=(below, above), fuller_2xN=fuller_2xN)
-    report["dev"] = {"candidates": len(dev[1]), "labelled": int(dev[1].sum())}
-    shown = denoise.rejected(*known, negative_below=below, count=samples, seed=run.config.seed)
-    labelled = {query: passage for query, passage in positives_2xN.T[::-1].tolist()}
-    wanted = {row for query, passage, _ in shown for row in (passage, labelled[query])}
-    passages = texts.shown(wanted)
-    asked = {query for query, _, _ in shown}
-    asked = {row: q.text for row, q in enumerate(texts.queries("train")) if row in asked}
-    return report, [
-        {
-            "query": asked[query],
-            "labelled": passages[labelled[query]],
-            "candidate": passages[passage],
-            "probability": p,
-        }
-        for query, passage, p in shown
-    ]
+    store, candidates, texts = mining.mined(run)
+    joint_tsv.write(path, mining.draw_lists(run.config, store, candidates, "joint"), texts)

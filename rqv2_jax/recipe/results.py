@@ -1,4 +1,7 @@
-"""What results say in words: the table for people, the verdict, and which settings to look at."""
+"""Results in words: the table for people, the verdict, and which settings to look at.
+
+Shape suffixes: N passages or pairs of a sample.
+"""
 
 import dataclasses
 import textwrap
@@ -6,12 +9,13 @@ import textwrap
 import numpy as np
 
 from rqv2_jax.data import tokens
-from rqv2_jax.recipe.workdir import Run
+from rqv2_jax.data.inputs import Inputs
+from rqv2_jax.recipe.run import Run
 from rqv2_jax.training.checkpoint import best_step
 
 P_VALUE = 0.05
 WIDTH = 100
-# Of a corpus's tokens or of all training queries; less is not worth a word.
+# Share of a corpus's tokens or of all queries; less is not worth a word.
 NOTABLE = 0.01
 
 
@@ -57,7 +61,7 @@ def advice(run: Run, store: tokens.Store, worse: set, reachable: dict[str, float
     return [f"look at: {line}" for line in lines]
 
 
-def cut_by(run: Run, store: tokens.Store) -> dict[str, float]:
+def cut_by(inputs: Inputs, store: tokens.Store) -> dict[str, float]:
     """Returns the share of all tokens that each length of `config.data` cuts off, from a sample.
 
     Special tokens count. Pairs are of any test query with any passage.
@@ -71,19 +75,20 @@ def cut_by(run: Run, store: tokens.Store) -> dict[str, float]:
     }
     shares = {}
     for setting, lengths in measures.items():
-        whole_N = lengths(dataclasses.replace(run.inputs, **{setting: 2**30}))
-        shares[setting] = 1 - float(lengths(run.inputs).sum() / whole_N.sum())
+        full_N = lengths(dataclasses.replace(inputs, **{setting: 2**30}))
+        shares[setting] = 1 - float(lengths(inputs).sum() / full_N.sum())
     return shares
 
 
 def _truncation(run: Run, store: tokens.Store, models: set[str]) -> list[str]:
+    """Says which lengths cut off a notable share of what the models read."""
     read_by = {
         "query_length": ("queries", models),
         "passage_length": ("passages", models & {"retriever"}),
         "pair_length": ("pairs", models & {"reranker"}),
     }
     lines = []
-    for setting, share in cut_by(run, store).items():
+    for setting, share in cut_by(run.inputs, store).items():
         texts, readers = read_by[setting]
         if readers and share >= NOTABLE:
             value = run.config.data[setting]
@@ -97,7 +102,8 @@ def _training(run: Run, store: tokens.Store, worse: set) -> list[str]:
     """Says how few lists the kept checkpoints have seen."""
     labelled = len(np.unique(store.splits["train"].positives()[0]))
     lines = []
-    for stage in dict.fromkeys(run.trained_by(state, model) for state, model, _ in sorted(worse)):
+    stages = (run.trained_by(state=state, model=model) for state, model, _ in sorted(worse))
+    for stage in dict.fromkeys(stages):
         if stage == "zero_shot":
             continue
         step = best_step(run.workdir / stage)
@@ -116,7 +122,7 @@ def _training(run: Run, store: tokens.Store, worse: set) -> list[str]:
 
 
 def render(report: dict) -> str:
-    """The report as a table for people, at most `WIDTH` columns wide where names allow."""
+    """Returns the report as a table for people, at most `WIDTH` columns wide where names allow."""
     rows = report["rows"]
     lines = _table(rows)
     every = [{**row, **row["all_queries"]} for row in rows if "all_queries" in row]
@@ -143,7 +149,7 @@ def render(report: dict) -> str:
 
 
 def _table(rows: list[dict]) -> list[str]:
-    """Head and rows, once more for the metrics that do not fit into the width."""
+    """Returns head and rows, once more for the metrics that do not fit into the width."""
     columns = {column: [row[column] for row in rows] for column in ("state", "model", "index")}
     widths = {column: max(map(len, (column, *cells))) for column, cells in columns.items()}
     first = sum(widths.values()) + len(widths) - 1

@@ -3,6 +3,8 @@
 Example:
   scorer = score.open_scorer("workdir/quickstart", "joint")
   retriever_P, reranker_P = scorer("sort an array", [("numpy sort", "Return a sorted copy ...")])
+
+Shape suffixes: Q queries, P given passages, K passages found, R re-ranked of these, D vector size.
 """
 
 import dataclasses
@@ -13,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from rqv2_jax.data import tokens
-from rqv2_jax.recipe import evaluation
-from rqv2_jax.recipe.workdir import Run, open_workdir
+from rqv2_jax.recipe.claim import open_workdir
+from rqv2_jax.recipe.rankings import retrieve
+from rqv2_jax.recipe.run import Run
 from rqv2_jax.retrieval import encode, rerank
 
 
@@ -55,7 +58,7 @@ class Scorer:
 def open_scorer(
     workdir: str, state: str, *, weights: str = "", reranker_weights: str = ""
 ) -> Scorer:
-    """The models of a workdir in a state: "reranker" (both warmed up) or "joint".
+    """Opens the models of a workdir in a state: "reranker" (both warmed up) or "joint".
 
     Weights that have moved since are given as for `open_workdir`.
 
@@ -64,18 +67,18 @@ def open_scorer(
     """
     places = {"weights": weights, "reranker_weights": reranker_weights}
     run = open_workdir(pathlib.Path(workdir), **places)
-    return Scorer(run, run.params(state, "retriever"), run.params(state, "reranker"))
+    models = (run.params(state=state, model=model) for model in ("retriever", "reranker"))
+    return Scorer(run, *models)
 
 
 def search(
-    run: Run, store: tokens.Store, questions: Sequence[str], state: str, index: str, *, own_Q
-):
-    """What both models of a state of a run find for questions.
+    run: Run, store: tokens.Store, queries: tokens.Queries, *, state: str, index_name: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Searches for queries by both models of a state of a run.
 
     Args:
       state: "reranker" (both warmed up) or "joint".
-      index: "exact" or "scann".
-      own_Q: the row of a passage to ignore for each question, -1 for none.
+      index_name: "exact" or "scann".
 
     Returns:
       (passage rows [Q, K], retriever scores [Q, K], re-ranker scores [Q, R]), the best by the
@@ -84,11 +87,8 @@ def search(
     Raises:
       InputError: the state has not been reached.
     """
-    texts, rows_Q = run.tokenizer.texts(questions), np.arange(len(questions))
-    params = run.params(state, "reranker")
-    passages_QxK, retriever_QxK = evaluation.retrieve(
-        run, store, texts, rows_Q, state, index, np.asarray(own_Q)
-    )
-    top_QxR = passages_QxK[:, : run.config.evaluate.rerank_depth]
-    reranker_QxR = rerank.scores(run.forward, params, store, texts, rows_Q, top_QxR)
-    return passages_QxK, retriever_QxK, reranker_QxR
+    rows_Q, params = np.arange(len(queries.ids)), run.params(state=state, model="reranker")
+    how = {"state": state, "index_name": index_name}
+    passages_QxK, retriever_QxK = retrieve(run, store, queries, rows_Q, **how)
+    pairs = store, queries.texts, rows_Q, passages_QxK[:, : run.config.evaluate.rerank_depth]
+    return passages_QxK, retriever_QxK, rerank.scores(run.forward, params, *pairs)

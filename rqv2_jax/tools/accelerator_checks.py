@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rqv2_jax.models import ragged_attention
-from rqv2_jax.recipe.workdir import Run
+from rqv2_jax.recipe.run import Run
 from rqv2_jax.retrieval import encode, rerank, stream
 from rqv2_jax.tools.benchmarks import Texts, compiled_joint, joint_batches
 from rqv2_jax.training import sharding, train

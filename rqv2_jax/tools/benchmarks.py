@@ -22,8 +22,9 @@ from rqv2_jax.data import packing, tokens
 from rqv2_jax.data.batches import KINDS, ListBatches
 from rqv2_jax.errors import InputError
 from rqv2_jax.models import bert, random_model
-from rqv2_jax.recipe import pipeline
-from rqv2_jax.recipe.workdir import Run, open_collection, open_run
+from rqv2_jax.recipe.run import Run, open_run
+from rqv2_jax.recipe.stage import stage_batches
+from rqv2_jax.recipe.texts import open_collection
 from rqv2_jax.retrieval import encode, index, rerank, stream
 from rqv2_jax.tools import hlo, planning, rivals
 from rqv2_jax.training import train
@@ -101,7 +102,7 @@ def joint_batches(run: Run, texts: Texts, steps: int) -> ListBatches:
     """Returns the batches of so many joint steps, of lists of random passages."""
     joint, stage = run.config.joint, train.make_stage(run.config, run.models, "joint")
     lists = _lists(texts, steps * joint.batch, joint.list_size)
-    return pipeline.stage_batches(run, texts.store, "joint", stage, lists)
+    return stage_batches(run, texts.store, "joint", stage, lists)
 
 
 def peak(dtype: str) -> float:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from rqv2_jax.data.packing import Ragged
-from rqv2_jax.recipe.workdir import Run
+from rqv2_jax.recipe.run import Run
 
 # Sequences of a batch among which the rival's fastest is looked for on a GPU.
 GPU_BATCHES = (64, 256, 1024)

@@ -1,0 +1,192 @@
+"""Rankings of a split's queries: by the retriever of a model state, and by the floors.
+
+The floors are what training has to beat: BM25, and the starting retriever as its folder describes it.
+Shape suffixes: Q queries, K passages of a query, best first, D vector size.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable
+
+import numpy as np
+import tqdm
+
+from rqv2_jax import artifacts, hosts, optional
+from rqv2_jax.data import own_texts, tokens
+from rqv2_jax.errors import InputError
+from rqv2_jax.ranking import metrics
+from rqv2_jax.recipe.run import Run, as_released
+from rqv2_jax.recipe.texts import texts_of
+from rqv2_jax.retrieval import bm25, encode, index
+
+# Passage rows [Q, K] and scores [Q, K] of some queries.
+Ranking = tuple[np.ndarray, np.ndarray]
+
+
+def source_of(run: Run, store: tokens.Store, state: str) -> str:
+    """Names the corpus as the retriever of a state encodes it."""
+    return f"{run.origin(state=state, model='retriever')} {store.fingerprint}"
+
+
+def cached(path: pathlib.Path, source: str, search: Callable[[], Ranking | None]) -> Ranking | None:
+    """Returns a ranking as `artifacts.cached` keeps it; None, on the first host, for none."""
+
+    def compute():
+        ranking = search()
+        return {} if ranking is None else dict(zip(("passages", "scores"), ranking))
+
+    arrays = artifacts.cached(path, source, compute)
+    return (arrays["passages"], arrays["scores"]) if arrays else None
+
+
+def retrieve(
+    run: Run,
+    store: tokens.Store,
+    queries: tokens.Queries,
+    rows_Q: np.ndarray,
+    *,
+    state: str,
+    index_name: str,
+) -> Ranking | None:
+    """Returns what the retriever of a state finds for some of the queries, by "exact" or "scann".
+
+    K is `config.evaluate.retrieve_depth`. ScaNN searches on the first of several hosts; the others get
+    None.
+    """
+    settings, stage = run.config.evaluate, run.trained_by(state=state, model="retriever")
+    source, towers = source_of(run, store, state), run.params(state=state, model="retriever")
+    vectors = run.workdir / "vectors" / stage
+    shards = encode.corpus(run.forward, towers["passage"], store, vectors, source)
+    vectors_QxD = encode.queries(run.forward, towers["query"], queries.texts, rows_Q)
+    own_Q = own_texts.of_rows(queries, rows_Q)
+    depth = own_texts.deeper(settings.retrieve_depth, own_Q)
+    if index_name == "exact":
+        ranking = index.exact(vectors_QxD, shards, depth)
+    elif hosts.first():
+        folder = run.workdir / "index" / stage
+        searcher = index.build_scann(shards, settings.scann, depth, folder, source)
+        ranking = index.scann_search(searcher, vectors_QxD, depth)
+    else:
+        return None
+    # By the tie rule, so that the re-ranker's cut does not depend on the order of the corpus.
+    return own_texts.without(*metrics.sort_run(*ranking, store.passage_ids), own_Q)
+
+
+def retrieve_split(
+    run: Run, store: tokens.Store, split: str, rows_Q: np.ndarray, *, state: str, index_name: str
+) -> tuple[Ranking, dict[str, float]]:
+    """Returns what `retrieve` finds for queries of a split, kept in `eval/`, and ScaNN's recall."""
+    settings, queries = run.config.evaluate, store.splits[split]
+    stage = run.trained_by(state=state, model="retriever")
+    source = f"{source_of(run, store, state)} {queries.fingerprint} "
+    source += f"{settings.queries} {settings.retrieve_depth}"
+
+    def by(name: str, source: str) -> Ranking:
+        how = {"state": state, "index_name": name}
+        path = run.workdir / "eval" / f"{split}.{stage}.{name}.npz"
+        return cached(path, source, lambda: retrieve(run, store, queries, rows_Q, **how))
+
+    exact = by("exact", source)
+    if index_name == "exact":
+        return exact, {}
+    built_by = json.dumps(settings.scann.to_dict(), sort_keys=True)
+    approximate = by("scann", f"{source} {built_by}")
+    recalls = {
+        f"recall@{depth} against exact": index.recall(
+            approximate[0][:, :depth], exact[0][:, :depth]
+        )
+        for depth in (10, 100)
+    }
+    return approximate, recalls
+
+
+def _too_large(name: str, most: int, store: tokens.Store) -> bool:
+    """Says, in a line too, whether a floor is left out because there are too many passages."""
+    passages = len(store.passage_ids)
+    if passages > most:
+        tqdm.tqdm.write(
+            f"  {name}: left out, as {passages} passages are more than "
+            f"config.evaluate.{name}.most_passages, {most}"
+        )
+    return passages > most
+
+
+def _reading(run: Run) -> tuple:
+    """Returns what decides how the retriever of a run reads and scores texts."""
+    inputs = dataclasses.replace(run.inputs, pair_length=0, pair_cls=0, pair_sep=0)
+    return inputs, run.models.retriever, run.models.pooling, run.models.similarity
+
+
+def by_released(run: Run, store: tokens.Store, split: str, rows_Q: np.ndarray) -> Ranking | None:
+    """Returns what the starting retriever finds at its own length and similarity, by exact search.
+
+    None, with a line that says why, where it is left out.
+    """
+    queries, settings = store.splits[split], run.config.evaluate
+    if _too_large("released", settings.released.most_passages, store):
+        return None
+    try:
+        released = as_released(run)
+    except InputError as e:
+        tqdm.tqdm.write(f"  released: left out, as the folder cannot be read as it is ({e})")
+        return None
+    if _reading(released) == _reading(run):
+        where = {"state": "zero_shot", "index_name": "exact"}
+        return retrieve_split(run, store, split, rows_Q, **where)[0]
+    own_Q = own_texts.of_rows(queries, rows_Q)
+    source = f"released {run.weights_hash} {store.fingerprint} {_reading(released)} "
+
+    def search():
+        forward, length = released.forward, released.inputs.passage_length
+        tqdm.tqdm.write(f"  released: the starting model at {length} tokens")
+        towers, folder = released.initial("retriever"), run.workdir / "vectors" / "released"
+        shards = encode.corpus(forward, towers["passage"], store, folder, source)
+        vectors_QxD = encode.queries(forward, towers["query"], queries.texts, rows_Q)
+        depth = own_texts.deeper(settings.retrieve_depth, own_Q)
+        ranking = metrics.sort_run(*index.exact(vectors_QxD, shards, depth), store.passage_ids)
+        return own_texts.without(*ranking, own_Q)
+
+    asked = f"{source} {queries.fingerprint} {settings.retrieve_depth}"
+    path = run.workdir / "eval" / f"{split}.released.npz"
+    return cached(path, artifacts.digest(asked, rows_Q, own_Q), search)
+
+
+def by_bm25(run: Run, store: tokens.Store, split: str, rows_Q: np.ndarray) -> Ranking | None:
+    """Returns what BM25 finds; None, with a line that says why, where it is left out."""
+    settings, queries, titles = run.config.evaluate, store.splits[split], run.config.data.titles
+    if _too_large("bm25", settings.bm25.most_passages, store):
+        return None
+    try:
+        for package in bm25.PACKAGES:
+            optional.load(package, "the floor BM25")
+    except InputError as e:
+        tqdm.tqdm.write(f"  bm25: left out ({e})")
+        return None
+    own_Q = own_texts.of_rows(queries, rows_Q)
+
+    def search():
+        if not hosts.first():
+            return None
+        try:
+            texts = texts_of(run, store.fingerprint)
+        except InputError as e:
+            tqdm.tqdm.write(f"  bm25: left out, as the texts cannot be read ({e})")
+            return None
+        strings = queries.strings or tuple(query.text for query in texts.queries(split))
+        passages = (f"{p.title} {p.text}" if titles else p.text for p in texts.passages())
+        depth = own_texts.deeper(settings.retrieve_depth, own_Q)
+        ranking = bm25.search(passages, [strings[row] for row in rows_Q], depth, settings.bm25)
+        ranking = own_texts.without(*ranking, own_Q)
+        if (ranking[0] < 0).all():
+            tqdm.tqdm.write(
+                "  bm25: left out, as no query has a word of a passage; words are runs of two letters "
+                "or more, which does not do for languages written without spaces"
+            )
+            return None
+        return metrics.sort_run(*ranking, store.passage_ids)
+
+    method = json.dumps(bm25.described(settings.bm25), sort_keys=True)
+    source = f"{store.fingerprint} {queries.fingerprint} {method} {titles} "
+    source = artifacts.digest(source + str(settings.retrieve_depth), rows_Q, own_Q)
+    return cached(run.workdir / "eval" / f"{split}.bm25.npz", source, search)
