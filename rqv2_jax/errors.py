@@ -29,6 +29,10 @@ def readable(path: pathlib.Path, read: Callable[[], Any]) -> Any:
         # tqdm reads its settings when it is imported, so not before `hosts.start`.
         import tqdm
 
-        reason = " ".join(str(e).split())[:200] or type(e).__name__
-        tqdm.tqdm.write(f"{path}: cannot be read ({reason}); it is made again")
+        tqdm.tqdm.write(f"{path}: cannot be read ({one_line(e)}); it is made again")
         return None
+
+
+def one_line(error: Exception) -> str:
+    """Returns the message of an error as one short line."""
+    return " ".join(str(error).split())[:200] or type(error).__name__

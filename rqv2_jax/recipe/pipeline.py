@@ -36,7 +36,7 @@ from rqv2_jax.recipe.workdir import (
     open_store,
     texts_of,
 )
-from rqv2_jax.training import train
+from rqv2_jax.training import stages, train
 from rqv2_jax.training.checkpoint import Checkpoints, best_step
 
 
@@ -125,7 +125,7 @@ def prepare(run: Run) -> tokens.Store:
 
 
 def stage_batches(
-    run: Run, store: tokens.Store, name: str, stage: train.Stage, lists: lists_lib.Lists
+    run: Run, store: tokens.Store, name: str, stage: stages.Stage, lists: lists_lib.Lists
 ) -> ListBatches:
     """The batches that a training stage makes of its lists."""
     shards = run.sharding.shards
@@ -163,7 +163,7 @@ def _train_stage(
     Every `refresh_every` steps (0: never), `redraw(step, state, number)` gives that many lists, of
     which the steps from `step` on are made; `state` may be a later one, of a run that resumes.
     """
-    settings, stage = run.config[name], train.make_stage(run.config, run.models, name)
+    settings, stage = run.config[name], stages.make_stage(run.config, run.models, name)
 
     def make_batches(lists):
         hosts.check_same(f"the lists of stage {name}", lists.query_rows_L, lists.passages_LxP)
