@@ -106,10 +106,7 @@ def barrier() -> None:
 
 
 def share(count: int) -> range:
-    """Returns the numbers below `count` that fall to this process; some may be too high.
-
-    All processes get equally many.
-    """
+    """Returns this process's share of `count` numbers; shares are equal, so some may be too high."""
     processes = jax.process_count()
     return range(jax.process_index(), -(-count // processes) * processes, processes)
 

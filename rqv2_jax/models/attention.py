@@ -17,7 +17,7 @@ import numpy as np
 from rqv2_jax.data.packing import Block
 from rqv2_jax.errors import InputError
 from rqv2_jax.models import ragged_attention
-from rqv2_jax.models.ragged_attention import MASKED, Spans
+from rqv2_jax.models.ragged_attention import MASKED, Arrays, Spans
 
 
 class Rows(NamedTuple):
@@ -78,11 +78,7 @@ def _rows(block: Block, first_only: bool) -> Rows:
 
 
 def by_rows(
-    name: str,
-    projections: tuple[jax.Array, ...],
-    views: tuple[Rows, ...],
-    heads: int,
-    dropout: Callable[[jax.Array], jax.Array],
+    name: str, projections: Arrays, views: tuple[Rows, ...], heads: int, dropout: Callable
 ) -> jax.Array:
     """Returns each query's weighted mean of the values of its sequence [A, D].
 
@@ -103,27 +99,20 @@ def by_rows(
     arrays = zip(*map(jnp.split, (q_AxD, k_NxD, v_NxD), (asking_ends, ends, ends)))
     outputs = []
     for (rows, _, asking, length), view, qkv in zip(shapes, views, arrays):
-        q_RxAxHxK, k_RxTxHxK, v_RxTxHxK = (
-            x.reshape(rows, -1, heads, x.shape[1] // heads) for x in qkv
-        )
+        qkv = tuple(x.reshape(rows, -1, heads, x.shape[1] // heads) for x in qkv)
         # First tokens alone are little work, and cuDNN takes no odd number of them.
-        if name == "plain" or asking != length:
-            y_RxAxHxK = _plain(q_RxAxHxK, k_RxTxHxK, v_RxTxHxK, view, dropout)
-        else:
-            y_RxAxHxK = _fused(name, q_RxAxHxK, k_RxTxHxK, v_RxTxHxK, view)
+        plain = name == "plain" or asking != length
+        y_RxAxHxK = _plain(qkv, view, dropout) if plain else _fused(name, qkv, view)
         outputs.append(y_RxAxHxK.reshape(rows * asking, -1))
     return jnp.concatenate(outputs)
 
 
-def _fused(
-    name: str, q_RxAxHxK: jax.Array, k_RxTxHxK: jax.Array, v_RxTxHxK: jax.Array, view: Rows
-) -> jax.Array:
+def _fused(name: str, qkv: Arrays, view: Rows) -> jax.Array:
     # Lengths alone where a row holds one sequence: a bias costs its gradient in every layer.
     if view.length_R is None:
-        mask = {"bias": view.bias_Rx1xAxT.astype(q_RxAxHxK.dtype)}
+        mask = {"bias": view.bias_Rx1xAxT.astype(qkv[0].dtype)}
     else:
         mask = dict.fromkeys(("query_seq_lengths", "key_value_seq_lengths"), view.length_R)
-    qkv = q_RxAxHxK, k_RxTxHxK, v_RxTxHxK
     return jax.nn.dot_product_attention(*qkv, **mask, implementation=name)
 
 
@@ -139,13 +128,8 @@ def _exp_jvp(dtype: jnp.dtype, primals: tuple, tangents: tuple) -> tuple[jax.Arr
     return y, y * tangents[0].astype(dtype)
 
 
-def _plain(
-    q_RxAxHxK: jax.Array,
-    k_RxTxHxK: jax.Array,
-    v_RxTxHxK: jax.Array,
-    view: Rows,
-    dropout: Callable[[jax.Array], jax.Array],
-) -> jax.Array:
+def _plain(qkv: Arrays, view: Rows, dropout: Callable) -> jax.Array:
+    q_RxAxHxK, k_RxTxHxK, v_RxTxHxK = qkv
     dtype, size = q_RxAxHxK.dtype, q_RxAxHxK.shape[-1]
     # Heads in front of tokens and keys already transposed: plain batched products, which XLA's CPU
     # backend runs faster than any other order of the axes.

@@ -10,18 +10,19 @@ from ml_collections import ConfigDict
 from safetensors.numpy import save_file
 
 from rqv2_jax.data.tokens import TOKENIZER_FILES
-from rqv2_jax.models import bert, sbert
+from rqv2_jax.models import sbert
+from rqv2_jax.models.bert import BertConfig, Params
 from rqv2_jax.models.files import TENSORS
-from rqv2_jax.models.hf_config import FIELDS
+from rqv2_jax.models.hf_config import KEYS
 from rqv2_jax.models.weights import EMBEDDINGS, LAYERS
 
 
 def save_encoder(
     folder: pathlib.Path,
     source: pathlib.Path,
-    config: bert.BertConfig,
-    params: bert.Params,
-    head: bert.Params | None = None,
+    config: BertConfig,
+    params: Params,
+    head: Params | None = None,
 ) -> None:
     """Writes a folder that transformers opens: an encoder and its tokenizer.
 
@@ -37,7 +38,7 @@ def save_encoder(
     described = {
         "model_type": "bert",
         "architectures": ["BertForSequenceClassification" if classifier else "BertModel"],
-        **{key: getattr(config, field) for key, field in FIELDS.items()},
+        **{key: getattr(config, field) for key, (field, _) in KEYS.items()},
     }
     prefix = ""
     if classifier:
@@ -70,7 +71,7 @@ def save_encoder(
             shutil.copy(source / name, folder / name)
 
 
-def _vector(head: bert.Params, prefix: str) -> dict[str, np.ndarray]:
+def _vector(head: Params, prefix: str) -> dict[str, np.ndarray]:
     kernel_D, bias = np.asarray(head["kernel"]), np.asarray(head["bias"])
     return {f"{prefix}.weight": kernel_D[None], f"{prefix}.bias": bias[None]}
 

@@ -8,35 +8,22 @@ from rqv2_jax.errors import InputError
 from rqv2_jax.models import bert
 from rqv2_jax.models.files import read_json
 
-# The defaults of transformers' BertConfig, for keys that a `config.json` leaves out.
-DEFAULTS = {
-    "vocab_size": 30522,
-    "hidden_size": 768,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "intermediate_size": 3072,
-    "max_position_embeddings": 512,
-    "type_vocab_size": 2,
-    "layer_norm_eps": 1e-12,
-    "hidden_act": "gelu",
-    "initializer_range": 0.02,
+# Keys of `config.json`: the field of `BertConfig`, and the default in transformers' BertConfig.
+KEYS = {
+    "vocab_size": ("vocab_size", 30522),
+    "hidden_size": ("hidden_size", 768),
+    "num_hidden_layers": ("num_layers", 12),
+    "num_attention_heads": ("num_heads", 12),
+    "intermediate_size": ("intermediate_size", 3072),
+    "max_position_embeddings": ("max_positions", 512),
+    "type_vocab_size": ("type_vocab_size", 2),
+    "layer_norm_eps": ("layer_norm_eps", 1e-12),
+    "hidden_act": ("activation", "gelu"),
+    "hidden_dropout_prob": ("dropout", 0.1),
+    "attention_probs_dropout_prob": ("dropout", 0.1),
+    "initializer_range": ("initializer_range", 0.02),
 }
-
-# Keys of `config.json` -> fields of `BertConfig`.
-FIELDS = {
-    "vocab_size": "vocab_size",
-    "hidden_size": "hidden_size",
-    "num_hidden_layers": "num_layers",
-    "num_attention_heads": "num_heads",
-    "intermediate_size": "intermediate_size",
-    "max_position_embeddings": "max_positions",
-    "type_vocab_size": "type_vocab_size",
-    "layer_norm_eps": "layer_norm_eps",
-    "hidden_act": "activation",
-    "hidden_dropout_prob": "dropout",
-    "attention_probs_dropout_prob": "dropout",
-    "initializer_range": "initializer_range",
-}
+DEFAULTS = {key: default for key, (_, default) in KEYS.items()}
 
 
 def read_architecture(folder: pathlib.Path) -> dict[str, Any]:
@@ -49,10 +36,8 @@ def read_architecture(folder: pathlib.Path) -> dict[str, Any]:
     hf = read_json(path)
     named = hf.get("architectures") or [""]
     kind = hf.get("model_type")
-    if kind is None:
-        kind = next(
-            (k for k in ("bert", "ernie") if re.match(f"{k}(Model|For)", named[0], re.I)), None
-        )
+    if kind is None and (match := re.match("(bert|ernie)(Model|For)", named[0], re.I)):
+        kind = match[1].lower()
     if kind not in ("bert", "ernie"):
         raise InputError(f"{path}: model_type is {kind!r}; only 'bert' and 'ernie' are understood")
     if hf.get("position_embedding_type") not in (None, "absolute"):
@@ -74,9 +59,8 @@ def read_config(folder: pathlib.Path, *, num_layers: int, **chosen: Any) -> bert
     """
     path = folder / "config.json"
     hf = read_architecture(folder)
-    chosen["num_layers"] = num_layers
-    shape = {field: hf[key] for key, field in FIELDS.items() if field not in chosen}
-    config = bert.BertConfig(**shape, **chosen)
+    shape = {field: hf[key] for key, (field, _) in KEYS.items()}
+    config = bert.BertConfig(**{**shape, **chosen, "num_layers": num_layers})
     available = hf["num_hidden_layers"]
     if config.hidden_size % config.num_heads:
         raise InputError(

@@ -9,19 +9,13 @@ import numpy as np
 
 from rqv2_jax.data.packing import Block
 from rqv2_jax.models import bert, exported
+from rqv2_jax.models.hf_config import KEYS
 
-# Devlin et al. 2019, and ERNIE 2.0 base.
+# BERT base (Devlin et al. 2019), with the four types of ERNIE 2.0 base.
 BASE = {
-    "vocab_size": 30522,
-    "hidden_size": 768,
-    "num_heads": 12,
-    "intermediate_size": 3072,
-    "max_positions": 512,
-    "type_vocab_size": 4,
-    "layer_norm_eps": 1e-12,
-    "activation": "gelu",
-    "initializer_range": 0.02,
+    field: default for field, default in KEYS.values() if field not in ("num_layers", "dropout")
 }
+BASE["type_vocab_size"] = 4
 # The shapes by name, with their number of layers: those of BERT base, of all-MiniLM-L6-v2 and of the
 # smallest BERT of Turc et al. 2019.
 SHAPES = {

@@ -17,7 +17,7 @@ from rqv2_jax.models.hf_config import read_architecture
 
 @dataclasses.dataclass(frozen=True)
 class Released:
-    """The settings of a released model.
+    """The settings of a released model; by default those of RocketQAv2's, an encoder and nothing else.
 
     `folder` holds config.json, tensors and tokenizer; `pooling` and `similarity` may be names that are
     not understood. `longest` is the most tokens of an input. `lower` says that texts are lower-cased
@@ -26,16 +26,16 @@ class Released:
     """
 
     folder: pathlib.Path
-    pooling: str
-    similarity: str
-    query_prompt: str
-    passage_prompt: str
-    passage_format: str
     longest: int
     num_layers: int
-    lower: bool
-    head: sbert.Head | str | None
-    notes: tuple[str, ...]
+    pooling: str = "cls"
+    similarity: str = "dot"
+    query_prompt: str = ""
+    passage_prompt: str = ""
+    passage_format: str = "title_sep_text"
+    lower: bool = False
+    head: sbert.Head | str | None = None
+    notes: tuple[str, ...] = ()
 
 
 class Sources(NamedTuple):
@@ -80,9 +80,8 @@ def read(folder: pathlib.Path) -> Released:
     if not (encoder / "config.json").is_file():
         raise InputError(f"{encoder / 'config.json'}: missing; copy the model's own config.json")
     tensor_files(encoder)
-    hf = read_architecture(encoder)
+    hf, settings = read_architecture(encoder), {}
     longest = described.longest(hf["max_position_embeddings"])
-    model = plain(encoder, num_layers=hf["num_hidden_layers"], longest=longest)
     if described.is_retriever:
         pooling, include_prompt = described.pooling()
         prompts = described.prompts()
@@ -92,31 +91,14 @@ def read(folder: pathlib.Path) -> Released:
                 "understood; use another model"
             )
         own = described.settings.get(sbert.OWN_KEY, {})
-        model = dataclasses.replace(
-            model,
-            pooling=pooling,
-            similarity=described.similarity(),
-            query_prompt=prompts["query"],
-            passage_prompt=prompts["passage"],
-            passage_format=own.get("passage_format", "title_text"),
-        )
-    head = described.head(hf)
-    lower = bool(described.transformer["do_lower_case"])
-    return dataclasses.replace(model, head=head, lower=lower, notes=tuple(described.notes))
-
-
-def plain(folder: pathlib.Path, *, num_layers: int, longest: int) -> Released:
-    """Returns the settings of a folder with an encoder and nothing else, which RocketQAv2's are."""
-    return Released(
-        folder=folder,
-        pooling="cls",
-        similarity="dot",
-        query_prompt="",
-        passage_prompt="",
-        passage_format="title_sep_text",
-        longest=longest,
-        num_layers=num_layers,
-        lower=False,
-        head=None,
-        notes=(),
-    )
+        settings = {
+            "pooling": pooling,
+            "similarity": described.similarity(),
+            "query_prompt": prompts["query"],
+            "passage_prompt": prompts["passage"],
+            "passage_format": own.get("passage_format", "title_text"),
+        }
+    settings["head"] = described.head(hf)
+    settings["lower"] = bool(described.transformer["do_lower_case"])
+    layers, notes = hf["num_hidden_layers"], tuple(described.notes)
+    return Released(encoder, longest, layers, **settings, notes=notes)

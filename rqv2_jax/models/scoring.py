@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from rqv2_jax.data.packing import Block, Packed
 from rqv2_jax.models import bert
+from rqv2_jax.models.bert import Params
 
 # Shorter vectors are not lengthened to 1.
 SHORTEST = 1e-12
@@ -52,9 +53,7 @@ class Models:
         changed = {k: dataclasses.replace(config, **changes) for k, config in encoders.items()}
         return dataclasses.replace(self, **changed)
 
-    def vectors(
-        self, params: bert.Params, packed: Packed, key: jax.Array | None = None
-    ) -> jax.Array:
+    def vectors(self, params: Params, packed: Packed, key: jax.Array | None = None) -> jax.Array:
         """Returns one tower's vectors [N, D] in float32, not scaled; `key` is that of dropout."""
         vectors_NxD = self._pooled(params, packed, key)
         if self.similarity == "dot":
@@ -62,7 +61,7 @@ class Models:
         squares_Nx1 = jnp.sum(vectors_NxD**2, axis=1, keepdims=True)
         return vectors_NxD * jax.lax.rsqrt(jnp.maximum(squares_Nx1, SHORTEST**2))
 
-    def _pooled(self, params: bert.Params, packed: Packed, key: jax.Array | None) -> jax.Array:
+    def _pooled(self, params: Params, packed: Packed, key: jax.Array | None) -> jax.Array:
         if self.pooling == "cls":
             return _first_states(self.retriever, params, packed, key)
         states = bert.states(self.retriever, params, packed.blocks, key).astype(jnp.float32)
@@ -72,7 +71,7 @@ class Models:
         return jnp.concatenate([_means(*part) for part in parts])[packed.slot_N]
 
     def reranker_scores(
-        self, params: bert.Params, packed: Packed, key: jax.Array | None = None
+        self, params: Params, packed: Packed, key: jax.Array | None = None
     ) -> jax.Array:
         """Returns the re-ranker's logit for every pair [N], in float32."""
         config, head = self.reranker, params["head"]
@@ -88,7 +87,7 @@ class Models:
 
 
 def _first_states(
-    config: bert.BertConfig, params: bert.Params, packed: Packed, key: jax.Array | None
+    config: bert.BertConfig, params: Params, packed: Packed, key: jax.Array | None
 ) -> jax.Array:
     """Returns the hidden state of every sequence's first token [N, D] in float32."""
     states = bert.first_states(config, params, packed.blocks, key)
@@ -120,7 +119,7 @@ def retriever_scores(query_BxD: jax.Array, passage_BPxD: jax.Array) -> jax.Array
     )
 
 
-def init_reranker(encoder: bert.Params, config: bert.BertConfig, key: jax.Array) -> bert.Params:
+def init_reranker(encoder: Params, config: bert.BertConfig, key: jax.Array) -> Params:
     """Adds a new linear head to an encoder: normal with BERT's standard deviation, bias 0."""
     kernel_D = jax.random.normal(key, (config.hidden_size,)) * config.initializer_range
     return {"encoder": encoder, "head": {"kernel": kernel_D, "bias": jnp.zeros(())}}

@@ -28,25 +28,23 @@ PASSAGES_PER_TILE = 2**15
 # Passages that ScaNN's leaves are trained on, at most.
 SAMPLED = 250_000
 
+Arrays = tuple[jax.Array, jax.Array]
+
 
 def _merge(
-    queries_QxD: jax.Array,
-    tile_NxD: jax.Array,
-    first: int,
-    count: int,
-    best_QxK: jax.Array,
-    rows_QxK: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
+    queries_QxD: jax.Array, tile_NxD: jax.Array, first: int, count: int, best: Arrays
+) -> Arrays:
     """Returns the best K of a tile's first `count` passages and of the best so far: scores and rows."""
+    best_QxK, rows_QxK = best
     # Accelerators would round the factors to fewer bits.
     scores_QxN = jnp.matmul(queries_QxD, tile_NxD.T, precision="highest")
     numbers_N = jnp.arange(len(tile_NxD))
     scores_QxN = jnp.where(numbers_N < count, scores_QxN, -jnp.inf)
     depth = best_QxK.shape[1]
     top, numbers = jax.lax.top_k(scores_QxN, min(depth, len(tile_NxD)))
-    best, chosen = jax.lax.top_k(jnp.concatenate([best_QxK, top], axis=1), depth)
+    best_QxK, chosen = jax.lax.top_k(jnp.concatenate([best_QxK, top], axis=1), depth)
     all_rows = jnp.concatenate([rows_QxK, numbers + first], axis=1)
-    return best, jnp.take_along_axis(all_rows, chosen, axis=1)
+    return best_QxK, jnp.take_along_axis(all_rows, chosen, axis=1)
 
 
 @functools.cache
@@ -57,12 +55,12 @@ def _on_devices(devices: tuple[jax.Device, ...]) -> tuple[Callable, NamedShardin
     merge = jax.shard_map(
         _merge,
         mesh=mesh,
-        in_specs=(split, whole, whole, whole, split, split),
+        in_specs=(split, whole, whole, whole, split),
         out_specs=(split, split),
         check_vma=False,
     )
     shardings = NamedSharding(mesh, split), NamedSharding(mesh, whole)
-    return jax.jit(merge, donate_argnums=(4, 5)), *shardings
+    return jax.jit(merge, donate_argnums=4), *shardings
 
 
 def _tiles(shards: list[np.ndarray], tile: int) -> Iterator[tuple[int, int, np.ndarray]]:
@@ -111,7 +109,7 @@ def exact(
             tile = jax.device_put(vectors, whole)
             # Waits for the tile before, so that at most two lie on the devices.
             jax.block_until_ready(best)
-            best = [merge(part, tile, row, count, *top) for part, top in zip(queries, best)]
+            best = [merge(part, tile, row, count, top) for part, top in zip(queries, best)]
             bar.update(count)
         parts = [[np.asarray(x) for x in kind] for kind in zip(*best)]
     scores_QxK, rows_QxK = (hosts.join(x).reshape(-1, depth)[: len(queries_QxD)] for x in parts)

@@ -279,7 +279,7 @@ def _models(config, machine, report) -> tuple[ml_collections.ConfigDict, models_
     except InputError as error:
         report(f"planned with the shape of BERT base, because {error}")
         base_shape, base_layers = random_model.SHAPES["bert-base"]
-        base = released.plain(
+        base = released.Released(
             pathlib.Path("BERT base"), num_layers=base_layers, longest=base_shape["max_positions"]
         )
         config, _ = opening.resolve(config, released.Sources(base, base, base))

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+from jax import Array
 from ml_collections import ConfigDict
 
 from rqv2_jax.models import losses
@@ -19,13 +20,13 @@ CPU_TOKENS = 10_000
 
 Batch = dict[str, Any]
 # Joins the shards' arrays along axis 0.
-Gather = Callable[[jax.Array], jax.Array]
-Loss = tuple[jax.Array, dict[str, jax.Array]]
+Gather = Callable[[Array], Array]
+Loss = tuple[Array, dict[str, Array]]
 
 
 def _vectors(
-    models: Models, params: Params, batch: Batch, query_key: jax.Array, passage_key: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+    models: Models, params: Params, batch: Batch, query_key: Array, passage_key: Array
+) -> tuple[Array, Array]:
     """Returns the batch's queries [B, D], scaled, and passages [B*P, D] by the two towers.
 
     The scale is in the queries, so that it counts in every loss term.
@@ -34,9 +35,7 @@ def _vectors(
     return queries_BxD, models.vectors(params["passage"], batch["passages"], passage_key)
 
 
-def _in_batch(
-    queries_BxD: jax.Array, passages_NxD: jax.Array, batch: Batch, gather: Gather
-) -> jax.Array:
+def _in_batch(queries_BxD: Array, passages_NxD: Array, batch: Batch, gather: Gather) -> Array:
     """Returns the listwise cross-entropy of each query over all passages of the global batch."""
     return losses.listwise(
         gather(queries_BxD) @ gather(passages_NxD).T,
@@ -46,7 +45,7 @@ def _in_batch(
 
 
 def retriever_loss(
-    models: Models, params: Params, batch: Batch, key: jax.Array, gather: Gather
+    models: Models, params: Params, batch: Batch, key: Array, gather: Gather
 ) -> Loss:
     """Computes cross-entropy over the batch; passages that are no positive of a query are negatives."""
     vectors = _vectors(models, params["retriever"], batch, *jax.random.split(key))
@@ -54,9 +53,7 @@ def retriever_loss(
     return loss, {"loss": loss}
 
 
-def reranker_loss(
-    models: Models, params: Params, batch: Batch, key: jax.Array, gather: Gather
-) -> Loss:
+def reranker_loss(models: Models, params: Params, batch: Batch, key: Array, gather: Gather) -> Loss:
     """Computes the listwise cross-entropy of the re-ranker (paper eq. 5)."""
     positive_BxP, where_BxP = gather(batch["positive"]), gather(batch["where"])
     scores_N = gather(models.reranker_scores(params["reranker"], batch["pairs"], key))
@@ -65,12 +62,7 @@ def reranker_loss(
 
 
 def joint_loss(
-    models: Models,
-    settings: Mapping[str, Any],
-    params: Params,
-    batch: Batch,
-    key: jax.Array,
-    gather: Gather,
+    models: Models, settings: Mapping, params: Params, batch: Batch, key: Array, gather: Gather
 ) -> Loss:
     """Adds weighted KL, supervised and in-batch terms of both models' scores of the same lists.
 

@@ -19,6 +19,7 @@ from rqv2_jax.models.bert import Params
 from rqv2_jax.training.sharding import Sharding
 
 Terms = dict[str, Any]  # of a loss, by name
+Optimizer = optax.GradientTransformation
 
 
 class TrainState(NamedTuple):
@@ -34,7 +35,7 @@ def make_optimizer(
     stage: ConfigDict,
     total_steps: int,
     rates: Mapping[str, float] = MappingProxyType({}),
-) -> optax.GradientTransformation:
+) -> Optimizer:
     """Returns Adam with decoupled weight decay (none on biases and norms) after clipping the norm.
 
     `rates` are the models' multiples of the stage's learning rate, 1 where there is none. Models with
@@ -70,9 +71,7 @@ def make_optimizer(
     )
 
 
-def init_state(
-    params: Params, optimizer: optax.GradientTransformation, sharding: Sharding
-) -> TrainState:
+def init_state(params: Params, optimizer: Optimizer, sharding: Sharding) -> TrainState:
     """Returns the state of step 0; the optimizer's is made on the devices, sharded as the params."""
     params = sharding.put_params(params)
     opt_shapes = jax.eval_shape(optimizer.init, params)
@@ -82,11 +81,11 @@ def init_state(
 
 def train_step(
     state: TrainState,
-    batch: dict[str, Any],
+    batch: Any,
     dropout_key: jax.Array,
     *,
     grad_fn: Callable,
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
 ) -> tuple[TrainState, Terms]:
     """Makes one update. The dropout key of step s is a function of (dropout_key, s) alone.
 
@@ -101,9 +100,7 @@ def train_step(
     return TrainState(state.step + 1, params, opt_state), terms
 
 
-def make_step(
-    loss_fn: Callable, optimizer: optax.GradientTransformation, sharding: Sharding
-) -> Callable[..., tuple[TrainState, Terms]]:
+def make_step(loss_fn: Callable, optimizer: Optimizer, sharding: Sharding) -> Callable:
     """Returns `train_step` compiled for the mesh; the state it is given is donated."""
     step = partial(train_step, grad_fn=sharding.value_and_grad(loss_fn), optimizer=optimizer)
     return jax.jit(step, donate_argnums=0)
@@ -177,7 +174,7 @@ class _Log:
 def train(
     state: TrainState,
     *,
-    step_fn: Callable[..., tuple[TrainState, Terms]],
+    step_fn: Callable,
     batches: Callable[[int], Iterator],
     dropout_key: jax.Array,
     total_steps: int,
@@ -192,6 +189,7 @@ def train(
     saved, the terms of all steps are checked.
 
     Args:
+      step_fn: from `make_step`.
       batches: `batches(first_step)` gives the device batches from that step on.
       stage: the stage's settings (`log_every`, `evaluate_every`, `save_every`, `batch`).
       name: of the stage; shown on the progress bar.
