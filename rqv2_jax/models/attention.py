@@ -13,11 +13,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from rqv2_jax.data.packing import Block
 from rqv2_jax.errors import InputError
 from rqv2_jax.models import ragged_attention
 from rqv2_jax.models.ragged_attention import MASKED, Arrays, Spans
+
+Blocks = tuple[Block, ...]
 
 
 class Rows(NamedTuple):
@@ -26,8 +29,8 @@ class Rows(NamedTuple):
     Rows without tokens have the length 1, as softmax needs a key.
     """
 
-    bias_Rx1xAxT: jax.Array
-    length_R: jax.Array | None
+    bias_Rx1xAxT: Array
+    length_R: Array | None
 
 
 def implementation(choice: str, platform: str, head_sizes: Iterable[int]) -> str:
@@ -50,9 +53,7 @@ def implementation(choice: str, platform: str, head_sizes: Iterable[int]) -> str
     return "ragged" if platform == "gpu" and fits else "plain"
 
 
-def views(
-    name: str, blocks: tuple[Block, ...], *, first_only: bool = False
-) -> Spans | tuple[Rows, ...]:
+def views(name: str, blocks: Blocks, *, first_only: bool = False) -> Spans | tuple[Rows, ...]:
     """Returns the keys that each query sees: `Spans` for "ragged", else `Rows` of each block.
 
     With `first_only`, only the first token of each sequence is a query.
@@ -79,7 +80,7 @@ def _rows(block: Block, first_only: bool) -> Rows:
 
 def by_rows(
     name: str, projections: Arrays, views: tuple[Rows, ...], heads: int, dropout: Callable
-) -> jax.Array:
+) -> Array:
     """Returns each query's weighted mean of the values of its sequence [A, D].
 
     Args:
@@ -107,7 +108,7 @@ def by_rows(
     return jnp.concatenate(outputs)
 
 
-def _fused(name: str, qkv: Arrays, view: Rows) -> jax.Array:
+def _fused(name: str, qkv: Arrays, view: Rows) -> Array:
     # Lengths alone where a row holds one sequence: a bias costs its gradient in every layer.
     if view.length_R is None:
         mask = {"bias": view.bias_Rx1xAxT.astype(qkv[0].dtype)}
@@ -117,18 +118,18 @@ def _fused(name: str, qkv: Arrays, view: Rows) -> jax.Array:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _exp(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+def _exp(x: Array, dtype: jnp.dtype) -> Array:
     """Returns exp of float32 in `dtype`: the gradient keeps no float32 copy of its own."""
     return jnp.exp(x).astype(dtype)
 
 
 @_exp.defjvp
-def _exp_jvp(dtype: jnp.dtype, primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+def _exp_jvp(dtype: jnp.dtype, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
     y = _exp(*primals, dtype)
     return y, y * tangents[0].astype(dtype)
 
 
-def _plain(qkv: Arrays, view: Rows, dropout: Callable) -> jax.Array:
+def _plain(qkv: Arrays, view: Rows, dropout: Callable) -> Array:
     q_RxAxHxK, k_RxTxHxK, v_RxTxHxK = qkv
     dtype, size = q_RxAxHxK.dtype, q_RxAxHxK.shape[-1]
     # Heads in front of tokens and keys already transposed: plain batched products, which XLA's CPU

@@ -14,10 +14,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from rqv2_jax.data.packing import Block
 from rqv2_jax.models import attention, ragged_attention
+from rqv2_jax.models.attention import Blocks
 from rqv2_jax.models.dropout import survive
 
 # Nested by module; the leaves are arrays.
@@ -79,13 +80,13 @@ class Dropout(nn.Module):
     deterministic: bool
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Array) -> Array:
         if self.deterministic or self.rate == 0:
             return x
         return drop(x, self.rate, self.make_rng("dropout"))
 
 
-def drop(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
+def drop(x: Array, rate: float, key: Array) -> Array:
     """Zeroes a share `rate` of the values and scales the others up."""
     start, factor = jax.random.bits(key, (2,), jnp.uint32)
     index = jax.lax.iota(jnp.uint32, x.size).reshape(x.shape)
@@ -101,13 +102,8 @@ class Embeddings(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        tokens_N: jax.Array,
-        types_N: jax.Array,
-        positions_N: jax.Array,
-        *,
-        deterministic: bool,
-    ) -> jax.Array:
+        self, tokens_N: Array, types_N: Array, positions_N: Array, *, deterministic: bool
+    ) -> Array:
         c = self.config
         init = nn.initializers.normal(c.initializer_range)
 
@@ -132,7 +128,7 @@ class Projections(nn.Module):
     config: BertConfig
 
     @nn.compact
-    def __call__(self, x_NxD: jax.Array, asking_AxD: jax.Array) -> tuple[jax.Array, ...]:
+    def __call__(self, x_NxD: Array, asking_AxD: Array) -> tuple[Array, ...]:
         c = self.config
         size = c.hidden_size
         init = nn.initializers.normal(c.initializer_range)
@@ -157,17 +153,17 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_NxD: jax.Array, views: Any, asking_AxD: jax.Array | None = None
-    ) -> tuple[jax.Array, None]:
+        self, x_NxD: Array, views: Any, asking_AxD: Array | None = None
+    ) -> tuple[Array, None]:
         c = self.config
         asking_AxD = x_NxD if asking_AxD is None else asking_AxD
 
-        def dense(x: jax.Array, features: int, name: str) -> jax.Array:
+        def dense(x: Array, features: int, name: str) -> Array:
             init = nn.initializers.normal(c.initializer_range)
             layer = nn.Dense(features, dtype=c.dtype, kernel_init=init, name=name)
             return checkpoint_name(layer(x), KEPT)
 
-        def add_norm(x: jax.Array, y: jax.Array, name: str) -> jax.Array:
+        def add_norm(x: Array, y: Array, name: str) -> Array:
             norm = nn.LayerNorm(epsilon=c.layer_norm_eps, name=name)
             return norm((x + self._dropout(y)).astype(jnp.float32)).astype(c.dtype)
 
@@ -177,10 +173,10 @@ class Layer(nn.Module):
         y_AxF = ACTIVATIONS[c.activation](dense(x_AxD, c.intermediate_size, "intermediate"))
         return add_norm(x_AxD, dense(y_AxF, c.hidden_size, "output"), "norm_2"), None
 
-    def _dropout(self, x: jax.Array) -> jax.Array:
+    def _dropout(self, x: Array) -> Array:
         return Dropout(self.config.dropout, self.deterministic)(x)
 
-    def _attend(self, projections: tuple[jax.Array, ...], views: Any) -> jax.Array:
+    def _attend(self, projections: tuple[Array, ...], views: Any) -> Array:
         c = self.config
         if c.attention != "ragged":
             return attention.by_rows(c.attention, projections, views, c.num_heads, self._dropout)
@@ -202,7 +198,7 @@ class Encoder(nn.Module):
     config: BertConfig
 
     @nn.compact
-    def __call__(self, blocks: tuple[Block, ...], *, deterministic: bool) -> jax.Array:
+    def __call__(self, blocks: Blocks, *, deterministic: bool) -> Array:
         c = self.config
         flat = (
             jnp.concatenate([x.reshape(-1) for x in part]) for part in zip(*(b[:3] for b in blocks))
@@ -232,25 +228,21 @@ def _remat(policy: str, *, in_loop: bool) -> type[Layer]:
     return nn.remat(Layer, policy=REMAT[policy], prevent_cse=not in_loop)
 
 
-def states(
-    config: BertConfig, params: Params, blocks: tuple[Block, ...], key: jax.Array | None
-) -> jax.Array:
+def states(config: BertConfig, params: Params, blocks: Blocks, key: Array | None) -> Array:
     """Returns the last layer's hidden states of all tokens [N, D]; without `key` nothing is dropped."""
     rngs = {} if key is None else {"dropout": key}
     encoder = Encoder(config)
     return encoder.apply({"params": params}, blocks, deterministic=key is None, rngs=rngs)
 
 
-def by_block(x_NxD: jax.Array, blocks: tuple[Block, ...]) -> list[jax.Array]:
+def by_block(x_NxD: Array, blocks: Blocks) -> list[Array]:
     """Splits the states of all tokens into those of each block [R, T, D]."""
     ends = np.cumsum([block.sequence_RxT.size for block in blocks])[:-1]
     parts = zip(jnp.split(x_NxD, ends), blocks)
     return [part.reshape(*block.sequence_RxT.shape, -1) for part, block in parts]
 
 
-def first_states(
-    config: BertConfig, params: Params, blocks: tuple[Block, ...], key: jax.Array | None
-) -> jax.Array:
+def first_states(config: BertConfig, params: Params, blocks: Blocks, key: Array | None) -> Array:
     """Returns the last layer's hidden state of each sequence's first token, as `states` does.
 
     [R * S of all blocks, D], in the order of the blocks' `first_RxS`. The last layer computes its

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
@@ -37,7 +38,7 @@ LOG2E = 1.4426950408889634
 # Finite: -inf gives NaN gradients in a softmax row that is masked throughout.
 MASKED = -1e9
 
-Arrays = tuple[jax.Array, ...]
+Arrays = tuple[Array, ...]
 # A Pallas reference to an array in the device's memory.
 Ref = Any
 
@@ -49,10 +50,10 @@ class Spans(NamedTuple):
     queries visits, `queries_2xC` the first and one past the last tile of queries for a tile of keys.
     """
 
-    start_A: jax.Array
-    end_A: jax.Array
-    keys_2xG: jax.Array
-    queries_2xC: jax.Array
+    start_A: Array
+    end_A: Array
+    keys_2xG: Array
+    queries_2xC: Array
 
 
 def tile_of(queries: int, keys: int) -> int:
@@ -60,7 +61,7 @@ def tile_of(queries: int, keys: int) -> int:
     return QUERIES if queries == keys else FEW
 
 
-def token_spans(sequence_N: jax.Array) -> tuple[jax.Array, jax.Array]:
+def token_spans(sequence_N: Array) -> tuple[Array, Array]:
     """Returns the first key and one past the last key that each token sees, both [N].
 
     Args:
@@ -76,7 +77,7 @@ def token_spans(sequence_N: jax.Array) -> tuple[jax.Array, jax.Array]:
     return start_N, end_N
 
 
-def spans(start_A: jax.Array, end_A: jax.Array, real_A: jax.Array, keys: int) -> Spans:
+def spans(start_A: Array, end_A: Array, real_A: Array, keys: int) -> Spans:
     """Returns the `Spans` of queries that see `start_A` to `end_A` of `keys` keys; none if not real."""
     # Empty spans keep their start, so that the ends still ascend.
     end_A = jnp.where(real_A, end_A, start_A)
@@ -109,25 +110,23 @@ class _Shape(NamedTuple):
         return self.key_column + self.heads * self.size
 
 
-def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
+def _dot(a: Array, b: Array) -> Array:
     # float32 factors would be rounded to 10 bits.
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return jnp.dot(a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _part(ref: Ref, tile: jax.Array, count: int, column: jax.Array, size: int) -> jax.Array:
+def _part(ref: Ref, tile: Array, count: int, column: Array, size: int) -> Array:
     """Returns a tile's rows of `size` columns."""
     return triton.load(ref.at[pl.ds(tile * count, count), pl.ds(column, size)])
 
 
-def _row(ref: Ref, tile: jax.Array, count: int, *lead: jax.Array) -> jax.Array:
+def _row(ref: Ref, tile: Array, count: int, *lead: Array) -> Array:
     """Returns a tile's part of a row."""
     return triton.load(ref.at[(*lead, pl.ds(tile * count, count))])
 
 
-def _seen(
-    shape: _Shape, span_refs: tuple[Ref, Ref], query_tile: jax.Array, key_tile: jax.Array
-) -> Arrays:
+def _seen(shape: _Shape, span_refs: tuple[Ref, Ref], query_tile: Array, key_tile: Array) -> Arrays:
     """Returns the queries' first keys [q], the keys' numbers [k] and which queries see which [q, k]."""
     start_q, end_q = (_row(ref, query_tile, shape.tile) for ref in span_refs)
     key_k = key_tile * KEYS + jnp.arange(KEYS)
@@ -135,9 +134,7 @@ def _seen(
     return start_q, key_k, seen_qxk
 
 
-def _dropped(
-    shape: _Shape, x_qxk: jax.Array, seed_ref: Ref, place: Arrays, seen: Arrays
-) -> jax.Array:
+def _dropped(shape: _Shape, x_qxk: Array, seed_ref: Ref, place: Arrays, seen: Arrays) -> Array:
     """Drops out weights: the same ones whenever query, key and head are the same.
 
     Args:
@@ -160,7 +157,7 @@ def _forward_kernel(shape: _Shape, *arrays: Ref) -> None:
     column = head * shape.size
     q_qxK = _part(q, tile, shape.tile, column, shape.size)
 
-    def step(key_tile: jax.Array, carry: Arrays) -> Arrays:
+    def step(key_tile: Array, carry: Arrays) -> Arrays:
         out_qxK, top_q, sum_q = carry
         k_kxK = _part(kv, key_tile, KEYS, shape.key_column + column, shape.size)
         v_kxK = _part(kv, key_tile, KEYS, shape.value_column + column, shape.size)
@@ -186,9 +183,7 @@ def _forward_kernel(shape: _Shape, *arrays: Ref) -> None:
     triton.store(log_sum.at[head, rows], top_q + jnp.log2(sum_q))
 
 
-def _pulled_back(
-    shape: _Shape, refs: list[Ref], place: Arrays, parts: Arrays
-) -> tuple[jax.Array, jax.Array]:
+def _pulled_back(shape: _Shape, refs: list[Ref], place: Arrays, parts: Arrays) -> Arrays:
     """Returns the weights after dropout and the logits' gradient, both [q, k].
 
     Args:
@@ -214,7 +209,7 @@ def _query_gradient_kernel(shape: _Shape, *arrays: Ref) -> None:
     column = head * shape.size
     q_qxK, back_qxK = (_part(x, tile, shape.tile, column, shape.size) for x in (q, back))
 
-    def step(key_tile: jax.Array, total_qxK: jax.Array) -> jax.Array:
+    def step(key_tile: Array, total_qxK: Array) -> Array:
         k_kxK = _part(kv, key_tile, KEYS, shape.key_column + column, shape.size)
         v_kxK = _part(kv, key_tile, KEYS, shape.value_column + column, shape.size)
         parts, place = (q_qxK, k_kxK, v_kxK, back_qxK), (head, tile, key_tile)
@@ -235,7 +230,7 @@ def _key_gradient_kernel(shape: _Shape, *arrays: Ref) -> None:
     k_kxK = _part(kv, tile, KEYS, shape.key_column + column, shape.size)
     v_kxK = _part(kv, tile, KEYS, shape.value_column + column, shape.size)
 
-    def step(query_tile: jax.Array, totals: Arrays) -> Arrays:
+    def step(query_tile: Array, totals: Arrays) -> Arrays:
         key_kxK, value_kxK = totals
         q_qxK, back_qxK = (_part(x, query_tile, shape.tile, column, shape.size) for x in (q, back))
         parts, place = (q_qxK, k_kxK, v_kxK, back_qxK), (head, query_tile, tile)
@@ -252,9 +247,7 @@ def _key_gradient_kernel(shape: _Shape, *arrays: Ref) -> None:
         triton.store(ref.at[rows, pl.ds(column, shape.size)], total_kxK.astype(ref.dtype))
 
 
-def _call(
-    kernel: Callable, shape: _Shape, tiles: int, outputs: tuple, *arrays: jax.Array
-) -> Arrays:
+def _call(kernel: Callable, shape: _Shape, tiles: int, outputs: tuple, *arrays: Array) -> Arrays:
     """Runs a kernel for every tile and head over whole arrays."""
 
     def on(interpret: bool) -> Callable:
@@ -280,7 +273,7 @@ def _shape_of(projections: Arrays, heads: int, rate: float, longest: int) -> _Sh
     return _Shape(heads, width // heads, len(q), len(kv), tile, key_column, rate, longest)
 
 
-def _forward(shape: _Shape, projections: Arrays, spans: Spans, seed_2: jax.Array) -> Arrays:
+def _forward(shape: _Shape, projections: Arrays, spans: Spans, seed_2: Array) -> Arrays:
     q, kv = projections[0], projections[-1]
     outputs = (
         jax.ShapeDtypeStruct((shape.queries, shape.heads * shape.size), q.dtype),
@@ -293,8 +286,8 @@ def _forward(shape: _Shape, projections: Arrays, spans: Spans, seed_2: jax.Array
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def attend(
-    projections: Arrays, spans: Spans, seed_2: jax.Array, heads: int, rate: float, longest: int
-) -> jax.Array:
+    projections: Arrays, spans: Spans, seed_2: Array, heads: int, rate: float, longest: int
+) -> Array:
     """Returns each query's mean of the values it sees, weighted by the softmax of its logits [A, D].
 
     Args:
@@ -310,16 +303,14 @@ def attend(
 
 
 def _attend_forward(
-    projections: Arrays, spans: Spans, seed_2: jax.Array, *static: Any
-) -> tuple[jax.Array, tuple]:
+    projections: Arrays, spans: Spans, seed_2: Array, *static: Any
+) -> tuple[Array, tuple]:
     outputs = _forward(_shape_of(projections, *static), projections, spans, seed_2)
     out_AxD, log_sum_HxA = (checkpoint_name(x, KEPT) for x in outputs)
     return out_AxD, (projections, spans, seed_2, out_AxD, log_sum_HxA)
 
 
-def _attend_backward(
-    heads: int, rate: float, longest: int, kept: tuple, back_AxD: jax.Array
-) -> tuple[Arrays, None, None]:
+def _attend_backward(heads: int, rate: float, longest: int, kept: tuple, back_AxD: Array) -> tuple:
     projections, spans, seed_2, out_AxD, log_sum_HxA = kept
     q, kv = projections[0], projections[-1]
     shape = _shape_of(projections, heads, rate, longest)
@@ -327,7 +318,7 @@ def _attend_backward(
     delta_HxA = products_AxD.reshape(shape.queries, heads, shape.size).sum(axis=-1).T
     start_A, end_A, keys_2xG, queries_2xC = spans
 
-    def call(kernel: Callable, tiles: int, rows: int, count: int, bounds: jax.Array) -> Arrays:
+    def call(kernel: Callable, tiles: int, rows: int, count: int, bounds: Array) -> Arrays:
         output = jax.ShapeDtypeStruct((rows, heads * shape.size), q.dtype)
         arrays = (seed_2, start_A, end_A, log_sum_HxA, delta_HxA, bounds, q, kv, back_AxD)
         return _call(kernel, shape, tiles, (output,) * count, *arrays)

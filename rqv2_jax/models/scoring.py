@@ -17,10 +17,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from rqv2_jax.data.packing import Block, Packed
 from rqv2_jax.models import bert
-from rqv2_jax.models.bert import Params
+from rqv2_jax.models.bert import BertConfig, Params
 
 # Shorter vectors are not lengthened to 1.
 SHORTEST = 1e-12
@@ -35,8 +36,8 @@ class Models:
     `head` is "linear", or "pooler" with BERT's dense layer and tanh before the linear one.
     """
 
-    retriever: bert.BertConfig
-    reranker: bert.BertConfig
+    retriever: BertConfig
+    reranker: BertConfig
     pooling: str
     similarity: str
     scale: float
@@ -53,7 +54,7 @@ class Models:
         changed = {k: dataclasses.replace(config, **changes) for k, config in encoders.items()}
         return dataclasses.replace(self, **changed)
 
-    def vectors(self, params: Params, packed: Packed, key: jax.Array | None = None) -> jax.Array:
+    def vectors(self, params: Params, packed: Packed, key: Array | None = None) -> Array:
         """Returns one tower's vectors [N, D] in float32, not scaled; `key` is that of dropout."""
         vectors_NxD = self._pooled(params, packed, key)
         if self.similarity == "dot":
@@ -61,7 +62,7 @@ class Models:
         squares_Nx1 = jnp.sum(vectors_NxD**2, axis=1, keepdims=True)
         return vectors_NxD * jax.lax.rsqrt(jnp.maximum(squares_Nx1, SHORTEST**2))
 
-    def _pooled(self, params: Params, packed: Packed, key: jax.Array | None) -> jax.Array:
+    def _pooled(self, params: Params, packed: Packed, key: Array | None) -> Array:
         if self.pooling == "cls":
             return _first_states(self.retriever, params, packed, key)
         states = bert.states(self.retriever, params, packed.blocks, key).astype(jnp.float32)
@@ -70,9 +71,7 @@ class Models:
         parts = zip(packed.blocks, bert.by_block(states, packed.blocks))
         return jnp.concatenate([_means(*part) for part in parts])[packed.slot_N]
 
-    def reranker_scores(
-        self, params: Params, packed: Packed, key: jax.Array | None = None
-    ) -> jax.Array:
+    def reranker_scores(self, params: Params, packed: Packed, key: Array | None = None) -> Array:
         """Returns the re-ranker's logit for every pair [N], in float32."""
         config, head = self.reranker, params["head"]
         first_NxD = _first_states(config, params["encoder"], packed, key)
@@ -86,15 +85,13 @@ class Models:
         return first_NxD @ head["kernel"] + head["bias"]
 
 
-def _first_states(
-    config: bert.BertConfig, params: Params, packed: Packed, key: jax.Array | None
-) -> jax.Array:
+def _first_states(config: BertConfig, params: Params, packed: Packed, key: Array | None) -> Array:
     """Returns the hidden state of every sequence's first token [N, D] in float32."""
     states = bert.first_states(config, params, packed.blocks, key)
     return states[packed.slot_N].astype(jnp.float32)
 
 
-def _means(block: Block, states_RxTxD: jax.Array) -> jax.Array:
+def _means(block: Block, states_RxTxD: Array) -> Array:
     """Returns the mean state of each sequence [R * S, D] of a block."""
     number_RxS = jnp.take_along_axis(block.sequence_RxT, block.first_RxS, axis=1)
     own_RxSxT = (number_RxS[:, :, None] == block.sequence_RxT[:, None]).astype(jnp.float32)
@@ -103,7 +100,7 @@ def _means(block: Block, states_RxTxD: jax.Array) -> jax.Array:
     return (sums_RxSxD / own_RxSxT.sum(-1, keepdims=True)).reshape(-1, states_RxTxD.shape[-1])
 
 
-def _flat_means(packed: Packed, states_TxD: jax.Array) -> jax.Array:
+def _flat_means(packed: Packed, states_TxD: Array) -> Array:
     """Returns the mean state of each sequence [N, D] of a flat row."""
     count, sequence_T = len(packed.slot_N), packed.blocks[0].sequence_RxT[0]
     # Padding's number is out of range, so it is left out.
@@ -112,14 +109,14 @@ def _flat_means(packed: Packed, states_TxD: jax.Array) -> jax.Array:
     return total(states_TxD) / jnp.maximum(lengths_N, 1)[:, None]
 
 
-def retriever_scores(query_BxD: jax.Array, passage_BPxD: jax.Array) -> jax.Array:
+def retriever_scores(query_BxD: Array, passage_BPxD: Array) -> Array:
     """Scores each query with its list's passages [B, P]: those from b*P to (b+1)*P - 1 for list b."""
     return jnp.einsum(
         "bd,bpd->bp", query_BxD, passage_BPxD.reshape(len(query_BxD), -1, query_BxD.shape[-1])
     )
 
 
-def init_reranker(encoder: Params, config: bert.BertConfig, key: jax.Array) -> Params:
+def init_reranker(encoder: Params, config: BertConfig, key: Array) -> Params:
     """Adds a new linear head to an encoder: normal with BERT's standard deviation, bias 0."""
     kernel_D = jax.random.normal(key, (config.hidden_size,)) * config.initializer_range
     return {"encoder": encoder, "head": {"kernel": kernel_D, "bias": jnp.zeros(())}}

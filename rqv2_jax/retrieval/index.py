@@ -29,6 +29,7 @@ PASSAGES_PER_TILE = 2**15
 SAMPLED = 250_000
 
 Arrays = tuple[jax.Array, jax.Array]
+Ranked = tuple[np.ndarray, np.ndarray]  # rows and scores
 
 
 def _merge(
@@ -76,9 +77,7 @@ def _tiles(shards: list[np.ndarray], tile: int) -> Iterator[tuple[int, int, np.n
             row += count
 
 
-def exact(
-    queries_QxD: np.ndarray, shards: list[np.ndarray], depth: int
-) -> tuple[np.ndarray, np.ndarray]:
+def exact(queries_QxD: np.ndarray, shards: list[np.ndarray], depth: int) -> Ranked:
     """Returns the `depth` passages with the largest dot products, best first; all if there are fewer.
 
     Works tile by tile, so no array of queries times passages ever exists. Every passage is read once,
@@ -171,7 +170,7 @@ def build_scann(
 
 def scann_search(
     searcher: Any, queries_QxD: np.ndarray, depth: int, leaves: int | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+) -> Ranked:
     """Searches as `exact`, approximately; row -1 and score -inf where ScaNN finds fewer passages.
 
     Searches `leaves` leaves, or as many as the searcher was built for.

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tqdm
+from jax import Array
 from jax.tree_util import tree_map_with_path
 from ml_collections import ConfigDict
 
@@ -25,7 +26,7 @@ Optimizer = optax.GradientTransformation
 class TrainState(NamedTuple):
     """All that changes from step to step; arrays only. `params` is keyed by model."""
 
-    step: jax.Array
+    step: Array
     params: Params
     opt_state: Any
 
@@ -50,7 +51,7 @@ def make_optimizer(
         warmup = optax.linear_schedule(0.0, stage.learning_rate, stage.warmup_steps)
         schedule = optax.join_schedules([warmup, schedule], [stage.warmup_steps])
 
-    def decays(path: tuple, _: jax.Array) -> bool:
+    def decays(path: tuple, _: Array) -> bool:
         return path[-1].key not in ("bias", "scale")
 
     def scale(updates: Params, _: Params) -> Params:
@@ -82,7 +83,7 @@ def init_state(params: Params, optimizer: Optimizer, sharding: Sharding) -> Trai
 def train_step(
     state: TrainState,
     batch: Any,
-    dropout_key: jax.Array,
+    dropout_key: Array,
     *,
     grad_fn: Callable,
     optimizer: Optimizer,
@@ -134,39 +135,28 @@ class _Log:
 
     def __init__(self, stage: ConfigDict, name: str, log: Callable[[int, dict[str, float]], None]):
         self.stage, self.name, self.log = stage, name, log
-        self.unread: list[tuple[int, Terms]] = []
-        self.window: list[Terms] = []
-        # The last step of a full window, whose terms are logged once the next step is dispatched.
-        self.full: int | None = None
-        self.started = time.monotonic()
+        self.started, self.step, self.window = time.monotonic(), 0, []
 
     def add(self, step: int, terms: Terms) -> None:
-        """Takes a dispatched step's terms; checks those of the step before, and logs if it is time."""
-        self.unread.append((step, terms))
-        self.check(but=1)
-        if self.full is not None:
-            self._write(self.full)
-        self.window.append(terms)
-        self.full = step if step % self.stage.log_every == 0 else None
-
-    def check(self, *, but: int = 0) -> None:
-        """Waits for all steps but the last `but`; raises InputError if a term is not finite."""
-        while len(self.unread) > but:
-            step, terms = self.unread.pop(0)
-            check_finite(self.name, step, jax.device_get(terms))
-
-    def finish(self, step: int) -> None:
-        """Checks all terms and logs the rest."""
+        """Takes a dispatched step's terms; checks the step before, and logs if it was time to."""
         self.check()
-        if self.window:
-            self._write(step)
+        if self.window and self.step % self.stage.log_every == 0:
+            self.write()
+        self.step = step
+        self.window.append(terms)
 
-    def _write(self, step: int) -> None:
+    def check(self) -> None:
+        """Waits for the last step; raises InputError if one of its terms is not finite."""
+        if self.window:
+            check_finite(self.name, self.step, jax.device_get(self.window[-1]))
+
+    def write(self) -> None:
+        """Logs the means of the terms since the last log."""
         means = jax.tree.map(lambda *x: float(np.mean(x)), *jax.device_get(self.window))
         # Only now have the steps been computed; before, they had been dispatched.
         now = time.monotonic()
         rate = len(self.window) * self.stage.batch / (now - self.started)
-        self.log(step, {**means, "lists_per_second": rate})
+        self.log(self.step, {**means, "lists_per_second": rate})
         self.started, self.window = now, []
 
 
@@ -176,7 +166,7 @@ def train(
     *,
     step_fn: Callable,
     batches: Callable[[int], Iterator],
-    dropout_key: jax.Array,
+    dropout_key: Array,
     total_steps: int,
     stage: ConfigDict,
     hooks: Hooks,
@@ -214,7 +204,8 @@ def train(
             state, terms = step_fn(state, next(stream), dropout_key)
             log.add(step + 1, terms)
             bar.update()
-        log.finish(stop)
+        log.check()
+        log.write()
         if stop == total_steps:
             hooks.evaluate(stop, state.params)
         hooks.save(stop, state)
