@@ -84,16 +84,21 @@ def digest(source: str, *arrays: np.ndarray) -> str:
     return hashed.hexdigest()
 
 
-def write_arrays(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
-    """Writes an .npz file, which gets its name when it is complete."""
+def write(path: pathlib.Path, save: Callable[[pathlib.Path], None]) -> None:
+    """Saves a file in the first process; it gets its name when it is complete."""
 
-    def write() -> None:
+    def save_and_rename() -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.stem}.partial.npz")
-        np.savez(partial, **arrays)
+        partial = path.with_name(f"{path.stem}.partial{path.suffix}")
+        save(partial)
         os.replace(partial, path)
 
-    hosts.from_first(write)
+    hosts.from_first(save_and_rename)
+
+
+def write_arrays(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
+    """Writes an .npz file."""
+    write(path, lambda partial: np.savez(partial, **arrays))
 
 
 def write_text(path: pathlib.Path, text: str) -> None:

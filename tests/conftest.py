@@ -299,7 +299,7 @@ def stepper(world, first_batch, optimizer_settings, stage_settings):
         if (name, data, fsdp, accumulate) not in made:
             sharding = sharding_lib.make(data, fsdp)
             loss_fn, models, _ = world.loss(name, accumulate=accumulate)
-            optimizer = train.make_optimizer(optimizer_settings, stage_settings(), 10)
+            optimizer = train.make_optimizer(optimizer_settings, stage_settings(), 10, {})
             params = {model: world.params[model] for model in models}
             made[name, data, fsdp, accumulate] = (
                 train.make_step(loss_fn, optimizer, sharding),

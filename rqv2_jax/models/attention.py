@@ -34,9 +34,7 @@ class Rows(NamedTuple):
 
 
 def implementation(choice: str, platform: str, head_sizes: Iterable[int]) -> str:
-    """Returns the attention that `config.model.attention` asks for.
-
-    "auto" is decided by the platform and the sizes of heads.
+    """Returns the attention that a config asks for; "auto" depends on the platform and head sizes.
 
     Raises:
       InputError: the kernel is asked for, and cannot compute heads of such a size.

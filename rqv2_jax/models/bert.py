@@ -120,10 +120,7 @@ class Embeddings(nn.Module):
 
 
 class Projections(nn.Module):
-    """Queries, keys and values from one weight: ([N, 3 D],) if all tokens are queries.
-
-    If only the tokens `asking_AxD` are: ([A, D], [N, 2 D]).
-    """
+    """Queries, keys and values from one weight: ([N, 3 D],), or ([A, D], [N, 2 D]) for A queries."""
 
     config: BertConfig
 

@@ -92,9 +92,9 @@ def describe_retriever(folder: pathlib.Path, size: int, model: ConfigDict, lengt
     names = ["Transformer", "Pooling"] + ["Normalize"] * (model.similarity == "cosine")
     prompts = {"query": model.query_prompt, "document": model.passage_prompt}
     pooling = {
-        f: mode == model.pooling
-        for f, mode in sbert.POOLING_FLAGS.items()
-        if mode in ("cls", "mean")
+        "word_embedding_dimension": size,
+        "pooling_mode_cls_token": model.pooling == "cls",
+        "pooling_mode_mean_tokens": model.pooling == "mean",
     }
     settings = {
         "model_type": "SentenceTransformer",
@@ -104,7 +104,6 @@ def describe_retriever(folder: pathlib.Path, size: int, model: ConfigDict, lengt
         sbert.OWN_KEY: {"passage_format": model.passage_format},
     }
     _describe(folder, names, length, settings)
-    pooling = {"word_embedding_dimension": size, **pooling}
     _write(folder / "1_Pooling" / "config.json", pooling)
 
 

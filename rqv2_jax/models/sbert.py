@@ -54,10 +54,7 @@ class Head(NamedTuple):
 class Description:
     """The sentence-transformers files of a model folder, which may have none of them.
 
-    `notes` collects what is left unused.
-
-    Raises:
-      InputError: a file cannot be read, or says something that is not understood.
+    `notes` collects what is left unused; files that are not understood raise InputError.
     """
 
     def __init__(self, folder: pathlib.Path):

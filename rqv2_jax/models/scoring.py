@@ -50,9 +50,9 @@ class Models:
 
     def reshaped(self, **changes: Any) -> "Models":
         """Returns the models with some fields of both encoders' configs changed."""
-        encoders = {"retriever": self.retriever, "reranker": self.reranker}
-        changed = {k: dataclasses.replace(config, **changes) for k, config in encoders.items()}
-        return dataclasses.replace(self, **changed)
+        retriever = dataclasses.replace(self.retriever, **changes)
+        reranker = dataclasses.replace(self.reranker, **changes)
+        return dataclasses.replace(self, retriever=retriever, reranker=reranker)
 
     def vectors(self, params: Params, packed: Packed, key: Array | None = None) -> Array:
         """Returns one tower's vectors [N, D] in float32, not scaled; `key` is that of dropout."""

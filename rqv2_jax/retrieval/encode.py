@@ -3,8 +3,8 @@
 Shape suffixes: N sequences, n sequences of a shard on disk, D vector size.
 """
 
+import functools
 import json
-import os
 import pathlib
 import shutil
 
@@ -18,6 +18,8 @@ from rqv2_jax.models.bert import Params
 from rqv2_jax.retrieval.stream import Forward, Layout
 
 PASSAGES_PER_SHARD = 2**15
+
+_passage_bar = functools.partial(tqdm.tqdm, desc="encode passages", unit=" passages")
 
 
 def queries(forward: Forward, tower: Params, texts: Texts, rows_N: np.ndarray) -> np.ndarray:
@@ -36,12 +38,8 @@ def queries(forward: Forward, tower: Params, texts: Texts, rows_N: np.ndarray) -
 
 def passages(forward: Forward, tower: Params, store: Store, rows_N: np.ndarray) -> np.ndarray:
     """Returns the vectors [N, D] of some passages, by the passage tower's params."""
-    with _passage_bar(len(rows_N)) as bar:
+    with _passage_bar(total=len(rows_N)) as bar:
         return _passages(forward, tower, store, rows_N, bar)
-
-
-def _passage_bar(total: int) -> tqdm.tqdm:
-    return tqdm.tqdm(desc="encode passages", total=total, unit=" passages")
 
 
 def _passages(
@@ -97,21 +95,15 @@ def corpus(
         return [
             number
             for number, path in enumerate(paths)
-            if not path.is_file() or readable(path, lambda n=number: load(n)) is None
+            if not path.is_file() or readable(path, functools.partial(load, number)) is None
         ]
 
     missing = set(hosts.from_first(find_missing))
-    with _passage_bar(len(rows_N)) as bar:
+    with _passage_bar(total=len(rows_N)) as bar:
         for number, (part_n, path) in enumerate(zip(parts, paths)):
             if number not in missing:
                 bar.update(len(part_n))
                 continue
             vectors_nxD = _passages(forward, tower, store, part_n, bar)
-
-            def write(path: pathlib.Path = path, vectors_nxD: np.ndarray = vectors_nxD) -> None:
-                partial = path.with_suffix(".partial.npy")
-                np.save(partial, vectors_nxD)
-                os.replace(partial, path)
-
-            hosts.from_first(write)
+            artifacts.write(path, functools.partial(np.save, arr=vectors_nxD))
     return [load(number) for number in range(len(paths))]

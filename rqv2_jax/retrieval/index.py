@@ -28,13 +28,12 @@ PASSAGES_PER_TILE = 2**15
 # Passages that ScaNN's leaves are trained on, at most.
 SAMPLED = 250_000
 
-Arrays = tuple[jax.Array, jax.Array]
 Ranked = tuple[np.ndarray, np.ndarray]  # rows and scores
 
 
 def _merge(
-    queries_QxD: jax.Array, tile_NxD: jax.Array, first: int, count: int, best: Arrays
-) -> Arrays:
+    queries_QxD: jax.Array, tile_NxD: jax.Array, first: int, count: int, best: tuple
+) -> tuple[jax.Array, jax.Array]:
     """Returns the best K of a tile's first `count` passages and of the best so far: scores and rows."""
     best_QxK, rows_QxK = best
     # Accelerators would round the factors to fewer bits.

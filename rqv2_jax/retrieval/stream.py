@@ -139,15 +139,8 @@ def make_forward(
     models: Models, inputs: Inputs, sharding: Sharding, *, batch_tokens: int, max_blocks: int
 ) -> Forward:
     """Returns the forward passes; each shape compiles when it is first used."""
-    return Forward(
-        inputs,
-        sharding,
-        batch_tokens,
-        max_blocks,
-        models.flat,
-        sharding.per_shard(models.vectors),
-        sharding.per_shard(models.reranker_scores),
-    )
+    vectors, scores = (sharding.per_shard(fn) for fn in (models.vectors, models.reranker_scores))
+    return Forward(inputs, sharding, batch_tokens, max_blocks, models.flat, vectors, scores)
 
 
 def _in_flat_rows(lengths_N: np.ndarray, shape: packing.Shape, shards: int) -> Iterator[Batch]:
@@ -156,8 +149,7 @@ def _in_flat_rows(lengths_N: np.ndarray, shape: packing.Shape, shards: int) -> I
     while first < len(lengths_N):
         last = np.searchsorted(ends_N, ends_N[first] + shape.width, side="right") - 1
         last = min(int(last), first + shape.slots)
-        rows.append(np.full(shape.slots, -1))
-        rows[-1][: last - first] = np.arange(first, last)
+        rows.append(_padded([np.arange(first, last)], shape.slots))
         first = last
     rows += [np.full(shape.slots, -1)] * (-len(rows) % shards)
     for numbers_SxR in np.stack(rows).reshape(-1, shards, shape.slots):
@@ -192,8 +184,7 @@ def schedule(lengths_N: np.ndarray, layout: Layout, shards: int) -> Iterator[Bat
         free -= len(placed[-1])
 
     # The longest go to different shards' widest rows, then the next longest, ...
-    dealt = _padded(placed, count * rows_up_to_K[-1])
-    dealt_RxC = dealt.reshape(rows_K.sum(), count * shards)
+    dealt_RxC = _padded(placed, count * rows_up_to_K[-1]).reshape(rows_K.sum(), count * shards)
     for numbers_SxR in dealt_RxC.T.reshape(count, shards, rows_K.sum()):
         yield Batch(numbers_SxR, layout.usual)
     spares = _padded(left, spares_C[count] * shards * spare.rows)

@@ -23,13 +23,12 @@ from rqv2_jax.errors import InputError
 
 AXES = ("data", "fsdp")
 
+Tree = Any  # of arrays: params, a state or a batch
+
 
 @dataclasses.dataclass(frozen=True)
 class Sharding:
-    """A mesh of `data * fsdp` devices, with one shard of the batch on each.
-
-    `Any` stands for a tree of arrays: params, a state or a batch.
-    """
+    """A mesh of `data * fsdp` devices, with one shard of the batch on each."""
 
     mesh: Mesh
 
@@ -43,7 +42,7 @@ class Sharding:
         """Returns the sharding of arrays whose leading axis counts shards, or parts of shards."""
         return NamedSharding(self.mesh, P(AXES))
 
-    def put_params(self, params: Any) -> Any:
+    def put_params(self, params: Tree) -> Tree:
         """Puts params (or any state) on the devices, each leaf split over `fsdp` where it divides.
 
         On several hosts every process must give the same values.
@@ -53,11 +52,11 @@ class Sharding:
             return jax.device_put(params, shardings)
         return jax.tree.map(_put, params, shardings)
 
-    def of_params(self, params: Any) -> Any:
+    def of_params(self, params: Tree) -> Tree:
         """Returns the sharding of every leaf."""
         return jax.tree.map(lambda x: NamedSharding(self.mesh, self._spec(x)), params)
 
-    def put_batch(self, batch: Any) -> Any:
+    def put_batch(self, batch: Tree) -> Tree:
         """Puts a batch on the devices; every leaf holds the parts that `own_parts` names."""
         if self.batch.is_fully_addressable:
             return jax.device_put(batch, self.batch)
@@ -103,14 +102,14 @@ class Sharding:
         """
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
 
-        def f(params: Any, batch: Any, key: jax.Array) -> tuple:
+        def f(params: Tree, batch: Tree, key: jax.Array) -> tuple:
             specs = jax.tree.map(self._spec, params)
 
-            def local(params: Any, batch: Any, key: jax.Array) -> tuple:
+            def local(params: Tree, batch: Tree, key: jax.Array) -> tuple:
                 key = jax.random.fold_in(key, jax.lax.axis_index(AXES))
                 params = _gather_params(params, specs)
 
-                def part(number: Any, batch: Any) -> tuple:
+                def part(number: int | jax.Array, batch: Tree) -> tuple:
                     return grad_fn(params, batch, jax.random.fold_in(key, number), gather_shards)
 
                 value, grads = _mean_over_parts(part, batch)
@@ -137,10 +136,10 @@ class Sharding:
         everywhere = not self.batch.is_fully_addressable
 
         @jax.jit
-        def f(params: Any, batch: Any) -> jax.Array:
+        def f(params: Tree, batch: Tree) -> jax.Array:
             specs = jax.tree.map(self._spec, params)
 
-            def local(params: Any, batch: Any) -> jax.Array:
+            def local(params: Tree, batch: Tree) -> jax.Array:
                 result = fn(_gather_params(params, specs), jax.tree.map(lambda x: x[0], batch))
                 return gather_shards(result) if everywhere else result
 
@@ -153,7 +152,7 @@ class Sharding:
 gather_shards = partial(jax.lax.all_gather, axis_name=AXES, axis=0, tiled=True)
 
 
-def _gather_params(params: Any, specs: Any) -> Any:
+def _gather_params(params: Tree, specs: Any) -> Tree:
     """Joins the parts of every leaf that lie on the devices of `fsdp`."""
 
     def gather(leaf: jax.Array, spec: P) -> jax.Array:
@@ -164,7 +163,7 @@ def _gather_params(params: Any, specs: Any) -> Any:
     return jax.tree.map(gather, params, specs)
 
 
-def _mean_over_parts(part: Callable, batch: Any) -> tuple:
+def _mean_over_parts(part: Callable, batch: Tree) -> tuple:
     """Returns the mean of `part(number, batch)` over the parts of a shard, one after the other."""
     parts = len(jax.tree.leaves(batch)[0])
     first = jax.tree.map(lambda x: x[0], batch)

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -32,14 +31,11 @@ class TrainState(NamedTuple):
 
 
 def make_optimizer(
-    settings: ConfigDict,
-    stage: ConfigDict,
-    total_steps: int,
-    rates: Mapping[str, float] = MappingProxyType({}),
+    settings: ConfigDict, stage: ConfigDict, total_steps: int, rates: Mapping[str, float]
 ) -> Optimizer:
     """Returns Adam with decoupled weight decay (none on biases and norms) after clipping the norm.
 
-    `rates` are the models' multiples of the stage's learning rate, 1 where there is none. Models with
+    `rates` are the models' multiples of the stage's learning rate, 1 if a model has none. Models with
     rate 0 stay as they are and have no optimizer state.
     """
     if stage.schedule == "linear":
@@ -81,12 +77,7 @@ def init_state(params: Params, optimizer: Optimizer, sharding: Sharding) -> Trai
 
 
 def train_step(
-    state: TrainState,
-    batch: Any,
-    dropout_key: Array,
-    *,
-    grad_fn: Callable,
-    optimizer: Optimizer,
+    state: TrainState, batch: Any, dropout_key: Array, *, grad_fn: Callable, optimizer: Optimizer
 ) -> tuple[TrainState, Terms]:
     """Makes one update. The dropout key of step s is a function of (dropout_key, s) alone.
 
