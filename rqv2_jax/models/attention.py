@@ -67,10 +67,10 @@ def views(name: str, blocks: Blocks, *, first_only: bool = False) -> Spans | tup
 
 
 def _rows(block: Block, first_only: bool) -> Rows:
-    asking_RxA = block.sequence_RxT
+    query_RxA = block.sequence_RxT
     if first_only:
-        asking_RxA = jnp.take_along_axis(asking_RxA, block.first_RxS, axis=1)
-    same_RxAxT = asking_RxA[:, :, None] == block.sequence_RxT[:, None, :]
+        query_RxA = jnp.take_along_axis(query_RxA, block.first_RxS, axis=1)
+    same_RxAxT = query_RxA[:, :, None] == block.sequence_RxT[:, None, :]
     bias_Rx1xAxT = jnp.where(same_RxAxT, 0.0, MASKED)[:, None]
     length_R = jnp.maximum((block.sequence_RxT >= 0).sum(axis=1), 1)
     return Rows(bias_Rx1xAxT, length_R if block.first_RxS.shape[1] == 1 else None)
@@ -93,16 +93,16 @@ def by_rows(
     else:
         q_AxD, (k_NxD, v_NxD) = projections[0], jnp.split(projections[1], 2, axis=1)
     shapes = [view.bias_Rx1xAxT.shape for view in views]
-    asking_ends = np.cumsum([rows * asking for rows, _, asking, _ in shapes])[:-1]
+    query_ends = np.cumsum([rows * queries for rows, _, queries, _ in shapes])[:-1]
     ends = np.cumsum([rows * length for rows, _, _, length in shapes])[:-1]
-    arrays = zip(*map(jnp.split, (q_AxD, k_NxD, v_NxD), (asking_ends, ends, ends)))
+    arrays = zip(*map(jnp.split, (q_AxD, k_NxD, v_NxD), (query_ends, ends, ends)))
     outputs = []
-    for (rows, _, asking, length), view, qkv in zip(shapes, views, arrays):
+    for (rows, _, queries, length), view, qkv in zip(shapes, views, arrays):
         qkv = tuple(x.reshape(rows, -1, heads, x.shape[1] // heads) for x in qkv)
         # First tokens alone are little work, and cuDNN takes no odd number of them.
-        plain = name == "plain" or asking != length
+        plain = name == "plain" or queries != length
         y_RxAxHxK = _plain(qkv, view, dropout) if plain else _fused(name, qkv, view)
-        outputs.append(y_RxAxHxK.reshape(rows * asking, -1))
+        outputs.append(y_RxAxHxK.reshape(rows * queries, -1))
     return jnp.concatenate(outputs)
 
 

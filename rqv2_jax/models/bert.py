@@ -125,15 +125,15 @@ class Projections(nn.Module):
     config: BertConfig
 
     @nn.compact
-    def __call__(self, x_NxD: Array, asking_AxD: Array) -> tuple[Array, ...]:
+    def __call__(self, x_NxD: Array, query_AxD: Array) -> tuple[Array, ...]:
         c = self.config
         size = c.hidden_size
         init = nn.initializers.normal(c.initializer_range)
         kernel_DxE = self.param("kernel", init, (size, 3 * size)).astype(c.dtype)
         bias_E = self.param("bias", nn.initializers.zeros, (3 * size,)).astype(c.dtype)
-        if asking_AxD is x_NxD:
+        if query_AxD is x_NxD:
             return (checkpoint_name(x_NxD @ kernel_DxE + bias_E, KEPT),)
-        q_AxD = asking_AxD @ kernel_DxE[:, :size] + bias_E[:size]
+        q_AxD = query_AxD @ kernel_DxE[:, :size] + bias_E[:size]
         kv_NxE = x_NxD @ kernel_DxE[:, size:] + bias_E[size:]
         return checkpoint_name(q_AxD, KEPT), checkpoint_name(kv_NxE, KEPT)
 
@@ -141,7 +141,7 @@ class Projections(nn.Module):
 class Layer(nn.Module):
     """One post-norm transformer layer: [N, D] -> [N, D]; softmax and norms in float32.
 
-    With `asking_AxD`, only those tokens are queries and outputs: [A, D]. `views` are from
+    With `query_AxD`, only those tokens are queries and outputs: [A, D]. `views` are from
     `attention.views`, for the same queries.
     """
 
@@ -150,10 +150,10 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_NxD: Array, views: Any, asking_AxD: Array | None = None
+        self, x_NxD: Array, views: Any, query_AxD: Array | None = None
     ) -> tuple[Array, None]:
         c = self.config
-        asking_AxD = x_NxD if asking_AxD is None else asking_AxD
+        query_AxD = x_NxD if query_AxD is None else query_AxD
 
         def dense(x: Array, features: int, name: str) -> Array:
             init = nn.initializers.normal(c.initializer_range)
@@ -164,8 +164,8 @@ class Layer(nn.Module):
             norm = nn.LayerNorm(epsilon=c.layer_norm_eps, name=name)
             return norm((x + self._dropout(y)).astype(jnp.float32)).astype(c.dtype)
 
-        y_AxD = self._attend(Projections(c, name="qkv")(x_NxD, asking_AxD), views)
-        x_AxD = add_norm(asking_AxD, dense(y_AxD, c.hidden_size, "attention_output"), "norm_1")
+        y_AxD = self._attend(Projections(c, name="qkv")(x_NxD, query_AxD), views)
+        x_AxD = add_norm(query_AxD, dense(y_AxD, c.hidden_size, "attention_output"), "norm_1")
 
         y_AxF = ACTIVATIONS[c.activation](dense(x_AxD, c.intermediate_size, "intermediate"))
         return add_norm(x_AxD, dense(y_AxF, c.hidden_size, "output"), "norm_2"), None

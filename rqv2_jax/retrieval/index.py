@@ -51,15 +51,15 @@ def _merge(
 def _on_devices(devices: tuple[jax.Device, ...]) -> tuple[Callable, NamedSharding, NamedSharding]:
     """Returns `_merge` with queries split over devices, and the shardings of queries and passages."""
     mesh = Mesh(np.array(devices), ("queries",))
-    split, whole = P("queries"), P()
+    split, everywhere = P("queries"), P()
     merge = jax.shard_map(
         _merge,
         mesh=mesh,
-        in_specs=(split, whole, whole, whole, split),
+        in_specs=(split, everywhere, everywhere, everywhere, split),
         out_specs=(split, split),
         check_vma=False,
     )
-    shardings = NamedSharding(mesh, split), NamedSharding(mesh, whole)
+    shardings = NamedSharding(mesh, split), NamedSharding(mesh, everywhere)
     return jax.jit(merge, donate_argnums=4), *shardings
 
 
@@ -93,7 +93,7 @@ def exact(queries_QxD: np.ndarray, shards: list[np.ndarray], depth: int) -> Rank
     total = sum(map(len, shards))
     depth = min(depth, total)
     devices = tuple(jax.local_devices())
-    merge, split, whole = _on_devices(devices)
+    merge, split, everywhere = _on_devices(devices)
     together = QUERIES_PER_TILE * len(devices)
     queries, best = [], []
     for number in hosts.share(-(-len(queries_QxD) // together)):
@@ -104,7 +104,7 @@ def exact(queries_QxD: np.ndarray, shards: list[np.ndarray], depth: int) -> Rank
         best.append(jax.device_put((lowest, np.zeros(lowest.shape, np.int32)), split))
     with tqdm.tqdm(desc="exact search", total=total, unit=" passages") as bar:
         for row, count, vectors in _tiles(shards, min(PASSAGES_PER_TILE, total)):
-            tile = jax.device_put(vectors, whole)
+            tile = jax.device_put(vectors, everywhere)
             # Waits for the tile before, so that at most two lie on the devices.
             jax.block_until_ready(best)
             best = [merge(part, tile, row, count, top) for part, top in zip(queries, best)]
@@ -136,8 +136,8 @@ def build_scann(
     searched = min(math.ceil(searched), leaves)
     reorder = min(round(settings.reorder * depth), total)
     manifest = folder / "rqv2_jax.json"
-    whole = total < settings.brute_force_below
-    wanted = json.dumps([source, whole, leaves, searched, reorder, depth])
+    brute_force = total < settings.brute_force_below
+    wanted = json.dumps([source, brute_force, leaves, searched, reorder, depth])
 
     def load() -> Any:
         return scann_ops_pybind.load_searcher(str(folder), assets_backcompat_shim=False)
@@ -149,7 +149,7 @@ def build_scann(
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     builder = scann_ops_pybind.builder(np.concatenate(shards), depth, "dot_product")
-    if whole:
+    if brute_force:
         builder = builder.score_brute_force()
     else:
         builder = (

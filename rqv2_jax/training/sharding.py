@@ -63,11 +63,11 @@ class Sharding:
 
         def put(leaf: np.ndarray) -> jax.Array:
             parts = len(leaf) * self.shards // len(self.batch.addressable_devices)
-            own = self.own_parts(parts)
+            local = self.own_parts(parts)
             return jax.make_array_from_callback(
                 (parts, *leaf.shape[1:]),
                 self.batch,
-                lambda index: leaf[np.searchsorted(own, range(parts)[index[0]])],
+                lambda index: leaf[np.searchsorted(local, range(parts)[index[0]])],
             )
 
         return jax.tree.map(put, batch)
@@ -75,7 +75,7 @@ class Sharding:
     def own_parts(self, parts: int) -> list[int]:
         """Returns the parts of a batch that lie on this process's devices, in ascending order."""
         slices = self.batch.addressable_devices_indices_map((parts,)).values()
-        return sorted(part for (own,) in slices for part in range(parts)[own])
+        return sorted(part for (local,) in slices for part in range(parts)[local])
 
     def _spec(self, leaf: Any) -> P:
         parts = self.mesh.shape["fsdp"]
