@@ -7,7 +7,6 @@ On several hosts all processes call all functions, and orbax writes the share of
 
 import json
 import pathlib
-from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -15,11 +14,10 @@ import tqdm
 
 from rqv2_jax import hosts
 from rqv2_jax.errors import InputError, one_line, readable
-from rqv2_jax.models.bert import Params
-from rqv2_jax.training.train import TrainState
+from rqv2_jax.training.sharding import Tree
 
 
-def _abstract(tree: Any) -> Any:
+def _abstract(tree: Tree) -> Tree:
     return jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)
 
 
@@ -32,7 +30,7 @@ class Checkpoints:
         self._last = ocp.CheckpointManager(self.folder / "last", options=options)
         self._best = ocp.CheckpointManager(self.folder / "best", options=options)
 
-    def restore_last(self, state: TrainState) -> TrainState:
+    def restore_last(self, state: Tree) -> Tree:
         """Returns the last saved state in the shapes and shardings of `state`, or else `state` itself.
 
         If it is damaged, a line says so, and all of the stage's checkpoints are deleted.
@@ -59,7 +57,7 @@ class Checkpoints:
                 manager.delete(saved)
         return state
 
-    def _has_other_shapes(self, step: int, state: TrainState) -> bool:
+    def _has_other_shapes(self, step: int, state: Tree) -> bool:
         """Says whether a checkpoint can be read and is of another state."""
         try:
             saved = jax.tree.leaves(self._last.item_metadata(step))
@@ -69,12 +67,12 @@ class Checkpoints:
         except Exception:
             return False
 
-    def save_last(self, step: int, state: TrainState) -> None:
+    def save_last(self, step: int, state: Tree) -> None:
         """Saves the state of `step`, then deletes the one before."""
         if step != self._last.latest_step():
             self._last.save(step, args=ocp.args.StandardSave(state))
 
-    def save_best(self, step: int, params: Params, metric: str, score: float) -> None:
+    def save_best(self, step: int, params: Tree, metric: str, score: float) -> None:
         """Saves params (keyed by model) in place of the best so far, if they score higher.
 
         A step that is evaluated again, by a run that resumes, is not saved again.
@@ -125,7 +123,7 @@ def best_step(folder: pathlib.Path) -> int:
     return steps[-1]
 
 
-def restore_best(folder: pathlib.Path, model: str, params: Params) -> Params:
+def restore_best(folder: pathlib.Path, model: str, params: Tree) -> Tree:
     """Returns a stage's best params of one model, in the shapes and shardings of `params`.
 
     Raises:
