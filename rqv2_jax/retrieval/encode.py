@@ -3,6 +3,7 @@
 Shape suffixes: N sequences, n sequences of a shard on disk, D vector size.
 """
 
+import contextlib
 import functools
 import json
 import pathlib
@@ -36,23 +37,23 @@ def queries(forward: Forward, tower: Params, texts: Texts, rows_N: np.ndarray) -
         )
 
 
-def passages(forward: Forward, tower: Params, store: Store, rows_N: np.ndarray) -> np.ndarray:
-    """Returns the vectors [N, D] of some passages, by the passage tower's params."""
-    with _passage_bar(total=len(rows_N)) as bar:
-        return _passages(forward, tower, store, rows_N, bar)
-
-
-def _passages(
-    forward: Forward, tower: Params, store: Store, rows_N: np.ndarray, bar: tqdm.tqdm
+def passages(
+    forward: Forward, tower: Params, store: Store, rows_N: np.ndarray, bar: tqdm.tqdm | None = None
 ) -> np.ndarray:
-    return forward.run(
-        forward.vectors,
-        tower,
-        lengths_N=forward.inputs.passage_lengths(store, rows_N),
-        layout=layout(forward, store),
-        build=lambda part: forward.inputs.passages(store, rows_N[part]),
-        bar=bar,
-    )
+    """Returns the vectors [N, D] of some passages, by the passage tower's params.
+
+    Progress goes to `bar` if there is one, else to a new bar.
+    """
+    new = _passage_bar(total=len(rows_N)) if bar is None else contextlib.nullcontext(bar)
+    with new as shown:
+        return forward.run(
+            forward.vectors,
+            tower,
+            lengths_N=forward.inputs.passage_lengths(store, rows_N),
+            layout=layout(forward, store),
+            build=lambda part: forward.inputs.passages(store, rows_N[part]),
+            bar=shown,
+        )
 
 
 def layout(forward: Forward, store: Store) -> Layout:
@@ -104,6 +105,6 @@ def corpus(
             if number not in missing:
                 bar.update(len(part_n))
                 continue
-            vectors_nxD = _passages(forward, tower, store, part_n, bar)
+            vectors_nxD = passages(forward, tower, store, part_n, bar)
             artifacts.write(path, functools.partial(np.save, arr=vectors_nxD))
     return [load(number) for number in range(len(paths))]
