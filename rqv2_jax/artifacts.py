@@ -1,6 +1,6 @@
-"""Named arrays on disk that know what they were made from, so that finished work is not done again.
+"""Arrays and files on disk that record what they were made from, so finished work is not repeated.
 
-On several hosts all call these functions; the first process writes, the others wait until it has.
+On several hosts all processes call these functions; the first writes and the others wait for it.
 """
 
 import hashlib
@@ -20,50 +20,49 @@ from rqv2_jax.errors import readable
 def cached(
     path: pathlib.Path, source: str, compute: Callable[[], dict[str, np.ndarray]]
 ) -> dict[str, np.ndarray]:
-    """The arrays in the .npz at `path` if made from `source`, else computed and written there.
+    """Returns the arrays in the .npz at `path`, computed and written unless made from `source`.
 
-    The file appears under its name only when complete, so an interrupted run computes it again, and so
-    does one that finds it damaged. All processes call `compute`; what the first one's returns is what
-    all get.
+    The file gets its name when it is complete, so one that is missing or damaged is computed again. All
+    processes call `compute`, and all get the first one's arrays.
     """
-    found: dict[str, np.ndarray] = {}
+    arrays: dict[str, np.ndarray] = {}
 
-    def read():
+    def read() -> None:
         if not path.is_file():
             return
         with np.load(path) as f:
             if str(f["source"]) == source:
-                found.update({name: f[name] for name in f.files if name != "source"})
+                arrays.update({name: f[name] for name in f.files if name != "source"})
 
-    def there():
+    def is_made() -> bool:
         readable(path, read)
-        return bool(found)
+        return bool(arrays)
 
-    if not hosts.from_first(there):
-        arrays = compute()
-        write_arrays(path, {"source": np.array(source), **arrays})
+    if not hosts.from_first(is_made):
+        computed = compute()
+        write_arrays(path, {"source": np.array(source), **computed})
         if hosts.first():
-            found = arrays
+            arrays = computed
     if not hosts.first():
         read()
     # The first process may soon make the file from another source.
     hosts.barrier()
-    return found
+    return arrays
 
 
 def kept(folder: pathlib.Path, make: Callable[[], Any]) -> Any:
     """Returns `make()`, which fills a folder unless it is filled.
 
-    The sizes of the files are kept beside the folder, which is emptied first if one differs by then.
+    File sizes are recorded beside the folder. If one has changed since, the folder is emptied first.
     """
     path, sizes = folder.with_name(f"{folder.name}.sizes.json"), {}
     if hosts.first() and folder.is_dir() and path.is_file():
         sizes = readable(path, lambda: json.loads(path.read_text())) or {}
 
-        def check():
+        def check() -> bool:
             for name, size in sizes.items():
-                if (found := (folder / name).stat().st_size) != size:
-                    raise ValueError(f"{name} has {found} bytes in place of {size}")
+                if (now := (folder / name).stat().st_size) != size:
+                    raise ValueError(f"{name} has {now} bytes in place of {size}")
             return True
 
         if not readable(folder, check):
@@ -71,44 +70,49 @@ def kept(folder: pathlib.Path, make: Callable[[], Any]) -> Any:
     made = make()
     if hosts.first():
         files = (file for file in sorted(folder.rglob("*")) if file.is_file())
-        found = {str(file.relative_to(folder)): file.stat().st_size for file in files}
-        if found != sizes:
-            replace_text(path, json.dumps(found, indent=1) + "\n")
+        made_sizes = {str(file.relative_to(folder)): file.stat().st_size for file in files}
+        if made_sizes != sizes:
+            replace_text(path, json.dumps(made_sizes, indent=1) + "\n")
     return made
 
 
 def digest(source: str, *arrays: np.ndarray) -> str:
-    """Names what was made from something that has a name and from arrays."""
-    found = hashlib.sha256(source.encode())
+    """Returns a hash of a name and arrays, to name what is made from them."""
+    hashed = hashlib.sha256(source.encode())
     for array in arrays:
-        found.update(np.ascontiguousarray(array))
-    return found.hexdigest()
+        hashed.update(np.ascontiguousarray(array))
+    return hashed.hexdigest()
 
 
-def write_arrays(path: pathlib.Path, arrays: dict[str, np.ndarray]):
-    """Writes an .npz file in one step."""
+def write(path: pathlib.Path, save: Callable[[pathlib.Path], None]) -> None:
+    """Saves a file in the first process; it gets its name when it is complete."""
 
-    def write():
+    def save_and_rename() -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.stem}.partial.npz")
-        np.savez(partial, **arrays)
+        partial = path.with_name(f"{path.stem}.partial{path.suffix}")
+        save(partial)
         os.replace(partial, path)
 
-    hosts.from_first(write)
+    hosts.from_first(save_and_rename)
 
 
-def write_text(path: pathlib.Path, text: str):
-    """Writes a small file in one step: a reader sees the old one or the new one."""
+def write_arrays(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
+    """Writes an .npz file."""
+    write(path, lambda partial: np.savez(partial, **arrays))
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Writes a file in the first process; readers see the old file or the new one, never a part."""
     hosts.from_first(lambda: replace_text(path, text))
 
 
-def replace_text(path: pathlib.Path, text: str):
-    """Does what `write_text` does, in this process alone."""
+def replace_text(path: pathlib.Path, text: str) -> None:
+    """Writes a file as `write_text` does, in the process that calls it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     with partial.open("w") as file:
         file.write(text)
         file.flush()
-        # A machine that loses its power soon after would else keep an empty file under the name.
+        # Without it a power failure soon after could leave an empty file under the name.
         os.fsync(file.fileno())
     os.replace(partial, path)

@@ -11,6 +11,7 @@ import ml_collections
 
 from rqv2_jax.errors import InputError
 from rqv2_jax.models import losses
+from rqv2_jax.models.sbert import NO_PROMPT
 
 # The two readings of the joint loss: equations 4 to 6, and what the authors' release computes.
 LOSSES = {
@@ -44,8 +45,6 @@ STEMMERS = (
     *("persian", "polish", "porter", "portuguese", "romanian", "russian", "serbian", "sesotho"),
     *("spanish", "swedish", "tamil", "turkish", "yiddish"),
 )
-# Of a query or passage prompt: there is none, whatever the model folder says.
-NO_PROMPT = "none"
 # An empty choice leaves it to the model folder.
 CHOICES = {
     "data.dataset": ("docstrings", "beir", "msmarco", "rocketqa", "dpr", "tevatron", *_BEIR),

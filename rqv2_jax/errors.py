@@ -1,4 +1,4 @@
-"""The one exception that reaches users as a single line, and how damaged files are met."""
+"""The exception that users see as a single line, and the reading of files that may be damaged."""
 
 import pathlib
 import zipfile
@@ -8,27 +8,31 @@ from typing import Any
 
 
 class InputError(ValueError):
-    """Something the user handed in (file, config, checkpoint, argument) cannot be used.
+    """A file, config, checkpoint or argument from the user that cannot be used.
 
-    The message is one line: where (`path:line:` when there is one), what is wrong, and the mend.
+    The message is one line: the place (`path:line:` if there is one), the fault, and the mend.
     """
 
 
-# What readers raise on files that are empty, cut short or overwritten.
+# Exceptions that readers raise on files that are empty, cut short or overwritten.
 DAMAGE = (OSError, EOFError, LookupError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error)
 
 
 def readable(path: pathlib.Path, read: Callable[[], Any]) -> Any:
-    """Returns what `read()` makes of a file or folder that can be made again; None if it is damaged.
+    """Returns `read()`, or None if the file or folder that it reads is damaged.
 
-    Then one line says so and names it; the caller makes it again.
+    Damage is printed as one line, and the caller makes the file again.
     """
     try:
         return read()
     except DAMAGE as e:
-        # Reads its settings when it is imported, which is after this module is.
+        # tqdm reads its settings when it is imported, so not before `hosts.start`.
         import tqdm
 
-        reason = " ".join(str(e).split())[:200] or type(e).__name__
-        tqdm.tqdm.write(f"{path}: cannot be read ({reason}); it is made again")
+        tqdm.tqdm.write(f"{path}: cannot be read ({one_line(e)}); it is made again")
         return None
+
+
+def one_line(error: Exception) -> str:
+    """Returns the message of an error as one short line."""
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -14,10 +14,10 @@ def load(name: str, work: str) -> types.ModuleType:
     """Returns the module `name`.
 
     Args:
-      work: what needs it, for the error's message.
+      work: the work that needs it, for the error message.
 
     Raises:
-      InputError: it, or a package that it imports, is not installed.
+      InputError: the module, or a package that it imports, is not installed.
     """
     try:
         return importlib.import_module(name)
@@ -29,7 +29,7 @@ def load(name: str, work: str) -> types.ModuleType:
 
 
 def tensorflow(work: str) -> types.ModuleType:
-    """Returns TensorFlow without its greeting and without accelerators, which belong to JAX."""
+    """Returns TensorFlow with its start-up messages off and accelerators hidden, which JAX uses."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     module = load("tensorflow", work)
     module.config.set_visible_devices([], "GPU")

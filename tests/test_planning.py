@@ -14,6 +14,7 @@ from rqv2_jax import config as config_lib
 from rqv2_jax.data.packing import Block
 from rqv2_jax.errors import InputError
 from rqv2_jax.models import bert, released, weights
+from rqv2_jax.models.files import find_folder
 from rqv2_jax.tools import hlo, planning
 
 ROWS, WIDTH, LAYERS = 24, 16, 5
@@ -222,9 +223,7 @@ def test_each_model_is_planned_with_its_own_shape(config, make_bert):
     small = sum(planning.forward_flops(models.retriever, *rows) for rows in ((4, 16), (12, 16)))
     assert step.formula == 3 * (small + planning.forward_flops(models.reranker, 12, 32))
     size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))  # noqa: E731
-    expected = 2 * size(
-        weights.load_encoder(released.find_folder(own.model.weights), models.retriever)
-    )
+    expected = 2 * size(weights.load_encoder(find_folder(own.model.weights), models.retriever))
     head = released.read(teacher).head
     expected += size(weights.load_encoder(teacher, models.reranker))
     expected += size(weights.load_head(head, 48))

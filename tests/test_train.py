@@ -190,7 +190,7 @@ def joint(world):
             "save_every": 3,
         }
     )
-    optimizer = train.make_optimizer(settings, stage, 60)
+    optimizer = train.make_optimizer(settings, stage, 60, {})
     batches = world.batches(models=names, in_batch=False, shards=2, batch=4)
     return SimpleNamespace(
         sharding=sharding,
@@ -406,7 +406,7 @@ def test_optimizer_is_adamw_of_pytorch(
 
 
 def test_biases_and_norms_of_both_models_do_not_decay(world, optimizer_settings, stage_settings):
-    optimizer = train.make_optimizer(optimizer_settings, stage_settings(), 10)
+    optimizer = train.make_optimizer(optimizer_settings, stage_settings(), 10, {})
     nothing = jax.tree.map(np.zeros_like, world.params)
     ones = jax.tree.map(np.ones_like, world.params)
     updates, _ = jax.jit(optimizer.update)(nothing, optimizer.init(ones), ones)
@@ -426,7 +426,7 @@ def toy(optimizer_settings, stage_settings):
         return loss, {"loss": loss}
 
     sharding = sharding_lib.make(4, 2)
-    optimizer = train.make_optimizer(optimizer_settings, stage_settings(learning_rate=0.1), 10)
+    optimizer = train.make_optimizer(optimizer_settings, stage_settings(learning_rate=0.1), 10, {})
     return SimpleNamespace(
         step=train.make_step(loss_fn, optimizer, sharding),
         state=train.init_state({"w": np.zeros(8, np.float32)}, optimizer, sharding),

@@ -1,4 +1,1 @@
-"""Params and packed tokens in, vectors, scores and losses out; model folders in and out.
-
-Nothing in here knows of lists, steps or workdirs.
-"""
+"""Encoders, attention, losses and model folders. Knows nothing of lists, steps or workdirs."""

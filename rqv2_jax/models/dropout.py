@@ -1,16 +1,15 @@
-"""Which values dropout keeps: a hash of their index, made by two words of a key.
+"""Dropout masks from a hash of each value's index and two words of a key.
 
-Unlike JAX's generators it is a few operations that XLA fuses into what follows, where on a CPU the
-generators take most of a training step; and a kernel can make the same mask again from the words alone.
+JAX's generators take most of a training step on a CPU; XLA fuses these few operations into the next
+ones. A kernel can make the same mask again from the two words alone.
 """
 
+import jax
 import jax.numpy as jnp
 
 
-def survive(index, start, factor, rate: float):
-    """Returns whether the values of some indexes are kept, a share 1 - `rate` of them.
-
-    The index, made another by two words, goes through MurmurHash3's finaliser.
+def survive(index: jax.Array, start: jax.Array, factor: jax.Array, rate: float) -> jax.Array:
+    """Says which values are kept, a share 1 - `rate` of them: MurmurHash3's finaliser of their index.
 
     Args:
       index: uint32, of any shape.

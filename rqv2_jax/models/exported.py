@@ -1,57 +1,53 @@
-"""Model folders as other systems open them: transformers, SentenceTransformer and CrossEncoder."""
+"""Model folders written for other systems: transformers, SentenceTransformer and CrossEncoder."""
 
 import json
 import pathlib
 import shutil
+from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 from safetensors.numpy import save_file
 
-from rqv2_jax import config as config_lib
 from rqv2_jax.data.tokenise import TOKENIZER_FILES
-from rqv2_jax.models import bert, released
+from rqv2_jax.models import sbert
+from rqv2_jax.models.bert import BertConfig, Params
+from rqv2_jax.models.files import TENSORS
+from rqv2_jax.models.hf_config import KEYS
 from rqv2_jax.models.weights import EMBEDDINGS, LAYERS
 
 
 def save_encoder(
-    folder: pathlib.Path, source: pathlib.Path, config: bert.BertConfig, params: dict, head=None
-):
-    """Writes a folder that transformers opens: an encoder with the tokenizer of the one it began as.
+    folder: pathlib.Path,
+    source: pathlib.Path,
+    config: BertConfig,
+    params: Params,
+    head: Params | None = None,
+) -> None:
+    """Writes a folder that transformers opens: an encoder and its tokenizer.
 
     Args:
       folder: made here.
-      source: the folder the encoder's weights were first read from.
-      params: in the layout of `bert.Encoder`.
+      source: the folder that training began from, whose tokenizer is copied.
       head: params of a re-ranker's score. With a pooler, the folder is a sequence classifier with one
         label; without, its vector goes to `2_Dense`, where CrossEncoder reads it.
     """
     folder.mkdir(parents=True)
     classifier = head is not None and "pooler" in head
-    # An embedding of ERNIE's tasks is part of the types' since it was read, so this is a BERT.
+    # `weights` adds ERNIE's task embedding to that of the types, so the folder is a BERT's.
     described = {
         "model_type": "bert",
         "architectures": ["BertForSequenceClassification" if classifier else "BertModel"],
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "intermediate_size": config.intermediate_size,
-        "max_position_embeddings": config.max_positions,
-        "type_vocab_size": config.type_vocab_size,
-        "layer_norm_eps": config.layer_norm_eps,
-        "hidden_act": config.activation,
-        "hidden_dropout_prob": config.dropout,
-        "attention_probs_dropout_prob": config.dropout,
-        "initializer_range": config.initializer_range,
+        **{key: getattr(config, field) for key, (field, _) in KEYS.items()},
     }
     prefix = ""
     if classifier:
         prefix = "bert."
         described |= {"num_labels": 1, "id2label": {"0": "score"}, "label2id": {"score": 0}}
-        # Its name today, and the one that releases before 4 read.
-        described["sentence_transformers"] = {"activation_fn": released.IDENTITY}
-        described["sbert_ce_default_activation_function"] = released.IDENTITY
-    (folder / "config.json").write_text(json.dumps(described, indent=1) + "\n")
+        # The key of today, and the one that sentence-transformers before 4 reads.
+        described["sentence_transformers"] = {"activation_fn": sbert.IDENTITY}
+        described["sbert_ce_default_activation_function"] = sbert.IDENTITY
+    _write(folder / "config.json", described)
     tensors = {
         prefix + name: np.asarray(params["embeddings"][module][leaf])
         for (module, leaf), name in EMBEDDINGS.items()
@@ -75,17 +71,17 @@ def save_encoder(
             shutil.copy(source / name, folder / name)
 
 
-def _vector(head: dict, prefix: str) -> dict[str, np.ndarray]:
+def _vector(head: Params, prefix: str) -> dict[str, np.ndarray]:
     kernel_D, bias = np.asarray(head["kernel"]), np.asarray(head["bias"])
     return {f"{prefix}.weight": kernel_D[None], f"{prefix}.bias": bias[None]}
 
 
-def _save(folder: pathlib.Path, tensors: dict[str, np.ndarray]):
+def _save(folder: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
     tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-    save_file(tensors, folder / released.FILE, metadata={"format": "pt"})
+    save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
 
 
-def describe_retriever(folder: pathlib.Path, size: int, model, length: int):
+def describe_retriever(folder: pathlib.Path, size: int, model: ConfigDict, length: int) -> None:
     """Adds the files by which sentence-transformers opens a tower.
 
     Args:
@@ -96,23 +92,22 @@ def describe_retriever(folder: pathlib.Path, size: int, model, length: int):
     names = ["Transformer", "Pooling"] + ["Normalize"] * (model.similarity == "cosine")
     prompts = {"query": model.query_prompt, "document": model.passage_prompt}
     pooling = {
-        f: mode == model.pooling
-        for f, mode in released.POOLING_FLAGS.items()
-        if mode in ("cls", "mean")
+        "word_embedding_dimension": size,
+        "pooling_mode_cls_token": model.pooling == "cls",
+        "pooling_mode_mean_tokens": model.pooling == "mean",
     }
     settings = {
         "model_type": "SentenceTransformer",
         "similarity_fn_name": model.similarity,
-        "prompts": {k: "" if p == config_lib.NO_PROMPT else p for k, p in prompts.items()},
+        "prompts": {k: "" if p == sbert.NO_PROMPT else p for k, p in prompts.items()},
         "default_prompt_name": None,
-        released.OWN_KEY: {"passage_format": model.passage_format},
+        sbert.OWN_KEY: {"passage_format": model.passage_format},
     }
     _describe(folder, names, length, settings)
-    pooling = {"word_embedding_dimension": size, **pooling}
     _write(folder / "1_Pooling" / "config.json", pooling)
 
 
-def describe_reranker(folder: pathlib.Path, size: int, head: str, length: int):
+def describe_reranker(folder: pathlib.Path, size: int, head: str, length: int) -> None:
     """Adds the files by which CrossEncoder opens a re-ranker and gives its logits.
 
     Args:
@@ -120,42 +115,41 @@ def describe_reranker(folder: pathlib.Path, size: int, head: str, length: int):
       head: "linear" or "pooler".
       length: most tokens of an input.
     """
-    settings = {"model_type": "CrossEncoder", "activation_fn": released.IDENTITY, "prompts": {}}
+    settings = {"model_type": "CrossEncoder", "activation_fn": sbert.IDENTITY, "prompts": {}}
     names = ["Transformer"] + ["Pooling", "Dense"] * (head == "linear")
     _describe(folder, names, length, settings)
     if head == "linear":
         pooling = {"word_embedding_dimension": size, "pooling_mode_cls_token": True}
         _write(folder / "1_Pooling" / "config.json", pooling)
         dense = {"in_features": size, "out_features": 1, "bias": True}
-        dense |= {
-            "activation_function": released.IDENTITY,
-            "module_input_name": "sentence_embedding",
-        }
+        dense |= {"activation_function": sbert.IDENTITY, "module_input_name": "sentence_embedding"}
         _write(folder / "2_Dense" / "config.json", {**dense, "module_output_name": "scores"})
 
 
-def _describe(folder, names, length, settings):
+def _describe(
+    folder: pathlib.Path, names: list[str], length: int, settings: dict[str, Any]
+) -> None:
+    """Writes the files that name the modules and their settings."""
     module = "sentence_transformers.models."
     modules = [
         {"idx": i, "name": str(i), "path": f"{i}_{name}" if i else "", "type": module + name}
         for i, name in enumerate(names)
     ]
-    task = "sequence-classification" if names == ["Transformer"] else "feature-extraction"
-    output = {"method": "forward", "method_output_name": "last_hidden_state"}
+    task, output, name = "feature-extraction", "last_hidden_state", "token_embeddings"
     if names == ["Transformer"]:
-        output["method_output_name"] = "logits"
+        task, output, name = "sequence-classification", "logits", "scores"
     transformer = {
         "max_seq_length": length,
         "do_lower_case": False,
         "transformer_task": task,
-        "modality_config": {"text": output},
-        "module_output_name": "scores" if names == ["Transformer"] else "token_embeddings",
+        "modality_config": {"text": {"method": "forward", "method_output_name": output}},
+        "module_output_name": name,
     }
-    _write(folder / "modules.json", modules)
-    _write(folder / "sentence_bert_config.json", transformer)
-    _write(folder / "config_sentence_transformers.json", settings)
+    _write(folder / sbert.MODULES, modules)
+    _write(folder / sbert.TRANSFORMER, transformer)
+    _write(folder / sbert.SETTINGS, settings)
 
 
-def _write(path: pathlib.Path, content):
+def _write(path: pathlib.Path, content: Any) -> None:
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n")

@@ -1,6 +1,8 @@
 """Ranking losses on arrays of scores, in float32, with finite gradients for any scores but NaN.
 
-Shape suffixes: B lists (queries), P passages of a list, N all passages of the batch.
+`where_BxP` says everywhere which passages exist; the others neither score nor get a gradient.
+
+Shape suffixes: B lists (queries), P passages of a list.
 """
 
 import jax
@@ -10,38 +12,30 @@ KL_DIRECTIONS = ("retriever_to_reranker", "reranker_to_retriever")
 KL_REDUCTIONS = ("sum", "mean_per_list", "mean_per_candidate")
 RERANKER_LOSSES = ("listwise", "pointwise")
 
-# Scores are cut here: sums of so large ones over any batch, and their squares, are finite in float32.
+# Scores are clipped here, so that their squares and their sums over any batch are finite in float32.
 LARGEST = 1e15
 
 
-def _bounded(scores_BxP):
+def _bounded(scores_BxP: jax.Array) -> jax.Array:
     return jnp.clip(scores_BxP.astype(jnp.float32), -LARGEST, LARGEST)
 
 
-def _log_softmax(scores_BxP, where_BxP):
-    """Log-probabilities over the valid passages; those left out get a large negative, finite one."""
-    # Far below every valid score, so that left-out passages take no probability however low those are.
+def _log_softmax(scores_BxP: jax.Array, where_BxP: jax.Array) -> jax.Array:
+    """Returns log-probabilities over the passages that exist; the others get a finite, very low one."""
+    # Far below every score, so that missing passages take no probability however low the scores are.
     lowest = jnp.finfo(jnp.float32).min / 4
     return jax.nn.log_softmax(jnp.where(where_BxP, _bounded(scores_BxP), lowest))
 
 
-def _mean(values_B, valid_B):
+def _mean(values_B: jax.Array, valid_B: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(valid_B, values_B, 0.0)) / jnp.maximum(jnp.sum(valid_B), 1)
 
 
-def listwise(scores_BxP, positive_BxP, *, where_BxP):
-    """Listwise cross-entropy (paper eq. 5): mean over lists of -log softmax of the positive.
+def listwise(scores_BxP: jax.Array, positive_BxP: jax.Array, *, where_BxP: jax.Array) -> jax.Array:
+    """Returns the listwise cross-entropy (paper eq. 5): mean over lists of -log softmax of a positive.
 
-    Lists here have one positive; of several, each competes with all others, and their mean
-    counts.
-
-    Args:
-      scores_BxP: scores of any float type.
-      positive_BxP: which passage is the positive; lists without one count for nothing.
-      where_BxP: which passages exist; the others neither score nor get a gradient.
-
-    Returns:
-      A float32 scalar.
+    Of several positives each competes with all other passages, and their mean counts. Lists without
+    one are left out.
     """
     positive_BxP = positive_BxP & where_BxP
     log_p_BxP = _log_softmax(scores_BxP, where_BxP)
@@ -50,37 +44,38 @@ def listwise(scores_BxP, positive_BxP, *, where_BxP):
     return _mean(loss_B / jnp.maximum(count_B, 1), count_B > 0)
 
 
-def pointwise(scores_BxP, positive_BxP, *, where_BxP):
-    """Binary cross-entropy of every passage on its own, mean over the passages that exist."""
+def pointwise(scores_BxP: jax.Array, positive_BxP: jax.Array, *, where_BxP: jax.Array) -> jax.Array:
+    """Returns the binary cross-entropy of single passages, mean over those that exist."""
     scores_BxP = _bounded(scores_BxP)
     signed_BxP = jnp.where(positive_BxP, scores_BxP, -scores_BxP)
     return _mean(-jax.nn.log_sigmoid(jnp.where(where_BxP, signed_BxP, 0.0)), where_BxP)
 
 
-def kl(p_log_BxP, q_log_BxP, *, where_BxP):
-    """KL(p || q) of every list [B] from log-probabilities."""
+def kl(p_log_BxP: jax.Array, q_log_BxP: jax.Array, *, where_BxP: jax.Array) -> jax.Array:
+    """Returns KL(p || q) of every list [B] from log-probabilities."""
     p_BxP = jnp.exp(p_log_BxP)
     return jnp.sum(jnp.where(where_BxP, p_BxP * (p_log_BxP - q_log_BxP), 0.0), axis=-1)
 
 
-def entropy(log_p_BxP, *, where_BxP):
-    """Entropy of every list [B] in nats, from log-probabilities."""
+def entropy(log_p_BxP: jax.Array, *, where_BxP: jax.Array) -> jax.Array:
+    """Returns the entropy of every list [B] in nats, from log-probabilities."""
     return -jnp.sum(jnp.where(where_BxP, jnp.exp(log_p_BxP) * log_p_BxP, 0.0), axis=-1)
 
 
+# Nine parameters: the last five are the keys of `config.joint.loss`, given as `**config.joint.loss`.
 def joint_distillation(
-    retriever_BxP,
-    reranker_BxP,
-    positive_BxP,
+    retriever_BxP: jax.Array,
+    reranker_BxP: jax.Array,
+    positive_BxP: jax.Array,
     *,
-    where_BxP,
-    kl_direction,
-    kl_reduction,
-    teacher_gradient,
-    temperature,
-    reranker_loss,
-):
-    """Dynamic listwise distillation (paper eq. 4 to 6): KL between the models + supervised re-ranker.
+    where_BxP: jax.Array,
+    kl_direction: str,
+    kl_reduction: str,
+    teacher_gradient: bool,
+    temperature: float,
+    reranker_loss: str,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Computes dynamic listwise distillation (paper eq. 4 to 6): KL term plus the re-ranker's own loss.
 
     Args:
       retriever_BxP: retriever scores (dot products).
@@ -97,8 +92,8 @@ def joint_distillation(
       reranker_loss: "listwise" (paper eq. 5) or "pointwise" (its ablation).
 
     Returns:
-      (loss, terms): a float32 scalar, and the scalars worth watching: both loss terms and the mean
-      entropy in nats of both distributions, which near 0 means a saturated, frozen softmax.
+      (loss, terms): a float32 scalar, and scalars to watch: the loss, both of its terms, and the mean
+      entropy in nats of both models' distributions; near 0 their softmax is saturated and frozen.
 
     Raises:
       ValueError: an unknown choice.
@@ -114,9 +109,9 @@ def joint_distillation(
     retriever_BxP, reranker_BxP = (x.astype(jnp.float32) for x in (retriever_BxP, reranker_BxP))
     retriever_log_BxP = _log_softmax(retriever_BxP / temperature, where_BxP)
     reranker_log_BxP = _log_softmax(reranker_BxP / temperature, where_BxP)
-    teacher_log_BxP = (
-        reranker_log_BxP if teacher_gradient else jax.lax.stop_gradient(reranker_log_BxP)
-    )
+    teacher_log_BxP = reranker_log_BxP
+    if not teacher_gradient:
+        teacher_log_BxP = jax.lax.stop_gradient(reranker_log_BxP)
     if kl_direction == "retriever_to_reranker":
         kl_B = kl(retriever_log_BxP, teacher_log_BxP, where_BxP=where_BxP)
     else:

@@ -1,5 +1,6 @@
 """Model folders with random weights, for measuring speed where no weights lie on disk."""
 
+import functools
 import pathlib
 
 import jax
@@ -8,19 +9,13 @@ import numpy as np
 
 from rqv2_jax.data.packing import Block
 from rqv2_jax.models import bert, exported
+from rqv2_jax.models.hf_config import KEYS
 
-# Devlin et al. 2019, and ERNIE 2.0 base.
+# BERT base (Devlin et al. 2019), with the four types of ERNIE 2.0 base.
 BASE = {
-    "vocab_size": 30522,
-    "hidden_size": 768,
-    "num_heads": 12,
-    "intermediate_size": 3072,
-    "max_positions": 512,
-    "type_vocab_size": 4,
-    "layer_norm_eps": 1e-12,
-    "activation": "gelu",
-    "initializer_range": 0.02,
+    field: default for field, default in KEYS.values() if field not in ("num_layers", "dropout")
 }
+BASE["type_vocab_size"] = 4
 # The shapes by name, with their number of layers: those of BERT base, of all-MiniLM-L6-v2 and of the
 # smallest BERT of Turc et al. 2019.
 SHAPES = {
@@ -29,21 +24,19 @@ SHAPES = {
     "bert-tiny": (BASE | {"hidden_size": 128, "num_heads": 2, "intermediate_size": 512}, 2),
 }
 
-# Each a token of its own in the folders made here, and to BERT.
+# Each is one token, in the vocabularies made here and in BERT's.
 WORDS = [str(number) for number in (*range(10, 100), *range(1900, 2015))]
 
 
-def params_like(config: bert.BertConfig):
-    """Returns the shapes of an encoder's params, `jax.ShapeDtypeStruct`s."""
+def params_like(config: bert.BertConfig) -> bert.Params:
+    """Returns an encoder's params as `jax.ShapeDtypeStruct`s."""
     blocks = (Block(*[jnp.zeros((1, 128), jnp.int32)] * 5),)
-    init = bert.Encoder(config).init
-    return jax.eval_shape(lambda key: init(key, blocks, deterministic=True), jax.random.key(0))[
-        "params"
-    ]
+    init = functools.partial(bert.Encoder(config).init, deterministic=True)
+    return jax.eval_shape(init, jax.random.key(0), blocks)["params"]
 
 
-def write(name: str, folder: pathlib.Path):
-    """Writes a model folder of one of `SHAPES`: normal weights, and a tokenizer that knows `WORDS`."""
+def write(name: str, folder: pathlib.Path) -> None:
+    """Writes a model folder of one of `SHAPES`: random weights, and a tokenizer that knows `WORDS`."""
     # Slow to import.
     import transformers
 
@@ -59,11 +52,11 @@ def write(name: str, folder: pathlib.Path):
     )
     rng = np.random.default_rng(0)
 
-    def draw(path, leaf):
+    def draw(path: tuple, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
         kind = path[-1].key
         if kind in ("bias", "scale"):
             return np.full(leaf.shape, float(kind == "scale"), np.float32)
-        # Larger than BERT's own, so that what a text says reaches its scores without training.
+        # Larger than BERT's initial weights, so that texts change their scores without training.
         return rng.standard_normal(leaf.shape, np.float32) * leaf.shape[-2] ** -0.5
 
     params = jax.tree_util.tree_map_with_path(draw, params_like(config))

@@ -1,20 +1,23 @@
-"""The tensors of Hugging Face BERT or ERNIE folders <-> params.
+"""Params from the tensors of Hugging Face BERT or ERNIE folders.
 
-Strict: every tensor of the files is used once or is one of the heads that a model has no use for, every
-param comes from the files, every shape is what `config.json` promises, and every number is finite.
+Strict: every tensor is used once or belongs to a head that an encoder has no use for, every param comes
+from the files, every shape is what `config.json` promises, and every number is finite.
 """
 
 import contextlib
 import pathlib
 import re
+from collections.abc import Iterator
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from rqv2_jax.errors import InputError
-from rqv2_jax.models import bert, released
+from rqv2_jax.models import bert
+from rqv2_jax.models.files import tensor_files
+from rqv2_jax.models.sbert import Head
 
-# An encoder gives the raw hidden states, so it has no use for a pooler or a head.
+# An encoder returns hidden states, so it has no use for a pooler or a head.
 UNWANTED = re.compile(r"(pooler|cls|classifier|lm_head|ernie_cls)\..*|embeddings\.position_ids")
 
 # Ours -> theirs. "{}" is the layer number; several names are joined along the last axis.
@@ -45,8 +48,8 @@ LAYERS = {
 
 
 @contextlib.contextmanager
-def _opened(path: pathlib.Path):
-    """Opens a safetensors file; what cannot be read of it is an `InputError`."""
+def _opened(path: pathlib.Path) -> Iterator[safe_open]:
+    """Opens a safetensors file; raises InputError if it cannot be read."""
     try:
         with safe_open(path, framework="flax") as f:
             yield f
@@ -55,23 +58,23 @@ def _opened(path: pathlib.Path):
 
 
 class _Tensors:
-    """All tensors of a folder, without the `bert.` or `ernie.` prefix; floats as float32.
+    """The tensors of a folder by name, without the prefix `bert.` or `ernie.`; floats as float32.
 
     Raises:
-      InputError: a file cannot be read, a name is there twice, or a number is NaN or infinite.
+      InputError: a file cannot be read, a name occurs twice, or a number is NaN or infinite.
     """
 
     def __init__(self, folder: pathlib.Path):
         self.files: dict[str, pathlib.Path] = {}  # by name
         self.arrays: dict[str, np.ndarray] = {}
-        paths = released.tensor_files(folder)
+        paths = tensor_files(folder)
         self.folder = paths[0] if len(paths) == 1 else folder
         for path in paths:
             with _opened(path) as f:
                 for name in f.keys():  # noqa: SIM118
                     self._add(path, name, np.asarray(f.get_tensor(name)))
 
-    def _add(self, path, name, tensor):
+    def _add(self, path: pathlib.Path, name: str, tensor: np.ndarray) -> None:
         plain = _plain(name)
         if plain in self.files:
             raise InputError(
@@ -87,10 +90,10 @@ class _Tensors:
         self.files[plain], self.arrays[plain] = path, tensor
 
     def take(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        """Removes the tensor of a name and returns it.
+        """Removes a tensor and returns it.
 
         Raises:
-          InputError: it is not there, or has another shape.
+          InputError: it is missing, or has another shape.
         """
         if name not in self.arrays:
             raise InputError(
@@ -106,32 +109,28 @@ class _Tensors:
 
 
 def _plain(name: str) -> str:
-    """The name of a tensor today, without the model's prefix."""
+    """Returns a tensor's present-day name, without the model's prefix."""
     name = re.sub(r"^(bert|ernie)\.", "", name)
     name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
     return name.replace("LayerNorm.beta", "LayerNorm.bias")
 
 
-def unused(folder: pathlib.Path, head: released.Head | None) -> list[str]:
-    """Returns the names of the tensors in a folder that no param is made of.
-
-    Args:
-      head: the score that is read beside the encoder; None for none.
-    """
-    own = {"linear": ("classifier",), "pooler": ("classifier", "pooler")}
-    kept = own[head.form] if head is not None and head.folder == folder else ()
+def unused(folder: pathlib.Path, head: Head | None) -> list[str]:
+    """Returns the names of a folder's tensors that neither the encoder nor the head `head` reads."""
+    read = {"linear": ("classifier",), "pooler": ("classifier", "pooler")}
+    kept = read[head.form] if head is not None and head.folder == folder else ()
     names = []
-    for path in released.tensor_files(folder):
+    for path in tensor_files(folder):
         with _opened(path) as f:
             names += [_plain(name) for name in f.keys()]  # noqa: SIM118
     return sorted(n for n in names if UNWANTED.fullmatch(n) and not n.startswith(kept))
 
 
-def load_encoder(folder: pathlib.Path, config: bert.BertConfig) -> dict:
+def load_encoder(folder: pathlib.Path, config: bert.BertConfig) -> bert.Params:
     """Returns encoder params in the layout of `bert.Encoder`: float32 numpy, layers on axis 0.
 
     Raises:
-      InputError: a tensor is missing, misshapen, not finite, or one nobody asked for.
+      InputError: a tensor is missing, misshapen, not finite, or of no part of an encoder.
     """
     tensors = _Tensors(folder)
     take = tensors.take
@@ -148,24 +147,19 @@ def load_encoder(folder: pathlib.Path, config: bert.BertConfig) -> dict:
         shape = (rows[module], d) if module in rows else (d,)
         embeddings.setdefault(module, {})[leaf] = take(name, shape)
     if TASK_EMBEDDING in tensors.arrays:
-        # ERNIE 2.0 adds a task embedding to every token; fine-tuning always uses task 0.
+        # ERNIE 2.0 adds a task embedding to every token; fine-tuning always uses that of task 0.
         task = take(TASK_EMBEDDING, (len(tensors.arrays[TASK_EMBEDDING]), d))
         embeddings["type"]["embedding"] += task[0]
 
     layers: dict = {}
     for (module, leaf), names in LAYERS.items():
         d_in, d_out = widths.get(module, (d, d))
-
-        def one(name, layer, leaf=leaf, d_in=d_in, d_out=d_out):
-            name = name.format(layer)
-            return take(name, (d_out, d_in)).T if leaf == "kernel" else take(name, (d_out,))
-
-        layers.setdefault(module, {})[leaf] = np.stack(
-            [
-                np.concatenate([one(name, layer) for name in names], axis=-1)
-                for layer in range(config.num_layers)
-            ]
-        )
+        shape = (d_out, d_in) if leaf == "kernel" else (d_out,)
+        per_layer = [
+            np.concatenate([take(name.format(layer), shape) for name in names]).T
+            for layer in range(config.num_layers)
+        ]
+        layers.setdefault(module, {})[leaf] = np.stack(per_layer)
 
     layer_of = re.compile(r"encoder\.layer\.(\d+)\..*")
     for name in tensors.arrays:
@@ -178,8 +172,8 @@ def load_encoder(folder: pathlib.Path, config: bert.BertConfig) -> dict:
     return {"embeddings": embeddings, "layers": layers}
 
 
-def load_head(head: released.Head, size: int) -> dict:
-    """Returns the params of a re-ranker's score over states of a size, as `models` describes them.
+def load_head(head: Head, size: int) -> bert.Params:
+    """Returns the params of a re-ranker's score over states of `size`, as `scoring` describes them.
 
     Raises:
       InputError: a tensor is missing, misshapen or not finite.

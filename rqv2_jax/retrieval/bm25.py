@@ -5,28 +5,30 @@ Shape suffixes: Q queries, K depth.
 
 import importlib.metadata
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import tqdm
+from ml_collections import ConfigDict
 
-# Of BM25's variants the one of Lucene, and so of Anserini, Elasticsearch and the papers' baselines.
+# The variant of BM25 in Lucene, and so in Anserini, Elasticsearch and the papers' baselines.
 METHOD = "lucene"
 PACKAGES = ("bm25s", "Stemmer")
 
 
 def search(
-    passages: Iterable[str], queries: list[str], depth: int, settings
+    passages: Iterable[str], queries: list[str], depth: int, settings: ConfigDict
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns the `depth` passages of each query with the highest BM25 scores, best first.
 
-    Words are runs of two or more letters, digits or underscores, lower-cased and stemmed; none is left
-    out. The passages are read once and only their words are kept.
+    Words are runs of two or more letters, digits or underscores, lower-cased and stemmed; there are no
+    stop words. The passages are read once, and only their words are held in memory.
 
     Args:
       settings: `config.evaluate.bm25`.
 
     Returns:
-      (rows [Q, K] int64, scores [Q, K] float32); row -1 and score -inf stand where fewer passages
+      (rows [Q, K] int64, scores [Q, K] float32); row -1 and score -inf where fewer passages
       share a word with the query.
     """
     # Slow to import, and needed by few commands.
@@ -34,9 +36,9 @@ def search(
     import Stemmer
 
     stemmer = Stemmer.Stemmer(settings.stemmer) if settings.stemmer else None
-    how = {"stopwords": None, "stemmer": stemmer, "show_progress": False}
+    options = {"stopwords": None, "stemmer": stemmer, "show_progress": False}
     with tqdm.tqdm(passages, desc="bm25: read passages", unit=" passages") as bar:
-        words = bm25s.tokenize(bar, **how)
+        words = bm25s.tokenize(bar, **options)
     depth = min(depth, len(words.ids))
     if not words.vocab:
         shape = len(queries), depth
@@ -44,7 +46,7 @@ def search(
     index = bm25s.BM25(k1=settings.k1, b=settings.b, method=METHOD, csc_backend="scipy")
     index.index(words, show_progress=False)
     del words
-    asked = bm25s.tokenize(queries, return_ids=False, **how)
+    asked = bm25s.tokenize(queries, return_ids=False, **options)
     # bm25s would take JAX, and with it an accelerator, for every query by itself.
     rows_QxK, scores_QxK = index.retrieve(
         asked, k=depth, backend_selection="numpy", show_progress=False
@@ -53,8 +55,8 @@ def search(
     return np.where(matched_QxK, rows_QxK, -1), np.where(matched_QxK, scores_QxK, -np.inf)
 
 
-def described(settings) -> dict:
-    """Returns what results say of the method: variant, parameters, stemmer, library and version."""
+def described(settings: ConfigDict) -> dict[str, Any]:
+    """Returns the method as results record it: variant, parameters, stemmer, library and version."""
     library = f"bm25s {importlib.metadata.version('bm25s')}"
     parameters = {"k1": settings.k1, "b": settings.b, "stemmer": settings.stemmer}
     return {"variant": METHOD, **parameters, "library": library}

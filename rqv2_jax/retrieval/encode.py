@@ -1,11 +1,11 @@
 """Passages and queries to vectors; a corpus goes to resumable shards on disk.
 
-Shape suffixes: N sequences, n sequences of a shard, D vector size.
+Shape suffixes: N sequences, n sequences of a shard on disk, D vector size.
 """
 
 import contextlib
+import functools
 import json
-import os
 import pathlib
 import shutil
 
@@ -15,13 +15,16 @@ import tqdm
 from rqv2_jax import artifacts, hosts
 from rqv2_jax.data.tokens import Store, Texts
 from rqv2_jax.errors import readable
+from rqv2_jax.models.bert import Params
 from rqv2_jax.retrieval.stream import Forward, Layout
 
 PASSAGES_PER_SHARD = 2**15
 
+_passage_bar = functools.partial(tqdm.tqdm, desc="encode passages", unit=" passages")
 
-def queries(forward: Forward, tower, texts: Texts, rows_N: np.ndarray) -> np.ndarray:
-    """The vectors [N, D] of some queries, by the query tower's params."""
+
+def queries(forward: Forward, tower: Params, texts: Texts, rows_N: np.ndarray) -> np.ndarray:
+    """Returns the vectors [N, D] of some queries, by the query tower's params."""
     lengths_N = forward.inputs.query_lengths(texts, np.arange(len(texts)))
     with tqdm.tqdm(desc="encode queries", total=len(rows_N), unit=" queries") as bar:
         return forward.run(
@@ -34,17 +37,15 @@ def queries(forward: Forward, tower, texts: Texts, rows_N: np.ndarray) -> np.nda
         )
 
 
-def passages(forward: Forward, tower, store: Store, rows_N: np.ndarray, bar=None) -> np.ndarray:
-    """The vectors [N, D] of some passages, by the passage tower's params.
+def passages(
+    forward: Forward, tower: Params, store: Store, rows_N: np.ndarray, bar: tqdm.tqdm | None = None
+) -> np.ndarray:
+    """Returns the vectors [N, D] of some passages, by the passage tower's params.
 
-    Progress goes to `bar` if there is one, else to a bar of its own.
+    Progress goes to `bar` if there is one, else to a new bar.
     """
-    own = (
-        tqdm.tqdm(desc="encode passages", total=len(rows_N), unit=" passages")
-        if bar is None
-        else contextlib.nullcontext(bar)
-    )
-    with own as shown:
+    new = _passage_bar(total=len(rows_N)) if bar is None else contextlib.nullcontext(bar)
+    with new as shown:
         return forward.run(
             forward.vectors,
             tower,
@@ -56,18 +57,18 @@ def passages(forward: Forward, tower, store: Store, rows_N: np.ndarray, bar=None
 
 
 def layout(forward: Forward, store: Store) -> Layout:
-    """For passages as long as those of the corpus, so that every part of it takes the same shapes."""
+    """Plans for passages as long as the corpus's, so that every part of it takes the same shapes."""
     usual_N = forward.inputs.passage_lengths(store, store.sample())
     return forward.layout(usual_N, forward.inputs.passage_length)
 
 
 def corpus(
-    forward: Forward, tower, store: Store, folder: pathlib.Path, source: str
+    forward: Forward, tower: Params, store: Store, folder: pathlib.Path, source: str
 ) -> list[np.ndarray]:
-    """The vectors of all passages: memory-mapped shards `<folder>/<number>.npy`, [n, D] float32.
+    """Returns the vectors of all passages: memory-mapped `<folder>/<number>.npy`, [n, D] float32 each.
 
     Shards that can be read are kept, so an interrupted run goes on where it stopped; shards made from
-    another `source` (the params' origin and the token store) are thrown away.
+    another `source` (the params' origin and the token store) are deleted.
     """
     manifest = folder / "manifest.json"
     wanted = {"source": source, "per_shard": PASSAGES_PER_SHARD}
@@ -75,42 +76,35 @@ def corpus(
     parts = np.split(rows_N, range(PASSAGES_PER_SHARD, len(rows_N), PASSAGES_PER_SHARD))
     paths = [folder / f"{number:05}.npy" for number in range(len(parts))]
 
-    def load(number):
+    def load(number: int) -> np.ndarray:
         vectors_nxD = np.load(paths[number], mmap_mode="r")
         if vectors_nxD.ndim != 2 or len(vectors_nxD) != len(parts[number]):
             raise ValueError(f"shape {vectors_nxD.shape} for {len(parts[number])} passages")
         return vectors_nxD
 
-    def find_missing():
+    def find_missing() -> list[int]:
         made_from = None
         if manifest.is_file():
             made_from = readable(manifest, lambda: json.loads(manifest.read_text()))
         if made_from != wanted:
             if folder.is_symlink():
-                # Another workdir's, of which this one began.
+                # It belongs to the workdir that this one was started from.
                 folder.unlink()
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             artifacts.replace_text(manifest, json.dumps(wanted))
-        numbers = range(len(paths))
         return [
-            n
-            for n in numbers
-            if not paths[n].is_file() or readable(paths[n], lambda n=n: load(n)) is None
+            number
+            for number, path in enumerate(paths)
+            if not path.is_file() or readable(path, functools.partial(load, number)) is None
         ]
 
     missing = set(hosts.from_first(find_missing))
-    with tqdm.tqdm(desc="encode passages", total=len(rows_N), unit=" passages") as bar:
+    with _passage_bar(total=len(rows_N)) as bar:
         for number, (part_n, path) in enumerate(zip(parts, paths)):
             if number not in missing:
                 bar.update(len(part_n))
                 continue
             vectors_nxD = passages(forward, tower, store, part_n, bar)
-
-            def write(path=path, vectors_nxD=vectors_nxD):
-                partial = path.with_suffix(".partial.npy")
-                np.save(partial, vectors_nxD)
-                os.replace(partial, path)
-
-            hosts.from_first(write)
+            artifacts.write(path, functools.partial(np.save, arr=vectors_nxD))
     return [load(number) for number in range(len(paths))]

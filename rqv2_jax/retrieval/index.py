@@ -1,6 +1,6 @@
 """Search by inner product: exact in tiles, and approximate with ScaNN (Guo et al. 2020).
 
-Shape suffixes: Q queries, N passages, D vector size, K depth.
+Shape suffixes: Q queries, N passages of a tile, D vector size, K depth.
 """
 
 import functools
@@ -8,6 +8,8 @@ import json
 import math
 import pathlib
 import shutil
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,7 @@ import numpy as np
 import tqdm
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
 
 from rqv2_jax import artifacts, hosts, optional
 from rqv2_jax.errors import readable
@@ -22,43 +25,46 @@ from rqv2_jax.errors import readable
 QUERIES_PER_TILE = 256
 PASSAGES_PER_TILE = 2**15
 
-SAMPLED = 250_000  # passages that ScaNN's leaves are trained on, at most
+# Passages that ScaNN's leaves are trained on, at most.
+SAMPLED = 250_000
+
+Ranked = tuple[np.ndarray, np.ndarray]  # rows and scores
 
 
-def _merge(queries_QxD, tile_NxD, first, count, best_QxK, rows_QxK):
-    """The best K of the tile's first `count` passages and of the best so far."""
+def _merge(
+    queries_QxD: jax.Array, tile_NxD: jax.Array, first: int, count: int, best: tuple
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the best K of a tile's first `count` passages and of the best so far: scores and rows."""
+    best_QxK, rows_QxK = best
     # Accelerators would round the factors to fewer bits.
     scores_QxN = jnp.matmul(queries_QxD, tile_NxD.T, precision="highest")
     numbers_N = jnp.arange(len(tile_NxD))
     scores_QxN = jnp.where(numbers_N < count, scores_QxN, -jnp.inf)
     depth = best_QxK.shape[1]
-    found, numbers = jax.lax.top_k(scores_QxN, min(depth, len(tile_NxD)))
-    best, chosen = jax.lax.top_k(jnp.concatenate([best_QxK, found], axis=1), depth)
+    top, numbers = jax.lax.top_k(scores_QxN, min(depth, len(tile_NxD)))
+    best_QxK, chosen = jax.lax.top_k(jnp.concatenate([best_QxK, top], axis=1), depth)
     all_rows = jnp.concatenate([rows_QxK, numbers + first], axis=1)
-    return best, jnp.take_along_axis(all_rows, chosen, axis=1)
+    return best_QxK, jnp.take_along_axis(all_rows, chosen, axis=1)
 
 
 @functools.cache
-def _on_devices(devices: tuple):
-    """`_merge` with the queries split over some devices, and how its queries and passages lie there."""
+def _on_devices(devices: tuple[jax.Device, ...]) -> tuple[Callable, NamedSharding, NamedSharding]:
+    """Returns `_merge` with queries split over devices, and the shardings of queries and passages."""
     mesh = Mesh(np.array(devices), ("queries",))
-    split, whole = P("queries"), P()
+    split, everywhere = P("queries"), P()
     merge = jax.shard_map(
         _merge,
         mesh=mesh,
-        in_specs=(split, whole, whole, whole, split, split),
+        in_specs=(split, everywhere, everywhere, everywhere, split),
         out_specs=(split, split),
         check_vma=False,
     )
-    return (
-        jax.jit(merge, donate_argnums=(4, 5)),
-        NamedSharding(mesh, split),
-        NamedSharding(mesh, whole),
-    )
+    shardings = NamedSharding(mesh, split), NamedSharding(mesh, everywhere)
+    return jax.jit(merge, donate_argnums=4), *shardings
 
 
-def _tiles(shards: list[np.ndarray], tile: int):
-    """(first row, number of passages, their vectors [tile, D], filled up with zeros) of every tile."""
+def _tiles(shards: list[np.ndarray], tile: int) -> Iterator[tuple[int, int, np.ndarray]]:
+    """Yields every tile's first row, number of passages, and vectors [tile, D], filled with zeros."""
     row = 0
     for shard in shards:
         for first in range(0, len(shard), tile):
@@ -70,12 +76,12 @@ def _tiles(shards: list[np.ndarray], tile: int):
             row += count
 
 
-def exact(queries_QxD: np.ndarray, shards: list[np.ndarray], depth: int):
-    """The `depth` passages with the largest dot product, best first; all of them if there are fewer.
+def exact(queries_QxD: np.ndarray, shards: list[np.ndarray], depth: int) -> Ranked:
+    """Returns the `depth` passages with the largest dot products, best first; all if there are fewer.
 
     Works tile by tile, so no array of queries times passages ever exists. Every passage is read once,
     while the queries stay on the devices, split over all of this host. Several hosts share the
-    queries, and all get the whole result.
+    queries, and all get the results of all.
 
     Args:
       queries_QxD: query vectors.
@@ -87,36 +93,34 @@ def exact(queries_QxD: np.ndarray, shards: list[np.ndarray], depth: int):
     total = sum(map(len, shards))
     depth = min(depth, total)
     devices = tuple(jax.local_devices())
-    merge, split, whole = _on_devices(devices)
+    merge, split, everywhere = _on_devices(devices)
     together = QUERIES_PER_TILE * len(devices)
     queries, best = [], []
     for number in hosts.share(-(-len(queries_QxD) // together)):
         part = queries_QxD[number * together :][:together]
         part = np.pad(part, ((0, together - len(part)), (0, 0)))
         queries.append(jax.device_put(part, split))
-        nothing = (
-            np.full((together, depth), -np.inf, np.float32),
-            np.zeros((together, depth), np.int32),
-        )
-        best.append(jax.device_put(nothing, split))
+        lowest = np.full((together, depth), -np.inf, np.float32)
+        best.append(jax.device_put((lowest, np.zeros(lowest.shape, np.int32)), split))
     with tqdm.tqdm(desc="exact search", total=total, unit=" passages") as bar:
         for row, count, vectors in _tiles(shards, min(PASSAGES_PER_TILE, total)):
-            tile = jax.device_put(vectors, whole)
-            # A tile is sent while the one before it is computed: else all would lie on the devices.
+            tile = jax.device_put(vectors, everywhere)
+            # Waits for the tile before, so that at most two lie on the devices.
             jax.block_until_ready(best)
-            best = [merge(part, tile, row, count, *found) for part, found in zip(queries, best)]
+            best = [merge(part, tile, row, count, top) for part, top in zip(queries, best)]
             bar.update(count)
-        rows, scores = ([np.asarray(x) for x in kind] for kind in zip(*[(r, s) for s, r in best]))
-    found = (hosts.join(x).reshape(-1, depth)[: len(queries_QxD)] for x in (rows, scores))
-    rows_QxK, scores_QxK = found
+        parts = [[np.asarray(x) for x in kind] for kind in zip(*best)]
+    scores_QxK, rows_QxK = (hosts.join(x).reshape(-1, depth)[: len(queries_QxD)] for x in parts)
     return rows_QxK.astype(np.int64), scores_QxK
 
 
-def build_scann(shards: list[np.ndarray], settings, depth: int, folder: pathlib.Path, source: str):
-    """A ScaNN searcher over the vectors, kept in `folder` and loaded from there the next time.
+def build_scann(
+    shards: list[np.ndarray], settings: ConfigDict, depth: int, folder: pathlib.Path, source: str
+) -> Any:
+    """Returns a ScaNN searcher over the vectors, saved in `folder` and loaded from there next time.
 
-    As ScaNN's guide advises, a small collection (`settings.brute_force_below` passages) is scored
-    whole. A larger one has `leaves_per_sqrt * sqrt(passages)` leaves, of which at least
+    As ScaNN's guide advises, of a small collection (`settings.brute_force_below` passages) all passages
+    are scored. A larger one has `leaves_per_sqrt * sqrt(passages)` leaves, of which at least
     `searched_share` is searched, and enough to see `seen` times the depth; `reorder` times the depth
     is then scored exactly.
 
@@ -132,10 +136,10 @@ def build_scann(shards: list[np.ndarray], settings, depth: int, folder: pathlib.
     searched = min(math.ceil(searched), leaves)
     reorder = min(round(settings.reorder * depth), total)
     manifest = folder / "rqv2_jax.json"
-    whole = total < settings.brute_force_below
-    wanted = json.dumps([source, whole, leaves, searched, reorder, depth])
+    brute_force = total < settings.brute_force_below
+    wanted = json.dumps([source, brute_force, leaves, searched, reorder, depth])
 
-    def load():
+    def load() -> Any:
         return scann_ops_pybind.load_searcher(str(folder), assets_backcompat_shim=False)
 
     if manifest.is_file() and manifest.read_bytes() == wanted.encode():
@@ -145,7 +149,7 @@ def build_scann(shards: list[np.ndarray], settings, depth: int, folder: pathlib.
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     builder = scann_ops_pybind.builder(np.concatenate(shards), depth, "dot_product")
-    if whole:
+    if brute_force:
         builder = builder.score_brute_force()
     else:
         builder = (
@@ -153,20 +157,22 @@ def build_scann(shards: list[np.ndarray], settings, depth: int, folder: pathlib.
             .score_ah(2, anisotropic_quantization_threshold=0.2)
             .reorder(reorder)
         )
-    # With names of files, not paths from the folder that the program was started in.
+    # With file names, not paths relative to the folder that the program was started in.
     builder.build().serialize(str(folder), relative_path=True)
     del builder
-    # A searcher as built holds the vectors twice, one that is loaded once.
+    # A searcher as built holds the vectors twice, a loaded one once.
     searcher = load()
-    # Says that the folder is whole, so it comes last.
+    # Comes last, because it says that the folder is complete.
     artifacts.replace_text(manifest, wanted)
     return searcher
 
 
-def scann_search(searcher, queries_QxD: np.ndarray, depth: int, leaves: int | None = None):
-    """As `exact`, approximately; row -1 and score -inf stand where ScaNN found fewer passages.
+def scann_search(
+    searcher: Any, queries_QxD: np.ndarray, depth: int, leaves: int | None = None
+) -> Ranked:
+    """Searches as `exact`, approximately; row -1 and score -inf where ScaNN finds fewer passages.
 
-    `leaves` to search in place of as many as the searcher was built for.
+    Searches `leaves` leaves, or as many as the searcher was built for.
     """
     rows_QxK, scores_QxK = searcher.search_batched_parallel(
         queries_QxD, final_num_neighbors=depth, leaves_to_search=leaves
@@ -177,6 +183,6 @@ def scann_search(searcher, queries_QxD: np.ndarray, depth: int, leaves: int | No
 
 
 def recall(rows_QxK: np.ndarray, exact_QxK: np.ndarray) -> float:
-    """The share of the exact results that are among the approximate ones, mean over queries."""
-    found = [len(np.intersect1d(a, b)) for a, b in zip(rows_QxK, exact_QxK)]
-    return float(np.mean(found) / exact_QxK.shape[1])
+    """Returns the share of exact results that are among the approximate ones, mean over queries."""
+    hits = [len(np.intersect1d(a, b)) for a, b in zip(rows_QxK, exact_QxK)]
+    return float(np.mean(hits) / exact_QxK.shape[1])

@@ -1,24 +1,25 @@
 """Re-ranker scores for retrieved candidates, batched across queries.
 
-Shape suffixes: Q queries, K candidates of a query, N = Q * K pairs.
+Shape suffixes: Q queries, K candidates of a query, R re-ranked ones, N pairs.
 """
 
 import numpy as np
 import tqdm
 
 from rqv2_jax.data.tokens import Store, Texts
+from rqv2_jax.models.bert import Params
 from rqv2_jax.retrieval.stream import Forward, Layout
 
 
 def scores(
     forward: Forward,
-    params,
+    params: Params,
     store: Store,
     texts: Texts,
     query_rows_Q: np.ndarray,
     passages_QxK: np.ndarray,
 ) -> np.ndarray:
-    """The re-ranker's logit of every candidate [Q, K], float32.
+    """Returns the re-ranker's logit of every candidate [Q, K], float32.
 
     `passages_QxK` are row numbers; a negative one is padding, whose score is 0.
     """
@@ -43,15 +44,15 @@ def scores(
 
 
 def layout(forward: Forward, store: Store, texts: Texts) -> Layout:
-    """For pairs of a query and any passage, so that every call takes the same shapes."""
+    """Plans for pairs of a query and any passage, so that every call takes the same shapes."""
     sample_N = store.sample()
-    asking_N = np.resize(np.arange(len(texts)), len(sample_N))
-    usual_N = forward.inputs.pair_lengths(store, texts, asking_N, sample_N)
+    queries_N = np.resize(np.arange(len(texts)), len(sample_N))
+    usual_N = forward.inputs.pair_lengths(store, texts, queries_N, sample_N)
     return forward.layout(usual_N, forward.inputs.pair_length)
 
 
 def merge(top_QxR: np.ndarray, retriever_QxK: np.ndarray) -> np.ndarray:
-    """Scores that rank the first R candidates by the re-ranker and the others, unchanged, below.
+    """Returns scores that rank the first R candidates by the re-ranker, and the others below them.
 
     Args:
       top_QxR: re-ranker scores of the first R candidates.
@@ -64,7 +65,7 @@ def merge(top_QxR: np.ndarray, retriever_QxK: np.ndarray) -> np.ndarray:
     tail = retriever_QxK[:, depth:]
     if not tail.shape[1]:
         return top_QxR
-    # Counted, because differences of small scores would be lost beside the re-ranker's.
+    # Counts distinct scores, because small differences could vanish next to the re-ranker's scores.
     worse = np.cumsum(tail[:, 1:] != tail[:, :-1], axis=1)
     below = top_QxR.min(axis=1, keepdims=True) - 1
     return np.concatenate([top_QxR, below, below - worse], axis=1).astype(np.float32)

@@ -1,21 +1,23 @@
-"""A model over any number of sequences: dealt to batches of two compiled shapes, streamed.
+"""The models' forward passes over any number of sequences, in batches of two compiled shapes.
 
-Shape suffixes: N sequences, S shards, R rows of a shard.
+Shape suffixes: N sequences, S shards, R rows of a shard, K widths of rows, C counts of usual batches.
 """
 
 import dataclasses
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import jax
 import numpy as np
 import tqdm
 
 from rqv2_jax.data import packing
 from rqv2_jax.data.inputs import Inputs
+from rqv2_jax.models.bert import Params
 from rqv2_jax.models.scoring import Models
 from rqv2_jax.training.sharding import Sharding
 
-# Of a usual batch's tokens, a spare one's.
+# Size of a spare batch relative to a usual one, in tokens.
 SPARE_SHARE = 0.25
 # Slots of a flat row relative to the sequences of usual length that it holds.
 SPARE_SLOTS = 1.5
@@ -25,8 +27,8 @@ class Layout(NamedTuple):
     """The shapes of one device's rows, in the two batches that are compiled.
 
     A `usual` batch has short and long rows in the proportions of the usual lengths; a `spare` one has
-    rows for any length, for the few sequences that usual batches have no room for. Where sequences lie
-    end to end in one flat row, both are the same.
+    rows for any length, for the few sequences that are left over. Where sequences lie end to end in one
+    flat row, both are the same.
     """
 
     usual: tuple[packing.Shape, ...]
@@ -34,7 +36,7 @@ class Layout(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Numbers of the sequences in each shard's rows, -1 in empty rows, and the rows' shapes."""
+    """The numbers of the sequences in each shard's rows, -1 in empty rows, and the rows' shapes."""
 
     numbers_SxR: np.ndarray
     shapes: tuple[packing.Shape, ...]
@@ -45,7 +47,7 @@ class Forward:
     """Both models' forward passes, compiled once for the mesh.
 
     `vectors` and `reranker_scores` are those of `Models` over all shards. In one pass a device computes
-    at most `batch_tokens` tokens, those of padding included, if they hold a row; the rows have at most
+    at most `batch_tokens` tokens, padding included, unless one row is longer; the rows have at most
     `max_blocks` widths, or are one `flat` row.
     """
 
@@ -60,14 +62,14 @@ class Forward:
     def run(
         self,
         fn: Callable,
-        params,
+        params: Params,
         *,
         lengths_N: np.ndarray,
         layout: Layout,
         build: Callable[[np.ndarray], packing.Ragged],
         bar: tqdm.tqdm,
     ) -> np.ndarray:
-        """`fn(params, packed)` for N sequences, in their order: float32 [N, ...].
+        """Returns `fn(params, packed)` for N sequences, in their order: float32 [N, ...].
 
         Args:
           fn: `vectors` or `reranker_scores`.
@@ -76,15 +78,15 @@ class Forward:
           build: makes the sequences of some numbers.
           bar: progress, counted in sequences.
         """
-        own = self.sharding.own_parts(self.sharding.shards)
+        local_shards = self.sharding.own_parts(self.sharding.shards)
         results, order, waiting = [], [], None
 
-        def fetch(output, real_N):
+        def fetch(output: jax.Array, real_N: np.ndarray) -> None:
             results.append(np.asarray(output)[real_N])
             bar.update(int(real_N.sum()))
 
         for numbers_SxR, shapes in schedule(lengths_N, layout, self.sharding.shards):
-            parts = [_filled(build, numbers_R) for numbers_R in numbers_SxR[own]]
+            parts = [_filled(build, numbers_R) for numbers_R in numbers_SxR[local_shards]]
             packed = packing.stack([packing.pack(part, shapes) for part in parts])
             output = fn(params, self.sharding.put_batch(packed))
             # The devices work on this batch while the host fetches the one before.
@@ -100,16 +102,16 @@ class Forward:
         return ordered
 
     def layout(self, usual_N: np.ndarray, longest: int) -> Layout:
-        """`plan` for this pass's tokens."""
+        """Plans the shapes for sequences of usual lengths, up to the longest."""
         if self.flat:
             return plan_flat(usual_N, longest, self.batch_tokens)
         return plan(usual_N, longest, self.batch_tokens, self.max_blocks)
 
 
 def plan(usual_N: np.ndarray, longest: int, tokens: int, max_blocks: int) -> Layout:
-    """Rows that waste least on the usual lengths and hold sequences up to `longest`.
+    """Returns the rows that waste least on the usual lengths and hold sequences up to `longest`.
 
-    A device computes at most `tokens`, if they hold a row. The same lengths give the same shapes,
+    A device computes at most `tokens`, unless one row is longer. The same lengths give the same shapes,
     however many sequences are streamed.
     """
     sorted_N = np.sort(usual_N)
@@ -127,7 +129,7 @@ def plan(usual_N: np.ndarray, longest: int, tokens: int, max_blocks: int) -> Lay
 
 
 def plan_flat(usual_N: np.ndarray, longest: int, tokens: int) -> Layout:
-    """Returns one flat row of at most `tokens`, if they hold a sequence, with slots to spare."""
+    """Returns one flat row of at most `tokens`, unless a sequence is longer, with slots to spare."""
     tokens = max(tokens // packing.FLAT_TOKENS * packing.FLAT_TOKENS, longest)
     shape = packing.plan_flat(tokens, int(SPARE_SLOTS * tokens / usual_N.mean()) + 1)
     return Layout((shape,), (shape,))
@@ -136,16 +138,9 @@ def plan_flat(usual_N: np.ndarray, longest: int, tokens: int) -> Layout:
 def make_forward(
     models: Models, inputs: Inputs, sharding: Sharding, *, batch_tokens: int, max_blocks: int
 ) -> Forward:
-    """Compiles nothing yet: each shape compiles when it is first met."""
-    return Forward(
-        inputs,
-        sharding,
-        batch_tokens,
-        max_blocks,
-        models.flat,
-        sharding.per_shard(models.vectors),
-        sharding.per_shard(models.reranker_scores),
-    )
+    """Returns the forward passes; each shape compiles when it is first used."""
+    vectors, scores = (sharding.per_shard(fn) for fn in (models.vectors, models.reranker_scores))
+    return Forward(inputs, sharding, batch_tokens, max_blocks, models.flat, vectors, scores)
 
 
 def _in_flat_rows(lengths_N: np.ndarray, shape: packing.Shape, shards: int) -> Iterator[Batch]:
@@ -154,8 +149,7 @@ def _in_flat_rows(lengths_N: np.ndarray, shape: packing.Shape, shards: int) -> I
     while first < len(lengths_N):
         last = np.searchsorted(ends_N, ends_N[first] + shape.width, side="right") - 1
         last = min(int(last), first + shape.slots)
-        rows.append(np.full(shape.slots, -1))
-        rows[-1][: last - first] = np.arange(first, last)
+        rows.append(_padded([np.arange(first, last)], shape.slots))
         first = last
     rows += [np.full(shape.slots, -1)] * (-len(rows) % shards)
     for numbers_SxR in np.stack(rows).reshape(-1, shards, shape.slots):
@@ -169,13 +163,13 @@ def schedule(lengths_N: np.ndarray, layout: Layout, shards: int) -> Iterator[Bat
         return
     widths_K, rows_K = np.array([(shape.width, shape.rows) for shape in layout.usual]).T[:, ::-1]
     order_N = np.argsort(-lengths_N, kind="stable")
-    # By the narrowest rows that hold it, widest first.
+    # Each sequence's kind of rows, the narrowest that hold it; kinds are numbered from the widest.
     kinds_N = len(widths_K) - 1 - np.searchsorted(widths_K[::-1], lengths_N[order_N])
     wanted_K = np.cumsum(np.bincount(kinds_N, minlength=len(widths_K)))
-    room_K = shards * np.cumsum(rows_K)
-    counts_C = np.arange((-(-wanted_K // room_K)).max() + 1)
-    # By Hall's theorem, as rows of a kind hold all sequences of the kinds after it.
-    left_C = (wanted_K - counts_C[:, None] * room_K).max(axis=1).clip(0)
+    rows_up_to_K = shards * np.cumsum(rows_K)
+    counts_C = np.arange((-(-wanted_K // rows_up_to_K)).max() + 1)
+    # By Hall's theorem, as rows of a kind hold the sequences of all narrower kinds.
+    left_C = (wanted_K - counts_C[:, None] * rows_up_to_K).max(axis=1).clip(0)
     (spare,) = layout.spare
     spares_C = -(-left_C // (shards * spare.rows))
     tokens_C = counts_C * packing.size(layout.usual) + spares_C * packing.size(layout.spare)
@@ -189,23 +183,23 @@ def schedule(lengths_N: np.ndarray, layout: Layout, shards: int) -> Iterator[Bat
         left.append(group[free:])
         free -= len(placed[-1])
 
-    def filled(groups, size):
-        numbers = np.full(size, -1)
-        found = np.concatenate(groups)
-        numbers[: len(found)] = found
-        return numbers
-
     # The longest go to different shards' widest rows, then the next longest, ...
-    dealt_RxC = filled(placed, count * room_K[-1]).reshape(rows_K.sum(), count * shards)
+    dealt_RxC = _padded(placed, count * rows_up_to_K[-1]).reshape(rows_K.sum(), count * shards)
     for numbers_SxR in dealt_RxC.T.reshape(count, shards, rows_K.sum()):
         yield Batch(numbers_SxR, layout.usual)
-    spares = filled(left, spares_C[count] * shards * spare.rows)
+    spares = _padded(left, spares_C[count] * shards * spare.rows)
     for numbers_SxR in spares.reshape(-1, shards, spare.rows):
         yield Batch(numbers_SxR, layout.spare)
 
 
-def _filled(build, numbers_R) -> packing.Ragged:
-    """The sequences of some numbers, those of -1, which come last, without tokens."""
+def _padded(groups: list[np.ndarray], size: int) -> np.ndarray:
+    """Joins groups of numbers and adds -1 up to a size."""
+    numbers = np.concatenate(groups)
+    return np.pad(numbers, (0, size - len(numbers)), constant_values=-1)
+
+
+def _filled(build: Callable, numbers_R: np.ndarray) -> packing.Ragged:
+    """Builds the sequences of some numbers; those of -1, which come last, have no tokens."""
     real_R = numbers_R >= 0
     ragged = build(numbers_R[real_R])
     lengths_R = np.zeros(len(numbers_R), ragged.lengths_N.dtype)

@@ -16,7 +16,7 @@ from rqv2_jax.models import ragged_attention
 from rqv2_jax.recipe.run import Run
 from rqv2_jax.retrieval import encode, rerank, stream
 from rqv2_jax.tools.benchmarks import Texts, compiled_joint, joint_batches
-from rqv2_jax.training import sharding, train
+from rqv2_jax.training import sharding, stages
 
 LISTED = 10  # operations of a profile
 
@@ -32,7 +32,7 @@ def _elsewhere(run: Run, device: jax.Device, **changed) -> Run:
 
 def _scores_and_gradients(run: Run, texts: Texts) -> dict[str, np.ndarray]:
     """Returns query vectors, re-ranker scores and the joint loss's gradient, as flat arrays."""
-    stage = train.make_stage(run.config, run.models, "joint")
+    stage = stages.make_stage(run.config, run.models, "joint")
     params = {model: run.initial(model) for model in stage.models}
     batch = run.sharding.put_batch(joint_batches(run, texts, 1).make(0))
     value_and_grad = jax.jit(run.sharding.value_and_grad(stage.loss_fn))

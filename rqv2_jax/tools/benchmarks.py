@@ -27,7 +27,7 @@ from rqv2_jax.recipe.stage import stage_batches
 from rqv2_jax.recipe.texts import open_collection
 from rqv2_jax.retrieval import encode, index, rerank, stream
 from rqv2_jax.tools import hlo, planning, rivals
-from rqv2_jax.training import train
+from rqv2_jax.training import stages, train
 
 # Steps in a row that are timed before it is the rival's turn.
 TURN = 3
@@ -100,7 +100,7 @@ def _lists(texts: Texts, count: int, size: int) -> lists_lib.Lists:
 
 def joint_batches(run: Run, texts: Texts, steps: int) -> ListBatches:
     """Returns the batches of so many joint steps, of lists of random passages."""
-    joint, stage = run.config.joint, train.make_stage(run.config, run.models, "joint")
+    joint, stage = run.config.joint, stages.make_stage(run.config, run.models, "joint")
     lists = _lists(texts, steps * joint.batch, joint.list_size)
     return stage_batches(run, texts.store, "joint", stage, lists)
 
@@ -174,7 +174,7 @@ def _take_turns(takers: dict[str, _Taker], total: int, turn: int):
 
 def compiled_joint(run: Run, config, batches: ListBatches, steps: int):
     """Returns the compiled joint step, what makes its first state, and the seconds of compiling."""
-    stage = train.make_stage(config, run.models, "joint")
+    stage = stages.make_stage(config, run.models, "joint")
     optimizer = train.make_optimizer(config.optimizer, config.joint, steps, stage.rates)
 
     def first_state():

@@ -29,7 +29,7 @@ from rqv2_jax.recipe import opening
 from rqv2_jax.retrieval import stream
 from rqv2_jax.tools import hlo
 from rqv2_jax.training import sharding as sharding_lib
-from rqv2_jax.training import train
+from rqv2_jax.training import stages, train
 
 GIB = 2**30
 
@@ -279,7 +279,7 @@ def _models(config, machine, report) -> tuple[ml_collections.ConfigDict, models_
     except InputError as error:
         report(f"planned with the shape of BERT base, because {error}")
         base_shape, base_layers = random_model.SHAPES["bert-base"]
-        base = released.plain(
+        base = released.Released(
             pathlib.Path("BERT base"), num_layers=base_layers, longest=base_shape["max_positions"]
         )
         config, _ = opening.resolve(config, released.Sources(base, base, base))
@@ -393,7 +393,7 @@ def _sharded(tree, mesh):
 
 def _train_step(config, models, mesh, name, drawn, machine, report) -> Step | None:
     """The step of a training stage compiled; None if it does not fit."""
-    settings, stage = config[name], train.make_stage(config, models, name)
+    settings, stage = config[name], stages.make_stage(config, models, name)
     slots_SxB = batches_lib.slots(settings.batch, mesh.shards, stage.accumulate)
     parts, lists = slots_SxB.shape
     shapes, formula = {}, 0.0

@@ -1,1 +1,1 @@
-"""One training step and the loop around it, on any number of devices; checkpoints. Knows no texts."""
+"""Training on packed batches, on any number of devices: losses, step, loop, sharding, checkpoints."""
