@@ -11,6 +11,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from rqv2_jax import config as config_lib
+from rqv2_jax import config_check
 from rqv2_jax.data.packing import Block
 from rqv2_jax.errors import InputError
 from rqv2_jax.models import bert, released, weights
@@ -161,7 +162,7 @@ def test_with_room_nothing_is_computed_again(roomy, config):
     assert expected.items() <= plan.overlay.items()
     changed = config_lib.loads(config_lib.dumps(config))
     changed.update_from_flattened_dict(plan.overlay)
-    config_lib.check(changed)
+    config_check.check(changed)
     # All lists of a device's share: 4 queries, 12 passages, 12 pairs.
     assert joint.tokens == 4 * 16 + 12 * 16 + 12 * 32
     shape = models_of(config).retriever

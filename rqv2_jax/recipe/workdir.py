@@ -16,7 +16,7 @@ import jax
 import ml_collections
 import tqdm
 
-from rqv2_jax import artifacts, hosts, optional
+from rqv2_jax import artifacts, config_check, hosts, optional
 from rqv2_jax import config as config_lib
 from rqv2_jax.data import collection, own_texts, tokens
 from rqv2_jax.data.inputs import Inputs
@@ -194,7 +194,7 @@ def open_workdir(workdir: pathlib.Path, *, data: str = "", weights: str = "") ->
     if not path.is_file():
         raise InputError(f"{workdir}: is no workdir (no config.json); run rqv2_jax.main first")
     config, earlier = _read_config(path)
-    config_lib.check(config)
+    config_check.check(config)
     asked, devices = config.mesh.data * config.mesh.fsdp, jax.device_count()
     if asked > devices or (jax.process_count() > 1 and asked != devices):
         config.mesh.update({"data": devices, "fsdp": 1})

@@ -19,6 +19,7 @@ import ml_collections
 import numpy as np
 
 from rqv2_jax import config as config_lib
+from rqv2_jax import config_check
 from rqv2_jax.data import batches as batches_lib
 from rqv2_jax.data import packing
 from rqv2_jax.data.lists import training_lists
@@ -244,7 +245,7 @@ def make(
     config = config_lib.loads(config_lib.dumps(config))
     # No data is read here.
     config.data.path = config.data.path or "DIR"
-    config_lib.check(config)
+    config_check.check(config)
     fsdp = config.mesh.fsdp
     if len(machine.devices) % fsdp:
         raise InputError(
