@@ -17,7 +17,9 @@ def test_training_steps_encoding_and_bench_import_no_heavy_package():
 import sys
 for name in {HEAVY}:
     sys.modules[name] = None
-from rqv2_jax import accelerator_checks, benchmarks, pipeline, train, workdir
+from rqv2_jax.recipe import pipeline, workdir
+from rqv2_jax.tools import accelerator_checks, benchmarks
+from rqv2_jax.training import train
 from rqv2_jax.data import batches
 from rqv2_jax.retrieval import encode, index, rerank
 assert "torch" not in sys.modules
