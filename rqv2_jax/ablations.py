@@ -31,7 +31,7 @@ _SIZES = flags.DEFINE_list(
 def main() -> None:
     """Runs what is not finished, writes the table after every seed and prints it at the end."""
     from rqv2_jax.recipe.workdir import alone
-    from rqv2_jax.tools import ablation_rows, ablation_table
+    from rqv2_jax.tools import ablation_study
 
     config, workdir, seeds = _CONFIG.value, pathlib.Path(_WORKDIR.value), _SEEDS.value
     try:
@@ -40,9 +40,9 @@ def main() -> None:
         raise InputError(f"--list_sizes: {e}; give whole numbers, as 2,8,16") from e
     path = workdir / ("ablations" if _ROWS.value is None else "ablations.some")
     with alone(workdir):
-        measured = ablation_rows.run_all(config, workdir, seeds, _ROWS.value, sizes)
+        measured = ablation_study.run_all(config, workdir, seeds, _ROWS.value, sizes)
         permutations = config.evaluate.permutations
-        print(ablation_table.write(measured, path, seeds=seeds, permutations=permutations))
+        print(ablation_study.write(measured, path, seeds=seeds, permutations=permutations))
 
 
 if __name__ == "__main__":

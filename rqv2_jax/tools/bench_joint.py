@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
 import tqdm
+from ml_collections import ConfigDict
 
 from rqv2_jax import config as config_lib
 from rqv2_jax.data import lists as lists_lib
@@ -90,9 +90,7 @@ def _take_turns(
 class Joint:
     """Our step of joint training, compiled before anything is timed, and the state it has reached."""
 
-    def __init__(
-        self, run: Run, config: ml_collections.ConfigDict, batches: ListBatches, steps: int
-    ):
+    def __init__(self, run: Run, config: ConfigDict, batches: ListBatches, steps: int):
         self.run, self.batches = run, batches
         self.stage = train.make_stage(config, run.models, "joint")
         self.optimizer = train.make_optimizer(
@@ -170,7 +168,7 @@ def joint(run: Run, texts: Texts, steps: int, versus: bool) -> Iterator[dict]:
 
 def _work_of_a_step(
     run: Run,
-    config: ml_collections.ConfigDict,
+    config: ConfigDict,
     batches: ListBatches,
     sequences: list[dict[str, packing.Ragged]],
     seconds: float,

@@ -6,29 +6,23 @@ from collections.abc import Iterator
 from functools import partial
 from typing import NamedTuple
 
-import ml_collections
 import numpy as np
+from ml_collections import ConfigDict
 
 from rqv2_jax import config as config_lib
 from rqv2_jax.models import random_model
 from rqv2_jax.recipe.workdir import Run, open_run
 from rqv2_jax.retrieval import encode
-from rqv2_jax.tools import (
-    accelerator_checks,
-    bench_common,
-    bench_encode,
-    bench_joint,
-    bench_search,
-)
+from rqv2_jax.tools import accelerator_checks, bench_common, bench_joint, bench_retrieval
 from rqv2_jax.tools.bench_common import Texts
 
 
 class Options(NamedTuple):
-    """The flags of rqv2_jax.bench by their names; `versus` says whether rivals do the same work."""
+    """The flags of rqv2_jax.bench, by their names."""
 
     lengths: str
     shape: str | None
-    versus: bool
+    vs: str | None
     steps: int
     rounds: int
     passages: int
@@ -36,9 +30,7 @@ class Options(NamedTuple):
     queries: int
 
 
-def measure(
-    config: ml_collections.ConfigDict, chosen: tuple[str, ...], options: Options
-) -> Iterator[dict]:
+def measure(config: ConfigDict, chosen: tuple[str, ...], options: Options) -> Iterator[dict]:
     """Yields the lines of the chosen benchmarks, with what they were measured on.
 
     Raises:
@@ -55,11 +47,11 @@ def measure(
             sizes = options.passages, options.passages // 4
             yield from _read(run, bench_common.read(run, options.lengths, *sizes), chosen, options)
         width, settings = run.models.retriever.hidden_size, run.config.evaluate.scann
-        size = options.vectors, width, options.queries
+        size, versus = (options.vectors, width, options.queries), options.vs is not None
         if "exact" in chosen:
-            yield bench_search.exact(*size, 100, options.rounds, options.versus)
+            yield bench_retrieval.exact(*size, 100, options.rounds, versus)
         if "index" in chosen:
-            yield from bench_search.search(*size, 50, settings, options.versus)
+            yield from bench_retrieval.search(*size, 50, settings, versus)
 
 
 def _read(run: Run, texts: Texts, chosen: tuple[str, ...], options: Options) -> Iterator[dict]:
@@ -72,16 +64,17 @@ def _read(run: Run, texts: Texts, chosen: tuple[str, ...], options: Options) -> 
     model["dtype"] = settings.dtype
     sizes = {"batch": joint.batch, "list_size": joint.list_size}
     lengths, steps, step_seconds = {"lengths": options.lengths}, options.steps, None
+    versus = options.vs is not None
     if "joint" in chosen:
-        for line in bench_joint.joint(run, texts, steps, options.versus):
+        for line in bench_joint.joint(run, texts, steps, versus):
             step_seconds = line["step_seconds"]
             dropout = {"dropout": settings.dropout}
             yield {"benchmark": "joint"} | model | dropout | lengths | sizes | line
     if "encode" in chosen:
-        for line in bench_encode.encode_and_rerank(run, texts, options.rounds, options.versus):
+        for line in bench_retrieval.encode_and_rerank(run, texts, options.rounds, versus):
             yield model | lengths | line
     if "mine" in chosen:
-        yield model | lengths | bench_encode.mine(run, texts, options.rounds, options.versus)
+        yield model | lengths | bench_retrieval.mine(run, texts, options.rounds, versus)
     if "input" in chosen:
         line = bench_joint.inputs(run, texts, steps, step_seconds)
         yield {"benchmark": "input"} | lengths | sizes | line

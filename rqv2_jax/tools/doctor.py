@@ -10,10 +10,11 @@ would bear, and what is left out of it. A note is what there is to know.
 Shape suffixes: N labels, Q queries, L lists, P passages of a list.
 """
 
-import functools
 import itertools
+import tempfile
 from array import array
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,10 @@ from rqv2_jax.data.readers import joint_tsv
 from rqv2_jax.data.tokens import Tokenizer
 from rqv2_jax.errors import InputError
 from rqv2_jax.ranking import metrics
-from rqv2_jax.tools import doctor_checks
-from rqv2_jax.tools.doctor_report import Finding, Report, share
+from rqv2_jax.recipe import opening
+from rqv2_jax.recipe.workdir import open_collection
+from rqv2_jax.tools import doctor_findings
+from rqv2_jax.tools.doctor_findings import Finding, Report, share
 from rqv2_jax.tools.doctor_streams import (
     Hashes,
     Sample,
@@ -44,18 +47,32 @@ from rqv2_jax.tools.doctor_streams import (
 MOSTLY = 0.5
 
 
+def examine_config(config: ConfigDict) -> Report:
+    """Examines what a config will use, after printing the notes on its models; needs no devices.
+
+    Raises:
+      InputError: the config or its models cannot be used.
+    """
+    opened, tokenizer, inputs = opening.open_inputs(config)
+    for note in opened.notes:
+        print(f"model: {note}")
+    with tempfile.TemporaryDirectory() as folder:
+        texts = partial(open_collection, config.data, Path(folder))
+        return examine(opened.config, texts, tokenizer, inputs)
+
+
 def examine(
     config: ConfigDict,
-    open_collection: Callable[[], collection.Collection],
+    open_texts: Callable[[], collection.Collection],
     tokenizer: Tokenizer,
     inputs: Inputs,
 ) -> Report:
     """Reads the collection, and the file of `joint.lists` if the config names one.
 
-    Whatever raises `InputError` on the way, `open_collection` included, becomes a finding.
+    Whatever raises `InputError` on the way, `open_texts` included, becomes a finding.
     """
     doctor = _Doctor(config, inputs)
-    texts = doctor.attempt("collection", open_collection)
+    texts = doctor.attempt("collection", open_texts)
     if texts is not None:
         doctor.passages(texts)
         for split in texts.splits:
@@ -63,13 +80,13 @@ def examine(
         doctor.between_splits(texts)
     if config.joint.lists:
         doctor.lists(texts)
-    findings = doctor.findings + doctor_checks.batches(config, doctor.num_lists)
+    findings = doctor.findings + doctor_findings.batches(config, doctor.num_lists)
     passages, queries = doctor.passage_sample.items, doctor.query_sample.items
     lengths = []
     if passages and queries:
         lengths = measure(tokenizer, inputs, queries, passages, config.seed)
-        findings += doctor_checks.truncation(lengths)
-        findings += doctor_checks.unknown_tokens(tokenizer, passages, queries)
+        findings += doctor_findings.truncation(lengths)
+        findings += doctor_findings.unknown_tokens(tokenizer, passages, queries)
     name = config.data.dataset if texts is None else texts.name
     return Report(name, doctor.streams, (len(passages), len(queries)), lengths, findings)
 
@@ -233,7 +250,7 @@ class _Doctor:
 
         for number, wrong_N in enumerate(wrong):
             if wrong_N.any():
-                self.attempt(f"{split} qrels", functools.partial(check, wrong_N, number == 0))
+                self.attempt(f"{split} qrels", partial(check, wrong_N, number == 0))
         self.warn(f"{split} qrels", left)
 
     def own_texts(self, split: str, queries: Hashes) -> None:
@@ -322,7 +339,7 @@ class _Doctor:
         heads_L = pair(query_texts_L, corpus.texts_N[lists.passages_LxP[:, 0]])
         known = np.concatenate([heads_L, *(split.pairs_N() for split in self.splits.values())])
         given_lists = query_texts_L, corpus.texts_N, lists.passages_LxP
-        self.findings += doctor_checks.lists(path, *given_lists, known)
+        self.findings += doctor_findings.lists(path, *given_lists, known)
         if self.corpus_complete:
             foreign = (~np.isin(corpus.texts_N, self.corpus.texts_N)).sum()
             if foreign:

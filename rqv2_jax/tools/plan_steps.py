@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
+from ml_collections import ConfigDict
 
 from rqv2_jax.data import batches as batches_lib
 from rqv2_jax.data import packing
@@ -102,11 +102,7 @@ class Target:
 
 
 def train_step(
-    config: ml_collections.ConfigDict,
-    models: Models,
-    name: str,
-    drawn: dict[str, np.ndarray],
-    target: Target,
+    config: ConfigDict, models: Models, name: str, drawn: dict[str, np.ndarray], target: Target
 ) -> Step | None:
     """Compiles or counts the step of a training stage; returns None if it does not fit.
 
@@ -152,11 +148,7 @@ def train_step(
 
 
 def forward_step(
-    config: ml_collections.ConfigDict,
-    models: Models,
-    name: str,
-    drawn: dict[str, np.ndarray],
-    target: Target,
+    config: ConfigDict, models: Models, name: str, drawn: dict[str, np.ndarray], target: Target
 ) -> Step:
     """Compiles or counts the step "encode" or "re-rank", of as many tokens at once as fit.
 

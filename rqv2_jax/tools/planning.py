@@ -4,19 +4,29 @@ import dataclasses
 import pathlib
 from collections.abc import Callable
 
-import ml_collections
 import numpy as np
+from ml_collections import ConfigDict
 
 from rqv2_jax import config as config_lib
 from rqv2_jax import config_check
+from rqv2_jax.data.lists import training_lists
 from rqv2_jax.errors import InputError
 from rqv2_jax.models import attention, bert, random_model, released
 from rqv2_jax.models.scoring import Models
 from rqv2_jax.recipe import opening
 from rqv2_jax.tools import plan_steps, workload
-from rqv2_jax.tools.machines import Machine
+from rqv2_jax.tools.machines import GIB, Machine
 from rqv2_jax.tools.plan_steps import Step, Target
 from rqv2_jax.training import sharding
+
+# Memory of ScaNN over that of the vectors, measured with 400,000 and 1,000,000 of 384 dimensions.
+SCANN_BUILT, SCANN_KEPT = 4.3, 1.1
+# Bytes of memory for each candidate while lists are drawn, measured with 2,000 queries of 1,000: four
+# arrays of candidates, and what `lists.draw` makes of them.
+DRAWN = 74
+
+# Passages and training queries of the published data.
+PUBLISHED = {"msmarco": (8_841_823, 502_939), "dpr": (21_015_324, 58_880)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,12 +39,7 @@ class Plan:
     passage_length: int
 
 
-def make(
-    config: ml_collections.ConfigDict,
-    machine: Machine,
-    lengths: str,
-    report: Callable[[str], None],
-) -> Plan:
+def make(config: ConfigDict, machine: Machine, lengths: str, report: Callable[[str], None]) -> Plan:
     """Compiles or counts every step of a run; `report` gets a line for each try.
 
     `lengths` of the inputs are those of `workload.draw_lengths`; with "msmarco" the least times hold
@@ -75,8 +80,8 @@ def make(
 
 
 def open_models(
-    config: ml_collections.ConfigDict, machine: Machine, report: Callable[[str], None]
-) -> tuple[ml_collections.ConfigDict, Models]:
+    config: ConfigDict, machine: Machine, report: Callable[[str], None]
+) -> tuple[ConfigDict, Models]:
     """Returns the resolved config and the models' shapes as the machine computes them.
 
     Without the weights the shape is that of BERT base.
@@ -94,9 +99,7 @@ def open_models(
     return config, models.reshaped(unrolled=machine.devices[0].platform == "cpu")
 
 
-def _bert_base(
-    config: ml_collections.ConfigDict,
-) -> tuple[ml_collections.ConfigDict, Models]:
+def _bert_base(config: ConfigDict) -> tuple[ConfigDict, Models]:
     shape, layers = random_model.SHAPES["bert-base"]
     base = released.plain(
         pathlib.Path("BERT base"), num_layers=layers, longest=shape["max_positions"]
@@ -115,7 +118,7 @@ def _bert_base(
 
 
 def _training_steps(
-    config: ml_collections.ConfigDict, models: Models, drawn: dict, target: Target
+    config: ConfigDict, models: Models, drawn: dict, target: Target
 ) -> dict[str, Step]:
     """Returns the steps of all stages, under the first policy by which all of them fit.
 
@@ -141,7 +144,7 @@ def _training_steps(
 
 
 def cheapest(
-    config: ml_collections.ConfigDict,
+    config: ConfigDict,
     models: Models,
     name: str,
     drawn: dict[str, np.ndarray],
@@ -165,3 +168,88 @@ def cheapest(
             if step is not None:
                 return step
     return None
+
+
+def render(plan: Plan, machine: Machine, lengths: str) -> str:
+    """Returns the steps as a table in Markdown, per device; `lengths` as in `planning.make`."""
+    long = {"full": "every input at its full length", "msmarco": "inputs as long as MS MARCO's"}
+    lines = [
+        f"\n{machine.topology}: {len(machine.devices)} devices with {machine.memory / GIB:.1f} GiB and "
+        f"{machine.flops / 1e12:.3g} TFLOP/s each; {long[lengths]}",
+        *["counted, as nothing can be compiled for GPUs that are not there"] * machine.counted,
+        "",
+        "| step | rematerialised | parts | memory, GiB | TFLOP, model | compiled / model "
+        "| collectives | reduced / gradients | no faster than, s | compiled in, s |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for step in plan.steps.values():
+        collectives = ", ".join(f"{n} {kind}" for kind, n in sorted(step.cost.collectives.items()))
+        sums = sum(step.cost.collective_bytes[kind] for kind in ("all-reduce", "reduce-scatter"))
+        reduced = f"{sums / step.gradients:.2f}" if step.gradients else ""
+        lines.append(
+            f"| {step.name} | {step.remat} | {step.accumulate} | {step.memory / GIB:.2f} "
+            f"| {step.formula / 1e12:.3g} | {step.cost.flops / step.formula:.2f} | {collectives} "
+            f"| {reduced} | {step.seconds(machine):.3g} | {step.compile_seconds:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def sizes(config: ConfigDict, queries: int | None, passages: int | None) -> tuple[int, int]:
+    """Returns the numbers of training queries and passages: given, or those of published data.
+
+    Raises:
+      InputError: they are neither given nor known.
+    """
+    known = PUBLISHED.get(config.data.dataset, (None, None))
+    passages, queries = passages or known[0], queries or known[1]
+    if queries is None or passages is None:
+        raise InputError(
+            f"{config.data.dataset}: how large it is is not known; give --queries and --passages"
+        )
+    return queries, passages
+
+
+def render_run(
+    config: ConfigDict, plan: Plan, machine: Machine, queries: int, passages: int
+) -> str:
+    """Returns the least time of every stage, and disk and memory, as tables in Markdown.
+
+    Args:
+      queries, passages: the numbers to train on and to search.
+    """
+    mined = min(queries, config.mine.queries)
+    scored = min(mined, config.mine.scored_queries) if config.joint.denoised_share else 0
+    work = [
+        (name, round(training_lists(config[name], count) / config[name].batch), "steps", name)
+        for name, count in (("retriever", queries), ("reranker", mined), ("joint", mined))
+        if name in plan.steps
+    ]
+    warmed_up = 1 + ("retriever" in plan.steps)
+    pairs = scored * config.mine.scored_depth
+    for what, items, step in (
+        ("encode all passages, once for each retriever", (warmed_up + 1) * passages, "encode"),
+        ("score candidates", pairs, "re-rank"),
+    ):
+        work.append((what, -(-items // plan.steps[step].items), "batches", step))
+    lines = ["", "| stage | work | no faster than, hours |", "|---|---|---|"]
+    total = 0.0
+    for what, count, unit, step in work:
+        hours = count * plan.steps[step].seconds(machine) / 3600
+        total += hours
+        lines.append(f"| {what} | {count:,} {unit} | {hours:.2f} |")
+    lines.append(
+        f"| all of it, {queries:,} training queries, {passages:,} passages | | {total:.2f} |"
+    )
+    vectors = passages * plan.hidden_size * 4
+    stored = {
+        "token store, disk, at most": passages * plan.passage_length * 2 + passages * 16,
+        "vectors, disk, each retriever": vectors,
+        "candidates, disk": mined * config.mine.depth * 16,
+        "candidates, memory of every host while lists are drawn": mined * config.mine.depth * DRAWN,
+    }
+    if "scann" in config.evaluate.indexes:
+        stored["ScaNN, memory of the first host while it is built"] = vectors * SCANN_BUILT
+        stored["ScaNN, memory of the first host afterwards"] = vectors * SCANN_KEPT
+    lines += ["", "| what | GiB |", "|---|---|"]
+    lines += [f"| {what} | {size / GIB:.1f} |" for what, size in stored.items()]
+    return "\n".join(lines)

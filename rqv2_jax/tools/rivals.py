@@ -13,8 +13,8 @@ from functools import partial
 from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
+from ml_collections import ConfigDict
 
 from rqv2_jax.data.packing import Ragged
 from rqv2_jax.recipe.workdir import Run
@@ -80,7 +80,7 @@ class Joint:
             towers = [torch.compile(tower) for tower in towers]
         self.query, self.passage, self.reranker = towers
 
-    def _encoder(self, folder: pathlib.Path, settings: ml_collections.ConfigDict) -> Any:
+    def _encoder(self, folder: pathlib.Path, settings: ConfigDict) -> Any:
         import transformers
 
         model = transformers.BertModel.from_pretrained(

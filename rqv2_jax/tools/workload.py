@@ -3,8 +3,8 @@
 Shape suffixes: L lists, P passages of a list, N sequences of a list.
 """
 
-import ml_collections
 import numpy as np
+from ml_collections import ConfigDict
 
 from rqv2_jax.data import batches as batches_lib
 from rqv2_jax.models import bert
@@ -29,7 +29,7 @@ def forward_flops(
 
 
 def training_flops(
-    config: ml_collections.ConfigDict, models: Models, stage: str, kind: str, lengths: np.ndarray
+    config: ConfigDict, models: Models, stage: str, kind: str, lengths: np.ndarray
 ) -> float:
     """Returns a stage's FLOPs for sequences of one kind: forward, and twice that for the gradient.
 
@@ -52,9 +52,7 @@ def msmarco_lengths(
     return np.clip(rng.lognormal(np.log(median), deviation, shape), least, most).astype(int)
 
 
-def draw_lengths(
-    config: ml_collections.ConfigDict, lengths: str, batch: int, size: int
-) -> dict[str, np.ndarray]:
+def draw_lengths(config: ConfigDict, lengths: str, batch: int, size: int) -> dict[str, np.ndarray]:
     """Draws the lengths of the sequences of some batches' lists [L, 1 or P], by kind of input.
 
     Args:
