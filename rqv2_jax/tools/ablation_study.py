@@ -17,7 +17,7 @@ from rqv2_jax import config as config_lib
 from rqv2_jax.errors import InputError, readable
 from rqv2_jax.ranking import metrics
 from rqv2_jax.recipe import evaluation, mining, pipeline
-from rqv2_jax.recipe.workdir import alone, branch, claim, open_run
+from rqv2_jax.recipe.workdir import Run, alone, branch, claim, open_run
 from rqv2_jax.training import checkpoint
 
 # What the table compares, as (model, candidates, metric): a re-ranker ranks what its own retriever
@@ -129,7 +129,7 @@ def run_all(
     start = "zero_shot" if config.retriever.epochs == 0 else "retriever"
     given = warm.workdir / "runs" / f"test.{start}.retriever.exact.trec"
 
-    def count_lists(run, candidates) -> int:
+    def count_lists(run: Run, candidates: dict) -> int:
         return len(mining.draw_lists(run, store, candidates, "joint").query_rows_L)
 
     lists = count_lists(warm, candidates)

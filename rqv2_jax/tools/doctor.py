@@ -204,15 +204,18 @@ class _Doctor:
             remark = f"{relevant_N.sum():,} positive"
             self.add_stream(f"{split} qrels", len(relevant_N), remark, judged)
         if split == "test" and judged:
-            settings = self.config.evaluate
-            names = metrics.at_relevance(settings.metrics, settings.min_relevance)
-            judgements = None if answered else relevance_N
-            self.attempt("config", lambda: metrics.check_measurable(names, judgements))
+            self.check_metrics(None if answered else relevance_N)
         kept_N = (query_rows_N >= 0) & (passage_rows_N >= 0) & relevant_N
         passage_texts_N = self.corpus.texts_N[passage_rows_N[kept_N]]
         self.splits[split] = Split(
             file, queries, judged and complete, query_rows_N[kept_N], passage_texts_N
         )
+
+    def check_metrics(self, relevance_N: np.ndarray | None) -> None:
+        """Reports a metric that the labels of test, None for answers, cannot measure."""
+        settings = self.config.evaluate
+        names = metrics.at_relevance(settings.metrics, settings.min_relevance)
+        self.attempt("config", lambda: metrics.check_measurable(names, relevance_N))
 
     def count_lists(self, query_rows_N: np.ndarray, queries: int) -> None:
         """Counts the lists of each stage from the queries of the positives, -1 for unknown ones."""

@@ -128,7 +128,7 @@ def _figure(panels: int):
     return figure, axes
 
 
-def _save(figure, path: pathlib.Path) -> None:
+def _save(figure: Any, path: pathlib.Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     print(path)

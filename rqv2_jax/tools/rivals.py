@@ -116,7 +116,7 @@ class Joint:
             padded[kind] = [torch.tensor(array, device=self.device) for array in arrays]
         return padded
 
-    def _states(self, model, padded):
+    def _states(self, model: Any, padded: list) -> tuple[Any, Any]:
         """Returns the hidden states [N, T, D] and the mask [N, T] of padded sequences."""
         tokens_NxT, types_NxT, mask_NxT = padded
         states = model(
@@ -124,20 +124,20 @@ class Joint:
         ).last_hidden_state
         return states, mask_NxT
 
-    def _vectors(self, model, padded):
+    def _vectors(self, model: Any, padded: list) -> Any:
         vectors_NxD = self._pooled(model, padded)
         if self.models.similarity == "cosine":
             return self.torch.nn.functional.normalize(vectors_NxD)
         return vectors_NxD
 
-    def _pooled(self, model, padded):
+    def _pooled(self, model: Any, padded: list) -> Any:
         states_NxTxD, mask_NxT = self._states(model, padded)
         if self.models.pooling == "cls":
             return states_NxTxD[:, 0].float()
         states_NxTxD, weights_NxTx1 = states_NxTxD.float(), mask_NxT[..., None].float()
         return (states_NxTxD * weights_NxTx1).sum(1) / weights_NxTx1.sum(1)
 
-    def _scores(self, padded):
+    def _scores(self, padded: list) -> Any:
         first_NxD = self._states(self.reranker, padded)[0][:, 0]
         if self.pooler is not None:
             first_NxD = self.pooler(first_NxD).tanh()
@@ -158,7 +158,7 @@ class Joint:
         self.optimizer.step()
         return total.item()
 
-    def _loss(self, retriever_BxP, reranker_BxP):
+    def _loss(self, retriever_BxP: Any, reranker_BxP: Any) -> Any:
         functional, loss = self.torch.nn.functional, self.settings.loss
         student_BxP = (retriever_BxP / loss.temperature).log_softmax(-1)
         teacher_BxP = (reranker_BxP / loss.temperature).log_softmax(-1)
@@ -294,10 +294,14 @@ def faiss_indexes(
         index.add(passages_NxD)
         built = time.perf_counter() - started
 
-        def search(value, index=index, owner=owner, what=what):
-            setattr(owner, what, value)
-            return index.search(queries_QxD, depth)[1]
-
-        searches = {f"{what} {value}": lambda v=value, s=search: s(v) for value in values}
+        search = partial(_faiss_search, index, owner, what, queries_QxD, depth)
+        searches = {f"{what} {value}": partial(search, value) for value in values}
         indexes.append((name, built, searches))
     return indexes
+
+
+def _faiss_search(
+    index: Any, owner: Any, what: str, queries_QxD: np.ndarray, depth: int, value: int
+) -> np.ndarray:
+    setattr(owner, what, value)
+    return index.search(queries_QxD, depth)[1]
