@@ -15,7 +15,6 @@ Examples:
 """
 
 import json
-import pathlib
 import sys
 import textwrap
 
@@ -25,8 +24,7 @@ from rqv2_jax import program
 from rqv2_jax.errors import InputError
 
 _CONFIG = program.define_config("Config whose data are examined.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "A workdir whose candidates have been scored.")
-program.define_places()
+program.define_workdir("A workdir whose candidates have been scored.")
 _LABELS = flags.DEFINE_string(
     "labels", "", "With --workdir: folder with fuller train.tsv, beside the qrels."
 )
@@ -53,10 +51,8 @@ def _denoising() -> None:
     from rqv2_jax import artifacts
     from rqv2_jax.data import denoise
     from rqv2_jax.recipe import pipeline
-    from rqv2_jax.recipe.workdir import alone, open_workdir
 
-    run = open_workdir(pathlib.Path(_WORKDIR.value), **program.places())
-    with alone(run.workdir):
+    with program.opened() as run:
         report, samples = pipeline.denoise_report(run, _LABELS.value, _SAMPLES.value)
         path = run.workdir / "eval" / "denoise.json"
         artifacts.write_text(path, json.dumps({**report, "samples": samples}, indent=1) + "\n")

@@ -28,8 +28,7 @@ INDEXES = ("exact", "scann")
 # Names of results that a file of candidates cannot give its own.
 RESERVED = (*INDEXES, "bm25")
 
-program.define_places()
-_WORKDIR = flags.DEFINE_string("workdir", None, "A workdir that rqv2_jax.main has finished.")
+program.define_workdir()
 _SPLIT = flags.DEFINE_enum("split", "test", ["train", "dev", "test"], "Which queries.")
 _INDEX = flags.DEFINE_enum("index", "exact", INDEXES, "How passages are searched.")
 _COMPARE = flags.DEFINE_bool("compare", False, "Compare the two run files given as arguments.")
@@ -56,7 +55,7 @@ def main(*files: str) -> None:
         return
     if files:
         raise InputError(f"unexpected argument {files[0]!r}; --help shows an example")
-    if _WORKDIR.value is None:
+    if flags.FLAGS.workdir is None:
         raise InputError("--workdir is missing; --help shows an example")
     if (_TOPICS.value is None) != (_QRELS.value is None):
         raise InputError("--topics and --qrels go together; --help shows an example")
@@ -70,10 +69,9 @@ def main(*files: str) -> None:
     if _DISTRIBUTED.value:
         hosts.start()
     from rqv2_jax.recipe import evaluation, results
-    from rqv2_jax.recipe.workdir import alone, open_store, open_workdir
+    from rqv2_jax.recipe.workdir import open_store
 
-    run = open_workdir(pathlib.Path(_WORKDIR.value), **program.places())
-    with alone(run.workdir):
+    with program.opened() as run:
         store, split = open_store(run), _SPLIT.value
         if _TOPICS.value:
             topics = pathlib.Path(_TOPICS.value), pathlib.Path(_QRELS.value)

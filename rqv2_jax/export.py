@@ -23,8 +23,7 @@ from absl import flags
 from rqv2_jax import program
 from rqv2_jax.errors import InputError
 
-program.define_places()
-_WORKDIR = flags.DEFINE_string("workdir", None, "A workdir that rqv2_jax.main has finished.")
+program.define_workdir()
 _FORMAT = flags.DEFINE_enum("format", None, ["huggingface", "joint-tsv"], "What to write.")
 _TO = flags.DEFINE_string("to", None, "The folder or file; a file is gzipped if it ends in .gz.")
 _STATE = flags.DEFINE_enum(
@@ -35,14 +34,12 @@ _STATE = flags.DEFINE_enum(
 def main() -> None:
     """Writes the folder or file, and prints its name."""
     from rqv2_jax.recipe import pipeline
-    from rqv2_jax.recipe.workdir import alone, open_workdir
     from rqv2_jax.tools import exporting
 
     if _FORMAT.value == "huggingface" and pathlib.Path(_TO.value).exists():
         raise InputError(f"--to {_TO.value}: exists; name a folder that does not")
     path = program.file_to_write("to")
-    run = open_workdir(pathlib.Path(_WORKDIR.value), **program.places())
-    with alone(run.workdir):
+    with program.opened() as run:
         if _FORMAT.value == "huggingface":
             print(exporting.write_models(run, _STATE.value, path))
         else:

@@ -1,12 +1,13 @@
 """The start and the failure of every command: one line on standard error, a non-zero exit."""
 
+import contextlib
 import errno
 import os
 import pathlib
 import sys
 import traceback
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
 
 from absl import flags, logging
 from ml_collections import config_flags
@@ -25,15 +26,26 @@ def define_config(help_text: str = "Config file, as configs/nq.py[:preset].") ->
         _fail(e, 2)
 
 
-def define_places() -> None:
-    """Defines --data and --weights, for a workdir whose data or weights have moved."""
+def define_workdir(help_text: str = "A workdir that rqv2_jax.main has finished.") -> None:
+    """Defines --workdir, and --data and --weights for what has moved since it was made."""
+    flags.DEFINE_string("workdir", None, help_text)
     flags.DEFINE_string("data", "", "The data's new place, if they have moved since.")
     flags.DEFINE_string("weights", "", "The weights' new place, if they have moved since.")
 
 
-def places() -> dict[str, str]:
-    """Returns the values of `define_places`' flags, as `workdir.open_workdir` takes them."""
-    return {name: flags.FLAGS[name].value for name in ("data", "weights")}
+@contextlib.contextmanager
+def opened() -> Iterator[Any]:
+    """Gives the `workdir.Run` of `define_workdir`'s flags, and keeps other processes out of it.
+
+    Raises:
+      InputError: it cannot be opened, or another process works in it.
+    """
+    from rqv2_jax.recipe.workdir import alone, open_workdir
+
+    moved = {name: flags.FLAGS[name].value for name in ("data", "weights")}
+    run = open_workdir(pathlib.Path(flags.FLAGS.workdir), **moved)
+    with alone(run.workdir):
+        yield run
 
 
 def run(

@@ -17,8 +17,7 @@ from absl import flags
 from rqv2_jax import program
 from rqv2_jax.errors import InputError
 
-program.define_places()
-_WORKDIR = flags.DEFINE_string("workdir", None, "A workdir that rqv2_jax.main has finished.")
+program.define_workdir()
 _TOPICS = flags.DEFINE_string("topics", None, "With --to: file of queries, in place of a question.")
 _TO = flags.DEFINE_string("to", None, "With --topics: the run file to write.")
 _STATE = flags.DEFINE_enum(
@@ -38,11 +37,10 @@ def main(*question: str) -> None:
         raise InputError("the question is empty; --help shows an example")
     to, state, index = program.file_to_write("to"), _STATE.value, _INDEX.value
 
-    from rqv2_jax.recipe.workdir import alone, open_store, open_workdir
+    from rqv2_jax.recipe.workdir import open_store
     from rqv2_jax.tools import searching
 
-    run = open_workdir(pathlib.Path(_WORKDIR.value), **program.places())
-    with alone(run.workdir):
+    with program.opened() as run:
         store = open_store(run)
         if question:
             print(searching.show(run, store, question[0], state, index, _SHOWN.value))

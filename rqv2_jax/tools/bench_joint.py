@@ -63,7 +63,7 @@ def _compiled_over_model(run: Run, compiled: jax.stages.Compiled, formula: float
 
 def _take_turns(
     takers: dict[str, "Joint | rivals.Joint"], total: int, turn: int
-) -> tuple[dict[str, list[float]], dict[str, list[float]], dict[str, float]]:
+) -> tuple[dict, dict, dict]:
     """Returns the seconds and the losses of each taker's steps, `turn` in a row by turns.
 
     Batches are made before the clock starts, as training makes them ahead. The first step of a turn is
@@ -106,8 +106,7 @@ class Joint:
 
     def restart(self) -> None:
         """Goes back to the state before the first step."""
-        # So that never two states lie in memory.
-        self.state = None
+        self.state = None  # two states would need twice the memory
         initial = {model: self.run.initial(model) for model in self.stage.models}
         self.state = train.init_state(initial, self.optimizer, self.run.sharding)
 
@@ -148,7 +147,7 @@ def joint(run: Run, texts: Texts, steps: int, versus: bool) -> Iterator[dict]:
         takers = {"ours": ours} if name is None else {"ours": ours, name: make()}
         ours.restart()
         taken, losses, first_seconds = _take_turns(takers, total, turn)
-        line = _work_of_a_step(run, config, batches, sequences, float(np.median(taken["ours"])))
+        line = _work_of_a_step(run, batches, sequences, float(np.median(taken["ours"])))
         model_flop = line["model_gflop"] * 1e9
         line |= {
             "step_seconds_slowest": max(taken["ours"]),
@@ -167,19 +166,15 @@ def joint(run: Run, texts: Texts, steps: int, versus: bool) -> Iterator[dict]:
 
 
 def _work_of_a_step(
-    run: Run,
-    config: ConfigDict,
-    batches: ListBatches,
-    sequences: list[dict[str, packing.Ragged]],
-    seconds: float,
+    run: Run, batches: ListBatches, sequences: list[dict[str, packing.Ragged]], seconds: float
 ) -> dict:
     """Returns what a step computes and how fast that is, the mean over all steps."""
-    settings, steps = config.joint, len(sequences)
+    settings, steps = run.config.joint, len(sequences)
     ragged = [x for each in sequences for x in each.values()]
     real = sum(len(x.tokens) for x in ragged) / steps
     padded = sum(len(x.lengths_N) * x.lengths_N.max() for x in ragged) / steps
     flops = sum(
-        workload.training_flops(config, run.models, "joint", kind, x.lengths_N)
+        workload.training_flops(run.config, run.models, "joint", kind, x.lengths_N)
         for each in sequences
         for kind, x in each.items()
     )

@@ -33,15 +33,7 @@ from rqv2_jax.recipe import opening
 from rqv2_jax.recipe.workdir import open_collection
 from rqv2_jax.tools import doctor_findings
 from rqv2_jax.tools.doctor_findings import Finding, Report, share
-from rqv2_jax.tools.doctor_streams import (
-    Hashes,
-    Sample,
-    Split,
-    ids_of,
-    measure,
-    pair,
-    repeats,
-)
+from rqv2_jax.tools.doctor_streams import Hashes, Sample, Split, ids_of, measure, pair, repeats
 
 # Share of a split's queries; if training knows more, positives included, the split measures memory.
 MOSTLY = 0.5

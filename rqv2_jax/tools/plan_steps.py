@@ -24,6 +24,7 @@ from rqv2_jax.models.scoring import Models
 from rqv2_jax.retrieval import stream
 from rqv2_jax.tools import hlo, workload
 from rqv2_jax.tools.machines import GIB, Machine
+from rqv2_jax.tools.workload import Lengths
 from rqv2_jax.training import train
 from rqv2_jax.training.sharding import Sharding
 
@@ -102,7 +103,7 @@ class Target:
 
 
 def train_step(
-    config: ConfigDict, models: Models, name: str, drawn: dict[str, np.ndarray], target: Target
+    config: ConfigDict, models: Models, name: str, drawn: Lengths, target: Target
 ) -> Step | None:
     """Compiles or counts the step of a training stage; returns None if it does not fit.
 
@@ -148,7 +149,7 @@ def train_step(
 
 
 def forward_step(
-    config: ConfigDict, models: Models, name: str, drawn: dict[str, np.ndarray], target: Target
+    config: ConfigDict, models: Models, name: str, drawn: Lengths, target: Target
 ) -> Step:
     """Compiles or counts the step "encode" or "re-rank", of as many tokens at once as fit.
 

@@ -4,7 +4,6 @@ import dataclasses
 import pathlib
 from collections.abc import Callable
 
-import numpy as np
 from ml_collections import ConfigDict
 
 from rqv2_jax import config as config_lib
@@ -17,6 +16,7 @@ from rqv2_jax.recipe import opening
 from rqv2_jax.tools import plan_steps, workload
 from rqv2_jax.tools.machines import GIB, Machine
 from rqv2_jax.tools.plan_steps import Step, Target
+from rqv2_jax.tools.workload import Lengths
 from rqv2_jax.training import sharding
 
 # Memory of ScaNN over that of the vectors, measured with 400,000 and 1,000,000 of 384 dimensions.
@@ -118,7 +118,7 @@ def _bert_base(config: ConfigDict) -> tuple[ConfigDict, Models]:
 
 
 def _training_steps(
-    config: ConfigDict, models: Models, drawn: dict, target: Target
+    config: ConfigDict, models: Models, drawn: dict[str, Lengths], target: Target
 ) -> dict[str, Step]:
     """Returns the steps of all stages, under the first policy by which all of them fit.
 
@@ -144,12 +144,7 @@ def _training_steps(
 
 
 def cheapest(
-    config: ConfigDict,
-    models: Models,
-    name: str,
-    drawn: dict[str, np.ndarray],
-    remats: list[str],
-    target: Target,
+    config: ConfigDict, models: Models, name: str, drawn: Lengths, remats: list[str], target: Target
 ) -> Step | None:
     """Returns the cheapest step that fits: keeping all, fewer lists at once, computing again."""
     batch, shards = config[name].batch, target.mesh.shards

@@ -15,6 +15,9 @@ from rqv2_jax.models.scoring import Models
 MSMARCO = {"queries": (9, 0.35, 4, 32), "passages": (76, 0.36, 16, 128)}
 DRAWN_STEPS = 64  # steps whose lists' lengths are drawn
 
+# Lengths in tokens of the sequences of lists [L, 1 or P], by kind of input.
+Lengths = dict[str, np.ndarray]
+
 
 def forward_flops(
     config: bert.BertConfig, rows: int, width: int | np.ndarray
@@ -52,8 +55,8 @@ def msmarco_lengths(
     return np.clip(rng.lognormal(np.log(median), deviation, shape), least, most).astype(int)
 
 
-def draw_lengths(config: ConfigDict, lengths: str, batch: int, size: int) -> dict[str, np.ndarray]:
-    """Draws the lengths of the sequences of some batches' lists [L, 1 or P], by kind of input.
+def draw_lengths(config: ConfigDict, lengths: str, batch: int, size: int) -> Lengths:
+    """Draws the lengths of the sequences of some batches' lists.
 
     Args:
       lengths: "full", the most that the config admits, or "msmarco", like those of MS MARCO's texts.
