@@ -10,6 +10,7 @@ from rqv2_jax.errors import InputError
 from rqv2_jax.models import losses
 from rqv2_jax.ranking import metrics
 
+STAGES = ("retriever", "reranker", "joint")
 # Data that are fetched from their publishers where data.path is empty.
 _BEIR = ("beir_msmarco", "beir_nfcorpus", "beir_hotpotqa", "beir_fiqa", "beir_fever")
 FETCHED = ("msmarco", *_BEIR)
@@ -32,9 +33,7 @@ CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "dots", "full"),
     "model.attention": ("auto", "plain", "ragged", "xla", "cudnn"),
-    "retriever.schedule": ("constant", "linear"),
-    "reranker.schedule": ("constant", "linear"),
-    "joint.schedule": ("constant", "linear"),
+    **{f"{stage}.schedule": ("constant", "linear") for stage in STAGES},
     "evaluate.bm25.stemmer": STEMMERS,
     "joint.loss.kl_direction": losses.KL_DIRECTIONS,
     "joint.loss.kl_reduction": losses.KL_REDUCTIONS,
@@ -44,9 +43,7 @@ CHOICES = {
 # Smallest and largest value of a number; every other number must be positive.
 RANGES = {
     "seed": (0, 2**31 - 1),
-    "data.query_length": (0, 2**16),
-    "data.passage_length": (0, 2**16),
-    "data.pair_length": (0, 2**16),
+    **{f"data.{kind}_length": (0, 2**16) for kind in ("query", "passage", "pair")},
     "model.num_layers": (0, 10**4),
     "model.scale": (0.0, 1e6),
     "model.dropout": (0.0, 0.99),
@@ -55,9 +52,7 @@ RANGES = {
     "optimizer.weight_decay": (0.0, 1.0),
     "retriever.epochs": (0.0, 1e6),
     "reranker.epochs": (0.0, 1e6),
-    "retriever.warmup_steps": (0, 10**9),
-    "reranker.warmup_steps": (0, 10**9),
-    "joint.warmup_steps": (0, 10**9),
+    **{f"{stage}.warmup_steps": (0, 10**9) for stage in STAGES},
     "reranker.list_size": (2, 10**6),
     "reranker.accumulate": (0, 10**6),
     "joint.accumulate": (0, 10**6),
@@ -123,7 +118,7 @@ def _check_stages(given: dict[str, Any]) -> None:
             "config.mine.negative_below is above config.mine.positive_above, so a passage could be "
             "both; lower it"
         )
-    for stage in ("retriever", "reranker", "joint"):
+    for stage in STAGES:
         if given[f"{stage}.most_lists"] < given[f"{stage}.batch"]:
             raise InputError(
                 f"config.{stage}.most_lists is below config.{stage}.batch, so there would be no step; "

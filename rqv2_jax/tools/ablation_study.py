@@ -209,14 +209,14 @@ def summarise(measured: list[dict], *, permutations: int) -> list[dict]:
 def _compared(values_SxQ: np.ndarray, full_SxQ: np.ndarray, permutations: int) -> dict:
     """Returns the differences of a row to `full` and their tests, not corrected."""
     difference_S = values_SxQ.mean(axis=1) - full_SxQ.mean(axis=1)
-    found = {"differences": difference_S.tolist()}
+    row = {"differences": difference_S.tolist()}
     # Equal differences differ by rounding, of which a t-test would make much.
     if np.ptp(difference_S) > 1e-9:
-        found["seeds_p_value"] = float(stats.ttest_1samp(difference_S, 0).pvalue)
+        row["seeds_p_value"] = float(stats.ttest_1samp(difference_S, 0).pvalue)
     mean_Q, full_Q = values_SxQ.mean(axis=0), full_SxQ.mean(axis=0)
     low, high = metrics.interval(mean_Q - full_Q, resamples=permutations, seed=0)
     difference, p = metrics.paired_test(mean_Q, full_Q, permutations=permutations, seed=0)
-    return found | {"difference": difference, "low": low, "high": high, "p_value": p}
+    return row | {"difference": difference, "low": low, "high": high, "p_value": p}
 
 
 def render(summary: list[dict]) -> str:

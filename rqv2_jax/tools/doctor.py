@@ -63,15 +63,15 @@ def examine(
 
     Whatever raises `InputError` on the way, `open_texts` included, becomes a finding.
     """
-    doctor = _Doctor(config, inputs)
-    texts = doctor.attempt("collection", open_texts)
+    doctor = _Doctor(config, inputs.titles, open_texts)
+    texts = doctor.texts
     if texts is not None:
-        doctor.passages(texts)
+        doctor.passages()
         for split in texts.splits:
-            doctor.split(texts, split)
-        doctor.between_splits(texts)
+            doctor.split(split)
+        doctor.between_splits()
     if config.joint.lists:
-        doctor.lists(texts)
+        doctor.lists()
     findings = doctor.findings + doctor_findings.batches(config, doctor.num_lists)
     passages, queries = doctor.passage_sample.items, doctor.query_sample.items
     lengths = []
@@ -86,8 +86,8 @@ def examine(
 class _Doctor:
     """The streams read so far, and the findings in them."""
 
-    def __init__(self, config: ConfigDict, inputs: Inputs):
-        self.config, self.titles = config, inputs.titles
+    def __init__(self, config: ConfigDict, titles: bool, open_texts: Callable):
+        self.config, self.titles = config, titles
         self.streams: list[tuple[str, int, str]] = []
         self.findings: list[Finding] = []
         self.corpus, self.corpus_complete = Hashes(), False
@@ -97,6 +97,7 @@ class _Doctor:
         self.splits: dict[str, Split] = {}
         self.num_lists: dict[str, int] = {}
         self.passage_sample, self.query_sample = Sample(config.seed), Sample(config.seed)
+        self.texts: collection.Collection | None = self.attempt("collection", open_texts)
 
     def report(self, kind: str, where: str, what: str) -> None:
         self.findings.append(Finding(kind, where, what))
@@ -127,8 +128,8 @@ class _Doctor:
     def add_passage(self, hashes: Hashes, passage: collection.Passage) -> None:
         hashes.add(passage.id, passage.title if self.titles else "", passage.text)
 
-    def passages(self, texts: collection.Collection) -> None:
-        titled, left = 0, collection.Left()
+    def passages(self) -> None:
+        titled, left, texts = 0, collection.Left(), self.texts
 
         def take(passage: collection.Passage) -> None:
             nonlocal titled
@@ -151,8 +152,8 @@ class _Doctor:
         mend = "keep one, or copies of a positive become its negatives"
         self.repeats("passages", self.corpus, texts.passages, mend)
 
-    def split(self, texts: collection.Collection, split: str) -> None:
-        file, queries, labels = Hashes(), Hashes(), array("q")
+    def split(self, split: str) -> None:
+        texts, file, queries, labels = self.texts, Hashes(), Hashes(), array("q")
 
         def take_label(label: collection.Label) -> None:
             labels.extend((hash(label.query_id), hash(label.passage_id), label.relevance))
@@ -177,7 +178,6 @@ class _Doctor:
         query_rows_N, passage_rows_N = queries.rows(query_N), self.corpus.rows(passage_N)
         unasked_N = np.isin(query_N, np.array([hash(key) for key in self.unasked], np.int64))
         self.unknown(
-            texts,
             split,
             (passage_rows_N < 0) & self.corpus_complete,
             (query_rows_N < 0) & relevant_N & ~unasked_N & complete,
@@ -231,7 +231,7 @@ class _Doctor:
         for line in left.lines():
             self.report("warning", where, line)
 
-    def unknown(self, texts: collection.Collection, split: str, *wrong: np.ndarray) -> None:
+    def unknown(self, split: str, *wrong: np.ndarray) -> None:
         """Reports labels of unknown passages or queries as the run itself would.
 
         `wrong` says which labels have an unknown passage, and which positives an unknown query.
@@ -239,7 +239,7 @@ class _Doctor:
         left = collection.Left()
 
         def check(wrong_N: np.ndarray, is_passage: bool) -> None:
-            labels = list(itertools.compress(texts.qrels(split), wrong_N.tolist()))
+            labels = list(itertools.compress(self.texts.qrels(split), wrong_N.tolist()))
             known = {} if is_passage else {label.passage_id: 0 for label in labels}
             collection.check_qrels(labels, {}, known, left)
 
@@ -262,9 +262,9 @@ class _Doctor:
         elif alike or (mode == "always" and count):
             self.report("note", where, f"{part}; such passages are ignored for them {setting}")
 
-    def between_splits(self, texts: collection.Collection) -> None:
+    def between_splits(self) -> None:
         """Reports what the splits miss, and the queries and positives that they share."""
-        left = collection.Left()
+        left, texts = collection.Left(), self.texts
         for remark in texts.remarks:
             self.report("note", "collection", remark)
         for key in sorted(self.unasked):
@@ -276,15 +276,15 @@ class _Doctor:
             self.report("error", "collection", f"{texts.name}: has no qrels for {names}; add them")
         if all(split.complete for split in self.splits.values()):
             files, selected = (
-                np.unique(np.concatenate([hashes.ids_N for hashes in of]))
-                for of in zip(*((split.file, split.queries) for split in self.splits.values()))
+                np.unique(np.concatenate([hashes.ids_N for hashes in kind]))
+                for kind in zip(*((split.file, split.queries) for split in self.splits.values()))
             )
             unlabelled = len(np.setdiff1d(files, selected))
             if unlabelled:
                 part = share(unlabelled, len(files), "queries")
                 self.report("note", "queries", f"{part} have no positive in any split; left out")
         train = self.splits["train"]
-        self.leaks(texts, "train", train.queries.texts_N, train.pairs_N())
+        self.leaks("train", train.queries.texts_N, train.pairs_N())
         for name, split in self.splits.items():
             positives = np.unique(split.passage_texts_N)
             shared = np.isin(positives, train.passage_texts_N).sum()
@@ -292,20 +292,14 @@ class _Doctor:
                 part = share(shared, len(positives), "positives")
                 self.report("note", f"{name} qrels", f"{part} are positives in train too")
 
-    def leaks(
-        self,
-        texts: collection.Collection,
-        source: str,
-        trained_texts: np.ndarray,
-        trained_pairs: np.ndarray,
-    ) -> None:
+    def leaks(self, source: str, trained_texts: np.ndarray, trained_pairs: np.ndarray) -> None:
         """Reports the queries of dev and test that `source` trains on."""
         for name, split in self.splits.items():
             leaked_Q = np.isin(split.queries.texts_N, trained_texts)
             if name == "train" or not leaked_Q.any():
                 continue
             same = len(np.unique(split.query_rows_N[np.isin(split.pairs_N(), trained_pairs)]))
-            (first,) = ids_of(texts.queries(name), [int(leaked_Q.argmax())])
+            (first,) = ids_of(self.texts.queries(name), [int(leaked_Q.argmax())])
             part = share(leaked_Q.sum(), len(leaked_Q), "queries")
             self.report(
                 "error" if same > MOSTLY * len(leaked_Q) else "warning",
@@ -314,7 +308,7 @@ class _Doctor:
                 f"first {first}; remove them from either",
             )
 
-    def lists(self, texts: collection.Collection | None) -> None:
+    def lists(self) -> None:
         path, size = Path(self.config.joint.lists), self.config.joint.list_size
         read = self.attempt("joint lists", lambda: joint_tsv.read(path, size))
         if read is None:
@@ -340,4 +334,4 @@ class _Doctor:
             if foreign:
                 part = share(foreign, len(corpus), "passages")
                 self.report("note", "joint lists", f"{part} are not in the corpus")
-        self.leaks(texts, "joint.lists", query_texts_L, heads_L)
+        self.leaks("joint.lists", query_texts_L, heads_L)
