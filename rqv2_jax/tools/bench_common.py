@@ -1,4 +1,4 @@
-"""What the benchmarks share: texts to read, the timing of work, and this machine's peak.
+"""What the benchmarks share: texts to read, and comparisons with rivals and with the peak.
 
 Shape suffixes: N sequences.
 """
@@ -65,29 +65,6 @@ def read(run: Run, lengths: str, passages: int, queries: int) -> Texts:
     return Texts(read_passages, read_queries, store, taken)
 
 
-def peak(dtype: str) -> float:
-    """Measures operations a second of matrix products on one device, best of 5.
-
-    The products are 2,048 x 2,048 on a CPU. Elsewhere they are 8,192 x 8,192 and several in a row,
-    because a small one takes less time than its start. The factors are random: some chips are faster
-    on constant ones.
-    """
-    size, times = (2048, 1) if jax.default_backend() == "cpu" else (8192, 8)
-    x = jax.random.normal(jax.random.key(0), (size, size)).astype(dtype)
-    product = jax.jit(lambda x: jax.lax.fori_loop(0, times, lambda _, y: (x @ y) * size**-0.5, x))
-    return times * 2 * size**3 / min(seconds(lambda: product(x).block_until_ready(), 6)[1:])
-
-
-def seconds(work: Callable, times: int) -> list[float]:
-    """Returns the seconds of each of a number of calls."""
-    taken = []
-    for _ in range(times):
-        started = time.perf_counter()
-        work()
-        taken.append(time.perf_counter() - started)
-    return taken
-
-
 def peak_memory() -> float:
     """Returns the most GiB that the device has held if it counts them, else this whole process."""
     stats = jax.local_devices()[0].memory_stats()
@@ -98,7 +75,7 @@ def peak_memory() -> float:
 
 def shares_of_peak(run: Run, rate: float) -> dict:
     """Returns model FLOPs a second over the measured peak, and over the maker's if that is known."""
-    best, chip = peak(run.config.model.dtype), machines.chip(jax.devices()[0])
+    best, chip = machines.peak(run.config.model.dtype), machines.chip(jax.devices()[0])
     rate /= run.sharding.shards
     shares = {"peak_gflop_per_second": best / 1e9, "share_of_peak": rate / best}
     if chip is not None and run.config.model.dtype == "bfloat16":
@@ -117,9 +94,9 @@ def in_turn(
     if theirs is not None:
         theirs()
     for _ in range(rounds):
-        our_seconds += seconds(ours, 1)
+        our_seconds += machines.seconds(ours, 1)
         if theirs is not None:
-            their_seconds += seconds(theirs, 1)
+            their_seconds += machines.seconds(theirs, 1)
     return our_seconds, their_seconds
 
 

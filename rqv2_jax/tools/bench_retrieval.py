@@ -17,7 +17,7 @@ from rqv2_jax.data import packing
 from rqv2_jax.models.bert import BertConfig
 from rqv2_jax.recipe.workdir import Run
 from rqv2_jax.retrieval import encode, index, rerank, stream
-from rqv2_jax.tools import bench_common, rivals, workload
+from rqv2_jax.tools import bench_common, machines, rivals, workload
 from rqv2_jax.tools.bench_common import Texts
 
 # Dimensions in which the vectors differ; the others hold noise.
@@ -69,7 +69,7 @@ def encode_and_rerank(run: Run, texts: Texts, rounds: int, versus: bool) -> list
 
 
 def _measured(run: Run, work: _Work, rounds: int, tokenised_in: float) -> dict:
-    first_seconds = bench_common.seconds(work.ours, 1)[0]
+    first_seconds = machines.seconds(work.ours, 1)[0]
     ours, theirs = bench_common.in_turn(work.ours, work.theirs, rounds)
     ours = [tokenised_in + seconds for seconds in ours]
     seconds, count = float(np.median(ours)), len(work.lengths_N)

@@ -13,7 +13,7 @@ from rqv2_jax import config as config_lib
 from rqv2_jax.models import random_model
 from rqv2_jax.recipe.workdir import Run, open_run
 from rqv2_jax.retrieval import encode
-from rqv2_jax.tools import accelerator_checks, bench_common, bench_joint, bench_retrieval
+from rqv2_jax.tools import accelerator_checks, bench_common, bench_joint, bench_retrieval, machines
 from rqv2_jax.tools.bench_common import Texts
 
 
@@ -104,6 +104,6 @@ def _scaling(run: Run, texts: Texts, steps: int) -> Iterator[dict]:
         rows_N = np.arange(len(texts.passages) // part)
         read = float(run.inputs.passage_lengths(texts.store, rows_N).sum())
         work = partial(encode.passages, run.forward, tower, texts.store, rows_N)
-        seconds = bench_common.seconds(work, 2)[-1]
+        seconds = machines.seconds(work, 2)[-1]
         line = {"what": "encoded passages", "count": len(rows_N), "seconds": seconds}
         yield common | line | {"real_tokens_per_second": read / seconds}

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from rqv2_jax.data.packing import Ragged
 from rqv2_jax.recipe.workdir import Run
+from rqv2_jax.tools import machines
 
 # Sequences of a batch, of which the rival's fastest is taken on a GPU.
 GPU_BATCHES = (64, 256, 1024)
@@ -212,10 +213,7 @@ class SentenceTransformers:
             seconds = {}
             for size in GPU_BATCHES:
                 self.batches[name] = {"batch_size": size}
-                for _ in range(2):
-                    started = time.perf_counter()
-                    getattr(self, name)(work)
-                    seconds[size] = time.perf_counter() - started
+                seconds[size] = machines.seconds(partial(getattr(self, name), work), 2)[-1]
             self.batches[name] = {"batch_size": min(seconds, key=seconds.get)}
 
     def encode(self, passages: list[str]) -> np.ndarray:
