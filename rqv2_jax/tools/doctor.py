@@ -72,7 +72,7 @@ def examine(
         doctor.between_splits()
     if config.joint.lists:
         doctor.lists()
-    findings = doctor.findings + doctor_findings.batches(config, doctor.num_lists)
+    findings = [*doctor.findings, *doctor_findings.batches(config, doctor.num_lists)]
     passages, queries = doctor.passage_sample.items, doctor.query_sample.items
     lengths = []
     if passages and queries:

@@ -4,6 +4,7 @@ Shape suffixes: N passages of the lists, L lists, P passages of a list, M known 
 """
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -61,90 +62,87 @@ def share(part: int, whole: int, what: str) -> str:
     return f"{part:,} of {whole:,} {what} ({part / max(whole, 1):.1%})"
 
 
-def batches(config: ConfigDict, num_lists: dict[str, int]) -> list[Finding]:
-    """Finds stages whose lists are known to be too few for a single step.
+def batches(config: ConfigDict, num_lists: dict[str, int]) -> Iterator[Finding]:
+    """Yields a finding for each stage whose lists are known to be too few for a single step.
 
     Denoised positives, which the re-ranker finds, may head more lists of joint training.
     """
     hybrid = config.joint.denoised_share > 0 and not config.joint.lists
-    findings = []
     for stage, count in num_lists.items():
         settings = config[stage]
         lists = training_lists(settings, count)
         if settings.epochs and lists < settings.batch:
-            kind = "warning" if stage == "joint" and hybrid else "error"
-            what = (
+            yield Finding(
+                "warning" if stage == "joint" and hybrid else "error",
+                f"{stage} stage",
                 f"{lists:,} lists in {settings.epochs:g} epochs, fewer than one batch of "
-                f"{settings.batch}; lower config.{stage}.batch or raise config.{stage}.epochs"
+                f"{settings.batch}; lower config.{stage}.batch or raise config.{stage}.epochs",
             )
-            findings.append(Finding(kind, f"{stage} stage", what))
-    return findings
 
 
 def lists(
     path: Path,
-    query_texts_L: np.ndarray,
+    queries_L: np.ndarray,
     texts_N: np.ndarray,
-    passages_LxP: np.ndarray,
+    rows_LxP: np.ndarray,
     known_M: np.ndarray,
-) -> list[Finding]:
-    """Finds lists that hold a passage twice, or a known positive among the negatives.
+) -> Iterator[Finding]:
+    """Yields findings of lists with a passage twice, or with a known positive among the negatives.
 
-    Texts are given by their hashes, known positives by those of query and passage together.
+    Args:
+      queries_L, texts_N: hashes of the lists' queries and of all passages, of which `rows_LxP` are
+        rows.
+      known_M: hashes of known positives and their queries together.
     """
-    repeated_L, doubtful_L = np.zeros((2, len(query_texts_L)), bool)
-    for first in range(0, len(query_texts_L), LISTS_AT_ONCE):
+    repeated_L, doubtful_L = np.zeros((2, len(queries_L)), bool)
+    for first in range(0, len(queries_L), LISTS_AT_ONCE):
         part = slice(first, first + LISTS_AT_ONCE)
-        texts_LxP = texts_N[passages_LxP[part]]
+        texts_LxP = texts_N[rows_LxP[part]]
         sorted_LxP = np.sort(texts_LxP, axis=1)
         repeated_L[part] = (sorted_LxP[:, 1:] == sorted_LxP[:, :-1]).any(axis=1)
-        pairs_LxP = pair(query_texts_L[part, None], texts_LxP[:, 1:])
+        pairs_LxP = pair(queries_L[part, None], texts_LxP[:, 1:])
         doubtful_L[part] = np.isin(pairs_LxP, known_M).any(axis=1)
-    findings = []
     for wrong_L, what in (
         (repeated_L, "hold a passage twice"),
         (doubtful_L, "have a known positive of their query among the negatives"),
     ):
         if wrong_L.any():
-            what = f"{share(wrong_L.sum(), len(wrong_L), 'lists')} {what}"
-            what += f", first list {wrong_L.argmax() + 1:,} of {path}; mend or remove them"
-            findings.append(Finding("warning", "joint lists", what))
-    return findings
+            some = share(wrong_L.sum(), len(wrong_L), "lists")
+            first = f"first list {wrong_L.argmax() + 1:,} of {path}"
+            what = f"{some} {what}, {first}; mend or remove them"
+            yield Finding("warning", "joint lists", what)
 
 
-def truncation(lengths: list[Lengths]) -> list[Finding]:
-    """Finds inputs of which truncation takes many tokens."""
-    return [
-        Finding(
-            "warning",
-            f"{row.name} tokens",
-            f"truncation to {row.limit} shortens {row.cut:.1%} of the inputs and takes "
-            f"{row.lost:.1%} of the tokens; raise config.data.{row.name}_length, or split long "
-            "texts",
-        )
-        for row in lengths
-        if row.lost > MUCH_LOST
-    ]
+def truncation(lengths: list[Lengths]) -> Iterator[Finding]:
+    """Yields a finding for each kind of input of which truncation takes many tokens."""
+    for row in lengths:
+        if row.lost > MUCH_LOST:
+            yield Finding(
+                "warning",
+                f"{row.name} tokens",
+                f"truncation to {row.limit} shortens {row.cut:.1%} of the inputs and takes "
+                f"{row.lost:.1%} of the tokens; raise config.data.{row.name}_length, or split long "
+                "texts",
+            )
 
 
 def unknown_tokens(
     tokenizer: Tokenizer, passages: list[tuple[str, str]], queries: list[str]
-) -> list[Finding]:
-    """Finds texts that the tokenizer has no tokens for."""
-    findings = []
+) -> Iterator[Finding]:
+    """Yields a finding for passages or queries that the tokenizer has no tokens for."""
     if tokenizer.unknown is None:
-        return findings
+        return
     joined = [f"{title} {text}" for title, text in passages]
     for where, strings in (("passages", joined), ("queries", queries)):
         tokens = tokenizer.texts(strings).tokens
         count = (tokens == tokenizer.unknown).sum()
         if count > MUCH_UNKNOWN * len(tokens):
-            what = (
+            yield Finding(
+                "warning",
+                where,
                 f"{share(count, len(tokens), 'sampled tokens')} are [UNK], which says nothing to "
-                "the models; take weights whose vocabulary has this language"
+                "the models; take weights whose vocabulary has this language",
             )
-            findings.append(Finding("warning", where, what))
-    return findings
 
 
 def render(report: Report) -> str:
