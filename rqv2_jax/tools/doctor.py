@@ -155,7 +155,7 @@ class _Doctor:
     def split(self, split: str) -> None:
         texts, file, queries, labels = self.texts, Hashes(), Hashes(), array("q")
 
-        def take_label(label: collection.Label) -> None:
+        def take_label(label: collection.Qrel) -> None:
             labels.extend((hash(label.query_id), hash(label.passage_id), label.relevance))
 
         def take_query(query: collection.Query) -> None:
