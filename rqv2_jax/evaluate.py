@@ -40,7 +40,7 @@ _RERANK_DEPTH = flags.DEFINE_integer(
     "rerank_depth", None, "Passages re-ranked; else config.evaluate.rerank_depth.", 1
 )
 _MIN_RELEVANCE = flags.DEFINE_integer(
-    "min_relevance", None, "A relevant passage's; else config.evaluate.min_relevance.", 1
+    "min_relevance", None, "Lowest label that is relevant; else config.evaluate.min_relevance.", 1
 )
 
 
