@@ -572,7 +572,7 @@ def test_much_truncation_is_a_warning(tmp_path, changes, where):
 
 
 def test_a_sample_is_fair(monkeypatch):
-    monkeypatch.setattr(doctor, "SAMPLED", 5)
+    monkeypatch.setattr(doctor_streams, "SAMPLED", 5)
     counts = np.zeros(20)
     for seed in range(2000):
         sample = doctor_streams.Sample(seed)
@@ -619,7 +619,7 @@ def test_lists_are_counted_as_by_hand(tmp_path_factory, lists, at_once):
     lines = [line for number, rows in lists for line in given_list(number, *rows)]
     folder = write(folder, {"lists.tsv": lines})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(doctor, "LISTS_AT_ONCE", at_once)
+        patch.setattr(doctor_findings, "LISTS_AT_ONCE", at_once)
         report = examine(folder, lists=True, **{"joint.list_size": 3})
     known = {(i, i) for i in range(12)} | {(number, rows[0]) for number, rows in lists}
     repeated = sum(len(set(rows)) < 3 for _, rows in lists)
