@@ -1,4 +1,4 @@
-"""The data doctor, and the report of what denoising keeps and drops.
+"""Checks the data of a config, or what the re-ranker of a workdir keeps and drops in denoising.
 
 With --config: reads everything the config will use, passages, queries, labels and lists, and prints
 what is wrong with it, how long the inputs are, and a verdict. Trains nothing; the exit status is 1 if
@@ -15,79 +15,54 @@ Examples:
 """
 
 import json
-import pathlib
 import sys
-import tempfile
 import textwrap
 
 from absl import flags
 
 from rqv2_jax import program
+from rqv2_jax.errors import InputError
+
+_CONFIG = program.define_config("Config whose data are examined.")
+program.define_workdir("A workdir whose candidates have been scored.")
+_LABELS = flags.DEFINE_string(
+    "labels", "", "With --workdir: folder with fuller train.tsv, beside the qrels."
+)
+_SAMPLES = flags.DEFINE_integer("samples", 5, "With --workdir: untrusted candidates to print.", 0)
 
 
-def main():
+def main() -> None:
     """Prints one report or the other."""
-    from rqv2_jax.errors import InputError
-
-    given = flags.FLAGS
-    if given.config is None:
-        return _denoising(pathlib.Path(given.workdir), given.labels, given.samples)
+    if _CONFIG.value is None:
+        _denoising()
+        return
     for name in ("labels", "samples", "data", "weights", "reranker_weights"):
-        if given[name].present:
+        if flags.FLAGS[name].present:
             raise InputError(f"--{name} goes with --workdir; leave it out")
-    return _data(given.config)
 
+    from rqv2_jax.tools import doctor, doctor_findings
 
-def _data(config):
-    from rqv2_jax.recipe import opening, texts
-    from rqv2_jax.tools import doctor
-
-    opened, tokenizer, inputs = opening.open_inputs(config)
-    for note in opened.notes:
-        print(f"model: {note}")
-    with tempfile.TemporaryDirectory() as folder:
-        report = doctor.examine(
-            opened.config,
-            lambda: texts.open_collection(config.data, pathlib.Path(folder)),
-            tokenizer,
-            inputs,
-        )
-    print(doctor.render(report))
+    report = doctor.examine_config(_CONFIG.value)
+    print(doctor_findings.render(report))
     sys.exit(0 if report.usable() else 1)
 
 
-def _denoising(workdir: pathlib.Path, labels: str, samples: int):
+def _denoising() -> None:
     from rqv2_jax import artifacts
     from rqv2_jax.data import denoise
-    from rqv2_jax.recipe.claim import open_workdir
-    from rqv2_jax.recipe.workdir import alone
     from rqv2_jax.tools import denoising
 
-    run = open_workdir(workdir, **program.places())
-    with alone(workdir):
-        report, shown = denoising.denoise_report(run, labels, samples)
+    with program.opened() as run:
+        report, samples = denoising.denoise_report(run, _LABELS.value, _SAMPLES.value)
         path = run.workdir / "eval" / "denoise.json"
-        artifacts.write_text(path, json.dumps({**report, "samples": shown}, indent=1) + "\n")
+        artifacts.write_text(path, json.dumps({**report, "samples": samples}, indent=1) + "\n")
     print(denoise.render(report))
-    for sample in shown:
+    for sample in samples:
         print(f"\nprobability {sample['probability']:.3f}")
         for name in ("query", "labelled", "candidate"):
-            text = textwrap.shorten(sample[name], 400)
-            print(
-                textwrap.fill(
-                    text, 100, initial_indent=f"  {name:>9}: ", subsequent_indent=" " * 13
-                )
-            )
+            text, indents = textwrap.shorten(sample[name], 400), (f"  {name:>9}: ", " " * 13)
+            print(textwrap.fill(text, 100, initial_indent=indents[0], subsequent_indent=indents[1]))
 
 
 if __name__ == "__main__":
-    program.define_config("Config whose data are examined.")
-    flags.DEFINE_string("workdir", None, "A workdir whose candidates have been scored.")
-    program.define_places()
-    flags.DEFINE_string(
-        "labels", "", "With --workdir: folder with fuller train.tsv, beside the qrels."
-    )
-    flags.DEFINE_integer(
-        "samples", 5, "With --workdir: untrusted candidates to print.", lower_bound=0
-    )
     program.run(main, __doc__, one_of=("config", "workdir"))

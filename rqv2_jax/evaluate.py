@@ -25,11 +25,10 @@ from rqv2_jax import program
 from rqv2_jax.errors import InputError
 
 INDEXES = ("exact", "scann")
-# What results are named after besides files of candidates.
+# Names of results that a file of candidates cannot give its own.
 RESERVED = (*INDEXES, "bm25")
 
-program.define_places()
-_WORKDIR = flags.DEFINE_string("workdir", None, "A workdir that rqv2_jax.main has finished.")
+program.define_workdir()
 _SPLIT = flags.DEFINE_enum("split", "test", ["train", "dev", "test"], "Which queries.")
 _INDEX = flags.DEFINE_enum("index", "exact", INDEXES, "How passages are searched.")
 _COMPARE = flags.DEFINE_bool("compare", False, "Compare the two run files given as arguments.")
@@ -41,65 +40,58 @@ _RERANK_DEPTH = flags.DEFINE_integer(
     "rerank_depth", None, "Passages re-ranked; else config.evaluate.rerank_depth.", 1
 )
 _MIN_RELEVANCE = flags.DEFINE_integer(
-    "min_relevance", None, "Of a relevant passage; else config.evaluate.min_relevance.", 1
+    "min_relevance", None, "Lowest label that is relevant; else config.evaluate.min_relevance.", 1
 )
 
 
-def main(*files: str):
+def main(*files: str) -> None:
     """Prints the table of the split, or of the comparison."""
-    if not _COMPARE.value:
-        if files:
-            raise InputError(f"unexpected argument {files[0]!r}; --help shows an example")
-        if _WORKDIR.value is None:
-            raise InputError("--workdir is missing; --help shows an example")
-        if (_TOPICS.value is None) != (_QRELS.value is None):
-            raise InputError("--topics and --qrels go together; --help shows an example")
-        if _TOPICS.value and flags.FLAGS["split"].present:
-            raise InputError("--topics takes the place of --split; give one of the two")
-        if _CANDIDATES.value and flags.FLAGS["index"].present:
-            raise InputError("--candidates takes the place of --index; give one of the two")
-        return _evaluate(pathlib.Path(_WORKDIR.value))
-    if len(files) != 2 or _QRELS.value is None:
-        raise InputError("--compare takes two run files and --qrels FILE; --help shows an example")
-    return _compare(*files)
+    if _COMPARE.value:
+        if len(files) != 2 or _QRELS.value is None:
+            raise InputError(
+                "--compare takes two run files and --qrels FILE; --help shows an example"
+            )
+        _compare(*files)
+        return
+    if files:
+        raise InputError(f"unexpected argument {files[0]!r}; --help shows an example")
+    if flags.FLAGS.workdir is None:
+        raise InputError("--workdir is missing; --help shows an example")
+    if (_TOPICS.value is None) != (_QRELS.value is None):
+        raise InputError("--topics and --qrels go together; --help shows an example")
+    if _TOPICS.value and flags.FLAGS["split"].present:
+        raise InputError("--topics takes the place of --split; give one of the two")
+    if _CANDIDATES.value and flags.FLAGS["index"].present:
+        raise InputError("--candidates takes the place of --index; give one of the two")
 
-
-def _evaluate(workdir: pathlib.Path):
     from rqv2_jax import hosts
 
     if _DISTRIBUTED.value:
         hosts.start()
-    from rqv2_jax.recipe.claim import open_workdir
-    from rqv2_jax.recipe.workdir import alone
-
-    run = open_workdir(workdir, **program.places())
-    with alone(workdir):
-        _report(run)
-
-
-def _report(run):
     from rqv2_jax.recipe import evaluation, results
     from rqv2_jax.recipe.texts import open_store, stem, with_topics
 
-    store, split = open_store(run), _SPLIT.value
-    if _TOPICS.value:
-        files = pathlib.Path(_TOPICS.value), pathlib.Path(_QRELS.value)
-        store, split = with_topics(run, store, *files)
-    if _MIN_RELEVANCE.value:
-        run.config.evaluate.min_relevance = _MIN_RELEVANCE.value
-    if _RERANK_DEPTH.value:
-        run.config.evaluate.rerank_depth = _RERANK_DEPTH.value
-    if _CANDIDATES.value:
-        path = pathlib.Path(_CANDIDATES.value)
-        if stem(path) in RESERVED:
-            raise InputError(f"{path}: results are named after the file; rename it")
-        report = evaluation.evaluate_candidates(run, store, split, path, stem(path))
-    else:
-        report = evaluation.evaluate(run, store, split, (_INDEX.value,))
-    print(results.render(report))
+    with program.opened() as run:
+        store, split = open_store(run), _SPLIT.value
+        if _TOPICS.value:
+            topics = pathlib.Path(_TOPICS.value), pathlib.Path(_QRELS.value)
+            store, split = with_topics(run, store, *topics)
+        if _MIN_RELEVANCE.value:
+            run.config.evaluate.min_relevance = _MIN_RELEVANCE.value
+        if _RERANK_DEPTH.value:
+            run.config.evaluate.rerank_depth = _RERANK_DEPTH.value
+        if _CANDIDATES.value:
+            path = pathlib.Path(_CANDIDATES.value)
+            name = stem(path)
+            if name in RESERVED:
+                raise InputError(f"{path}: results are named after the file; rename it")
+            report = evaluation.evaluate_candidates(run, store, split, path, name)
+        else:
+            report = evaluation.evaluate(run, store, split, (_INDEX.value,))
+        print(results.render(report))
 
 
-def _compare(a: str, b: str):
+def _compare(a: str, b: str) -> None:
     from rqv2_jax import config as config_lib
     from rqv2_jax.recipe import compare
 

@@ -9,24 +9,21 @@ joint-tsv: the hybrid lists of joint training, as the authors' release reads the
 label); the same file can be trained on with --config.joint.lists=FILE --config.joint.epochs=1 and
 --config.joint.list_size as this run has it.
 
-Data or weights that have moved since are given as --data, --weights, --reranker_weights.
+Data or weights that have moved since are given as --data, --weights.
 
 Examples:
   python -m rqv2_jax.export --workdir workdir/docstrings --format huggingface --to models
   python -m rqv2_jax.export --workdir workdir/docstrings --format joint-tsv --to lists.tsv
 """
 
-import os
 import pathlib
-import shutil
 
 from absl import flags
 
 from rqv2_jax import program
 from rqv2_jax.errors import InputError
 
-program.define_places()
-_WORKDIR = flags.DEFINE_string("workdir", None, "A workdir that rqv2_jax.main has finished.")
+program.define_workdir()
 _FORMAT = flags.DEFINE_enum("format", None, ["huggingface", "joint-tsv"], "What to write.")
 _TO = flags.DEFINE_string("to", None, "The folder or file; a file is gzipped if it ends in .gz.")
 _STATE = flags.DEFINE_enum(
@@ -34,52 +31,20 @@ _STATE = flags.DEFINE_enum(
 )
 
 
-def main():
-    """Writes the folder or file."""
-    from rqv2_jax.recipe.claim import open_workdir
-    from rqv2_jax.recipe.workdir import alone
+def main() -> None:
+    """Writes the folder or file, and prints its name."""
+    from rqv2_jax.recipe import pipeline
+    from rqv2_jax.tools import exporting
 
     if _FORMAT.value == "huggingface" and pathlib.Path(_TO.value).exists():
         raise InputError(f"--to {_TO.value}: exists; name a folder that does not")
     path = program.file_to_write("to")
-    run = open_workdir(pathlib.Path(_WORKDIR.value), **program.places())
-    with alone(run.workdir):
+    with program.opened() as run:
         if _FORMAT.value == "huggingface":
-            _models(run, path)
+            print(exporting.write_models(run, _STATE.value, path))
         else:
-            _lists(run, path)
-
-
-def _lists(run, path: pathlib.Path):
-    from rqv2_jax.recipe import pipeline
-
-    pipeline.export_lists(run, path)
-    print(f"lists: {path}")
-
-
-def _models(run, path: pathlib.Path):
-    from rqv2_jax.models import exported
-
-    models, data = run.models, run.config.data
-    retriever, reranker = (
-        run.params(state=_STATE.value, model=model) for model in ("retriever", "reranker")
-    )
-    partial = path.with_name(f"{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    for tower, length in (("query", data.query_length), ("passage", data.passage_length)):
-        source, shape = run.sources.query.folder, models.retriever
-        exported.save_encoder(partial / tower, source, shape, retriever[tower])
-        exported.describe_retriever(partial / tower, shape.hidden_size, run.config.model, length)
-    source, shape, scorer = run.sources.reranker.folder, models.reranker, partial / "reranker"
-    exported.save_encoder(scorer, source, shape, reranker["encoder"], reranker["head"])
-    exported.describe_reranker(scorer, shape.hidden_size, models.head, data.pair_length)
-    os.replace(partial, path)
-    joined = "title and text joined by a space" if data.titles else "text"
-    if data.titles and run.config.model.passage_format == "title_sep_text":
-        joined = "title and text as a pair of texts"
-    print(
-        f"models: {path}   the passage tower reads {joined}, at most {data.passage_length} tokens"
-    )
+            pipeline.export_lists(run, path)
+            print(f"lists: {path}")
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of everything this run w
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the processes of the other hosts.")
 
 
-def main():
-    """Hands config and workdir to the pipeline."""
+def main() -> None:
+    """Runs the pipeline in the workdir, on all hosts."""
     # TensorFlow and JAX take seconds to import; a wrong flag should not.
     from rqv2_jax import hosts
 

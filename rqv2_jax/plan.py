@@ -17,21 +17,22 @@ from absl import flags
 
 from rqv2_jax import program
 
+_CONFIG = program.define_config()
 _TOPOLOGY = flags.DEFINE_string(
     "topology", None, "v4, v5e, v5p or v6e with a shape; h100, h200, a100, l4 or cpu with a number."
 )
 flags.DEFINE_string("overlay", None, "File for the chosen settings, for --flagfile.")
 _LENGTHS = flags.DEFINE_enum(
-    "lengths", "full", ["full", "msmarco"], "All that is admitted, or those of MS MARCO."
+    "lengths", "full", ["full", "msmarco"], "The longest that are admitted, or MS MARCO's."
 )
 _QUERIES = flags.DEFINE_integer("queries", None, "Training queries; known for published data.")
 _PASSAGES = flags.DEFINE_integer("passages", None, "Passages; known for published data.")
 
 
-def main():
+def main() -> None:
     """Prints the plan."""
     overlay = program.file_to_write("overlay")
-    topology = _TOPOLOGY.value
+    config, topology, lengths = _CONFIG.value, _TOPOLOGY.value, _LENGTHS.value
     shape = topology.partition(":")[2]
     if shape.isdecimal():
         # Read when jax is first imported.
@@ -41,13 +42,12 @@ def main():
     # An installed libtpu would look for the metadata server of a cloud that this is not.
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
     os.environ["TPU_ACCELERATOR_TYPE"] = "v5litepod-8"
-    from rqv2_jax.tools import planning
+    from rqv2_jax.tools import machines, planning
 
-    config = flags.FLAGS.config
     sizes = planning.sizes(config, _QUERIES.value, _PASSAGES.value)
-    machine = planning.machine(topology)
-    plan = planning.make(config, machine, _LENGTHS.value, report=print)
-    print(planning.render(plan, machine, _LENGTHS.value))
+    machine = machines.machine(topology)
+    plan = planning.make(config, machine, lengths, report=print)
+    print(planning.render(plan, machine, lengths))
     print(planning.render_run(config, plan, machine, *sizes))
     if overlay is not None:
         lines = [f"--config.{key}={value}" for key, value in plan.overlay.items()]
@@ -56,5 +56,4 @@ def main():
 
 
 if __name__ == "__main__":
-    program.define_config()
     program.run(main, __doc__, required=("config", "topology"))

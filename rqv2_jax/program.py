@@ -1,11 +1,13 @@
-"""How every command line starts and fails: one line on standard error, a non-zero exit."""
+"""The start and the failure of every command: one line on standard error, a non-zero exit."""
 
+import contextlib
 import errno
 import os
 import pathlib
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
 
 from absl import flags, logging
 from ml_collections import config_flags
@@ -17,23 +19,35 @@ flags.disclaim_key_flags()
 
 
 def define_config(help_text: str = "Config file, as configs/nq.py[:preset].") -> flags.FlagHolder:
-    """The flag --config and --config.group.key=value for its settings; exits 2 on a bad flag file."""
+    """Defines --config, and --config.group.key=value for its settings; exits 2 on a bad flag file."""
     try:
         return config_flags.DEFINE_config_file("config", None, help_text)
     except flags.Error as e:
         _fail(e, 2)
 
 
-def define_places():
-    """The flags of new places, for a workdir whose data or weights have moved."""
+def define_workdir(help_text: str = "A workdir that rqv2_jax.main has finished.") -> None:
+    """Defines --workdir, and --data, --weights and --reranker_weights for what has moved."""
+    flags.DEFINE_string("workdir", None, help_text)
     flags.DEFINE_string("data", "", "The data's new place, if they have moved since.")
     flags.DEFINE_string("weights", "", "The weights' new place, if they have moved since.")
     flags.DEFINE_string("reranker_weights", "", "That of the re-ranker's, if they are others.")
 
 
-def places() -> dict[str, str]:
-    """What the flags of `define_places` say, as `workdir.open_workdir` takes it."""
-    return {name: flags.FLAGS[name].value for name in ("data", "weights", "reranker_weights")}
+@contextlib.contextmanager
+def opened() -> Iterator[Any]:
+    """Gives the `Run` of `define_workdir`'s flags, and keeps other processes out of it.
+
+    Raises:
+      InputError: it cannot be opened, or another process works in it.
+    """
+    from rqv2_jax.recipe.claim import open_workdir
+    from rqv2_jax.recipe.workdir import alone
+
+    moved = {name: flags.FLAGS[name].value for name in ("data", "weights", "reranker_weights")}
+    run = open_workdir(pathlib.Path(flags.FLAGS.workdir), **moved)
+    with alone(run.workdir):
+        yield run
 
 
 def run(
@@ -42,7 +56,7 @@ def run(
     required: tuple[str, ...] = (),
     arguments: int = 0,
     one_of: tuple[str, ...] = (),
-):
+) -> None:
     """Parses the flags and runs `main`.
 
     Exits 2 on bad flags, 1 on an InputError and on a full disk, 130 on Ctrl-C.
@@ -63,18 +77,7 @@ def run(
         print(f"{doc.strip()}\n\nFlags:{flags.FLAGS.main_module_help()}")
         return
     try:
-        rest = flags.FLAGS(sys.argv)[1:]
-        if len(rest) > arguments:
-            raise InputError(f"unexpected argument {rest[arguments]!r}; --help shows an example")
-        values = {name: getattr(flags.FLAGS, name) for name in (*required, *one_of)}
-        for name, value in values.items():
-            # A config that could not be loaded raises OSError when it is first looked into.
-            getattr(value, "keys", None)
-            if value is None and name in required:
-                raise InputError(f"--{name} is missing; --help shows an example")
-        if one_of and sum(values[name] is not None for name in one_of) != 1:
-            names = " and ".join(f"--{name}" for name in one_of)
-            raise InputError(f"give exactly one of {names}; --help shows an example")
+        rest = _parse(required, arguments, one_of)
     except AttributeError as e:
         # ml_collections wraps the KeyError of a key that the config file does not have.
         key = " ".join(str(getattr(x, "args", [x])[0]) for x in e.args)
@@ -101,8 +104,24 @@ def run(
             os._exit(1)
 
 
+def _parse(required: tuple[str, ...], arguments: int, one_of: tuple[str, ...]) -> list[str]:
+    rest = flags.FLAGS(sys.argv)[1:]
+    if len(rest) > arguments:
+        raise InputError(f"unexpected argument {rest[arguments]!r}; --help shows an example")
+    values = {name: getattr(flags.FLAGS, name) for name in (*required, *one_of)}
+    for name, value in values.items():
+        # A config that could not be loaded raises OSError when it is first looked into.
+        getattr(value, "keys", None)
+        if value is None and name in required:
+            raise InputError(f"--{name} is missing; --help shows an example")
+    if one_of and sum(values[name] is not None for name in one_of) != 1:
+        names = " and ".join(f"--{name}" for name in one_of)
+        raise InputError(f"give exactly one of {names}; --help shows an example")
+    return rest
+
+
 def file_to_write(flag: str) -> pathlib.Path | None:
-    """The file that a flag names, None if it names none.
+    """Returns the file that a flag names, None if it names none.
 
     Raises:
       InputError: the file's folder is not there, or it is a folder itself.
@@ -118,7 +137,7 @@ def file_to_write(flag: str) -> pathlib.Path | None:
 
 
 def _from_config_file(error: Exception) -> Exception | str:
-    """A config file's own error, with its line, for a flag's error with a traceback in it."""
+    """Returns a config file's own error, with its line, for a flag error that holds a traceback."""
     if "Traceback" not in str(error):
         return error
     inner = error
@@ -132,10 +151,10 @@ def _from_config_file(error: Exception) -> Exception | str:
     return error
 
 
-def _fail(error: Exception | str, code: int):
+def _fail(error: Exception | str, code: int) -> NoReturn:
     _say(error)
     sys.exit(code)
 
 
-def _say(error: Exception | str):
+def _say(error: Exception | str) -> None:
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -5,14 +5,14 @@ import shutil
 import subprocess
 import sys
 import time
-import types
 
 import numpy as np
 import pytest
 from test_pipeline import ROOT, run_program, tiny_config, write_beir
 
-from rqv2_jax import ablations, config, report
+from rqv2_jax import config, config_check
 from rqv2_jax.errors import InputError
+from rqv2_jax.tools import ablation_study, figures
 
 
 def test_every_row_changes_one_thing_of_full():
@@ -21,7 +21,7 @@ def test_every_row_changes_one_thing_of_full():
     full.data.path = "x"
     # As configs come from the command line.
     full.lock()
-    found = ablations.rows(full)
+    found = ablation_study.rows(full)
     assert found["full"] == {}
     # The config's own preset is full itself.
     assert "preset official_code" not in found
@@ -34,19 +34,19 @@ def test_every_row_changes_one_thing_of_full():
         "list size 2",
         "list size 8",
     }
-    more = ablations.rows(full, [4, 16, 32])
+    more = ablation_study.rows(full, [4, 16, 32])
     assert {name: more[name] for name in more if name.startswith("list size")} == {
         "list size 16": {"joint.list_size": 16},
         "list size 32": {"joint.list_size": 32},
     }
     for name, change in found.items():
         changed = config.loads(config.dumps(full))
-        values = {k: 7 if v == ablations.REFRESHED else v for k, v in change.items()}
+        values = {k: 7 if v == ablation_study.REFRESHED else v for k, v in change.items()}
         changed.update_from_flattened_dict(values)
-        config.check(changed)
+        config_check.check(changed)
         assert bool(config.differences(full, changed)) == (name != "full"), name
     full.joint.loss.update(config.LOSSES["paper"])
-    found = ablations.rows(full)
+    found = ablation_study.rows(full)
     assert "preset paper" not in found
     assert "teacher gradient off" in found
 
@@ -68,7 +68,7 @@ def measured(values):
             "values": warm
             | {
                 f"joint.{model}.{candidates}.{metric}": values[row][seed]
-                for model, candidates, metric in ablations.MEASURES
+                for model, candidates, metric in ablation_study.MEASURES
             },
         }
         for row in values
@@ -79,7 +79,7 @@ def measured(values):
 def test_summary_by_hand():
     full = np.array([[1.0] * 8 + [0.0] * 8, [1.0] * 10 + [0.0] * 6])
     values = {"full": full, "better": np.ones_like(full), "same": full[::-1].copy()}
-    found = ablations.summarise(measured(values), permutations=999)
+    found = ablation_study.summarise(measured(values), permutations=999)
     assert len(found) == 4 * 4
     rows = {(r["row"], r["model"], r["metric"]): r for r in found if r["candidates"] == "exact"}
     assert len(rows) == 4 * 3
@@ -100,7 +100,7 @@ def test_summary_by_hand():
     assert (same["difference"], same["low"], same["high"], same["p_value"]) == (0, 0, 0, 1)
     assert rows["warm start", "reranker", "RR@10"]["difference"] == pytest.approx(-1 / 16)
     assert rows["warm start", "retriever", "Success@50"]["mean"] == 0.375
-    table = ablations.render(found)
+    table = ablation_study.render(found)
     assert better["differences"] == [8 / 16, 6 / 16]
     assert better["kept_steps"] == [0, 10]
     assert "| better | 0, 10 | 1.0000 | 0.0000 | +0.4375 |" in table
@@ -115,7 +115,7 @@ def test_equal_differences_over_seeds_give_no_p_value():
     hits = [627, 595, 576]
     full = np.array([[1.0] * n + [0.0] * (679 - n) for n in hits])
     worse = np.array([[1.0] * (n - 6) + [0.0] * (679 - n + 6) for n in hits])
-    found = ablations.summarise(measured({"full": full, "worse": worse}), permutations=99)
+    found = ablation_study.summarise(measured({"full": full, "worse": worse}), permutations=99)
     (row,) = (
         r
         for r in found
@@ -126,39 +126,36 @@ def test_equal_differences_over_seeds_give_no_p_value():
     assert "seeds_p_value" not in row
 
 
-def test_a_table_of_more_seeds_stays_until_a_run_has_caught_up(tmp_path, monkeypatch):
+def test_a_table_of_more_seeds_stays_until_a_run_has_caught_up(tmp_path):
     path = tmp_path / "ablations.json"
     seeds = [
         [m for m in measured({"full": np.eye(3, 8)}) if m["seed"] <= seed] for seed in range(3)
     ]
     seen = []
 
-    def run_all(*_):
-        for done in seeds[: given.seeds]:
-            yield done
+    def write(done):
+        ablation_study.write(measure(done), path.with_suffix(""), seeds=done, permutations=99)
+
+    def measure(done):
+        for some in seeds[:done]:
+            yield some
             # After the warm start's row that of `full`.
             seen.append(json.loads(path.read_text())[1]["seeds"])
 
-    given = types.SimpleNamespace(
-        config=config.default(), workdir=str(tmp_path), seeds=3, rows=None, list_sizes=None
-    )
-    monkeypatch.setattr(ablations.flags, "FLAGS", given)
-    monkeypatch.setattr(ablations, "run_all", run_all)
-    ablations.main()
+    write(3)
     assert seen == [1, 2, 3]
-    ablations.main()
+    write(3)
     assert seen[3:] == [3, 3, 3]
     # What is asked for is what is there at the end.
-    given.seeds = 2
-    ablations.main()
+    write(2)
     assert seen[6:] == [3, 2]
     # A damaged one is made again.
     path.write_text(path.read_text()[:100])
-    ablations.main()
+    write(2)
     assert seen[8:] == [1, 2]
     path.write_text(path.read_text()[:100])
     with pytest.raises(InputError, match=r"ablations\.json: not as rqv2_jax\.ablations wrote it"):
-        report.draw_list_sizes(tmp_path, path, tmp_path / "list_sizes.png")
+        figures.draw_list_sizes(tmp_path, path, tmp_path / "list_sizes.png")
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +165,7 @@ def ablated(tmp_path_factory, bert_folder):
     # Not all queries, so that another draw of them would show.
     settings.mine.queries = 24
     only = ["without denoised lists", "refreshed candidates"]
-    *_, found = ablations.run_all(settings, folder / "w", 2, only)
+    *_, found = ablation_study.run_all(settings, folder / "w", 2, only)
     return settings, folder / "w", only, found
 
 
@@ -197,7 +194,7 @@ def test_rows_start_from_one_warm_start_and_keep_their_change(ablated):
 def test_every_row_takes_as_many_steps(ablated):
     _, folder, _, _ = ablated
     steps = {
-        row.name: report.curves(row / "joint")["dev/retriever RR@10"][-1][0]
+        row.name: figures.curves(row / "joint")["dev/retriever RR@10"][-1][0]
         for row in (folder / "rows").iterdir()
     }
     assert len(steps) == 6
@@ -220,7 +217,7 @@ def test_finished_rows_are_not_run_again(ablated):
     settings, folder, only, measured = ablated
     checkpoints = {p: p.stat().st_mtime_ns for p in folder.rglob("joint/best/*")}
     assert len(checkpoints) == 6
-    *_, again = ablations.run_all(settings, folder, 2, only)
+    *_, again = ablation_study.run_all(settings, folder, 2, only)
     assert checkpoints == {p: p.stat().st_mtime_ns for p in folder.rglob("joint/best/*")}
     assert not list(folder.glob("rows/*/joint/last"))
     for one, other in zip(measured, again):
@@ -250,35 +247,35 @@ def test_killed_in_a_row_the_same_command_goes_on(ablated, tmp_path):
     ended = run_program(*command)
     assert ended.returncode == 0, ended.stderr
     assert done.stat().st_mtime_ns == before
-    summary = ablations.summarise(
+    summary = ablation_study.summarise(
         [m for m in measured if m["seed"] == 0], permutations=settings.evaluate.permutations
     )
     assert json.loads((workdir / "ablations.some.json").read_text()) == summary
     table = (workdir / "ablations.some.md").read_text()
-    assert table == ablations.render(summary)
+    assert table == ablation_study.render(summary)
     assert table in ended.stdout
 
 
 def test_unknown_rows_are_refused_before_anything_runs(tmp_path, ablated):
     with pytest.raises(InputError, match="no row 'statik'"):
-        next(ablations.run_all(ablated[0], tmp_path / "w", 1, ["statik"]))
+        next(ablation_study.run_all(ablated[0], tmp_path / "w", 1, ["statik"]))
     fewer = config.loads(config.dumps(ablated[0]))
     fewer.evaluate.metrics = ("RR@10",)
     with pytest.raises(InputError, match="the table needs Success@50"):
-        next(ablations.run_all(fewer, tmp_path / "w", 1, None))
+        next(ablation_study.run_all(fewer, tmp_path / "w", 1, None))
     given = config.loads(config.dumps(ablated[0]))
     given.joint.lists = "lists.tsv"
     with pytest.raises(InputError, match=r"joint\.lists"):
-        next(ablations.run_all(given, tmp_path / "w", 1, None))
+        next(ablation_study.run_all(given, tmp_path / "w", 1, None))
     graded = config.loads(config.dumps(ablated[0]))
     graded.evaluate.min_relevance = 2
     with pytest.raises(InputError, match=r"evaluate\.min_relevance: the table counts relevance 1"):
-        next(ablations.run_all(graded, tmp_path / "w", 1, None))
+        next(ablation_study.run_all(graded, tmp_path / "w", 1, None))
     # What one row alone cannot take is said before the others have run.
     parts = config.loads(config.dumps(ablated[0]))
     parts.joint.accumulate = 2
     with pytest.raises(InputError, match=r"row 'in-batch negatives': .*leave it out by --rows"):
-        next(ablations.run_all(parts, tmp_path / "w", 1, None))
+        next(ablation_study.run_all(parts, tmp_path / "w", 1, None))
     assert not (tmp_path / "w").exists()
 
 
@@ -294,7 +291,7 @@ def test_events_of_a_killed_run_are_read_up_to_the_break(ablated, tmp_path):
     _, folder, _, _ = ablated
     (path,) = (folder / "rows" / "full.0" / "joint").glob("events.out.tfevents.*")
     (tmp_path / path.name).write_bytes(path.read_bytes()[:-7])
-    whole, broken = report.curves(path.parent), report.curves(tmp_path)
+    whole, broken = figures.curves(path.parent), figures.curves(tmp_path)
     last = "dev/retriever RR@10"
     assert broken[last] in (whole[last], whole[last][:-1])
     assert broken["kl"] == whole["kl"]
@@ -303,7 +300,7 @@ def test_events_of_a_killed_run_are_read_up_to_the_break(ablated, tmp_path):
 def test_figures_show_what_was_recorded(ablated, tmp_path):
     _, folder, _, _ = ablated
     workdir = folder / "rows" / "full.0"
-    found = report.curves(workdir / "joint")
+    found = figures.curves(workdir / "joint")
     last = found["dev/retriever RR@10"][-1][0]
     assert last > 3
     assert [step for step, _ in found["dev/retriever RR@10"]] == [*range(0, last, 3), last]
@@ -312,14 +309,14 @@ def test_figures_show_what_was_recorded(ablated, tmp_path):
     ended = run_program("rqv2_jax.report", f"--workdir={workdir}")
     assert ended.returncode == 0, ended.stderr
     assert (workdir / "report" / "joint_training.png").read_bytes().startswith(b"\x89PNG")
-    summary = ablations.summarise(
+    summary = ablation_study.summarise(
         measured({"full": np.ones((2, 8)), "list size 8": np.eye(8)[:2]}), permutations=99
     )
     (folder / "ablations.json").write_text(json.dumps(summary))
-    report.draw_list_sizes(folder, folder / "ablations.json", tmp_path / "sizes.png")
+    figures.draw_list_sizes(folder, folder / "ablations.json", tmp_path / "sizes.png")
     assert (tmp_path / "sizes.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(InputError, match="no events of joint training"):
-        report.draw_training(folder / "warm", tmp_path / "none.png")
+        figures.draw_training(folder / "warm", tmp_path / "none.png")
 
 
 @pytest.mark.parametrize("newer", ["ablations", "ablations.some"])
@@ -331,10 +328,7 @@ def test_list_sizes_are_drawn_from_the_newer_table(newer, tmp_path, monkeypatch)
         seconds = 1e9 + (name == newer)
         os.utime(path, (seconds, seconds))
     drawn = []
-    monkeypatch.setattr(
-        report, "draw_list_sizes", lambda folder, source, path: drawn.append(source)
-    )
-    monkeypatch.setattr(report, "draw_training", lambda *_: None)
-    monkeypatch.setattr(report.flags, "FLAGS", types.SimpleNamespace(workdir=str(tmp_path)))
-    report.main()
+    monkeypatch.setattr(figures, "draw_list_sizes", lambda folder, table, path: drawn.append(table))
+    monkeypatch.setattr(figures, "draw_training", lambda *_: None)
+    figures.draw(tmp_path)
     assert drawn == [tmp_path / f"{newer}.json"]

@@ -8,8 +8,8 @@ import pytest
 from rqv2_jax import config as config_lib
 from rqv2_jax.data.batches import KINDS
 from rqv2_jax.errors import InputError
-from rqv2_jax.recipe.run import open_run
-from rqv2_jax.tools import benchmarks, planning
+from rqv2_jax.recipe import workdir
+from rqv2_jax.tools import bench_common, bench_joint, bench_retrieval, workload
 
 
 @pytest.fixture(scope="module")
@@ -19,12 +19,12 @@ def run(tmp_path_factory):
     config.data.update({"dataset": "docstrings", "passage_length": 128, "pair_length": 160})
     config.model.update({"dropout": 0.0, "pooling": "mean"})
     config.joint.update({"batch": 4, "list_size": 4, "accumulate": 2})
-    return open_run(config, tmp_path_factory.mktemp("bench") / "workdir")
+    return workdir.open_run(config, tmp_path_factory.mktemp("bench") / "workdir")
 
 
 @pytest.fixture(scope="module")
 def texts(run):
-    return benchmarks.read(run, "msmarco", 256, 64)
+    return bench_common.read(run, "msmarco", 256, 64)
 
 
 def test_made_up_texts_are_as_long_as_those_of_msmarco(run, texts):
@@ -46,11 +46,11 @@ def test_the_joint_step_and_its_rival_do_the_same_work(run, texts, teacher, make
         own.model.reranker.update({"weights": str(folder), "num_layers": 1})
     # Large enough that the third loss tells whether both were updated alike.
     own.joint.learning_rate = 3e-3
-    opened = open_run(own, run.workdir)
+    opened = workdir.open_run(own, run.workdir)
     if teacher is not None:
         # It has a tokenizer of its own.
-        texts = benchmarks.read(opened, "msmarco", 256, 64)
-    (found,) = benchmarks.joint(opened, texts, 2, versus=True)
+        texts = bench_common.read(opened, "msmarco", 256, 64)
+    (found,) = bench_joint.joint(opened, texts, 2, versus=True)
     assert found["losses"] == pytest.approx(found["torch_losses"], rel=1e-3)
     assert found["torch_ratio"] == pytest.approx(
         found["torch_step_seconds"] / found["step_seconds"]
@@ -74,12 +74,12 @@ def test_what_cannot_be_compared_is_one_line(run, texts, changes, versus, messag
     own = config_lib.loads(config_lib.dumps(run.config))
     own.update_from_flattened_dict(changes)
     with pytest.raises(InputError, match=message):
-        list(benchmarks.joint(open_run(own, run.workdir), texts, 2, versus=versus))
+        list(bench_joint.joint(workdir.open_run(own, run.workdir), texts, 2, versus=versus))
 
 
 def test_model_flops_are_those_of_real_tokens(run, texts):
     """By the formula in the planner's docstring, of each sequence at its own length, three times."""
-    batches = benchmarks.joint_batches(run, texts, 1)
+    batches = bench_joint.joint_batches(run, texts, 1)
     d, f = 384, 1536
     expected = 0
     for kind in KINDS:
@@ -87,30 +87,30 @@ def test_model_flops_are_those_of_real_tokens(run, texts):
             expected += 3 * length * (8 * d**2 + 4 * d * f + 4 * d * length)
     ragged = {kind: batches.ragged(kind, 0).lengths_N for kind in KINDS}
     flops = {
-        kind: planning.training_flops(run.config, run.models, "joint", kind, lengths_N)
+        kind: workload.training_flops(run.config, run.models, "joint", kind, lengths_N)
         for kind, lengths_N in ragged.items()
     }
     assert sum(flops.values()) == pytest.approx(expected)
     static = config_lib.loads(config_lib.dumps(run.config))
     static.joint.train_reranker = False
     for kind, lengths_N in ragged.items():
-        found = planning.training_flops(static, run.models, "joint", kind, lengths_N)
+        found = workload.training_flops(static, run.models, "joint", kind, lengths_N)
         assert found == pytest.approx(flops[kind] / (3 if kind == "pairs" else 1))
     lengths_N = np.array([7, 9])
-    assert planning.forward_flops(run.models.retriever, 1, lengths_N).shape == (2,)
+    assert workload.forward_flops(run.models.retriever, 1, lengths_N).shape == (2,)
 
 
 def test_encoding_re_ranking_mining_and_inputs(run, texts):
-    encoded, reranked = benchmarks.encode_and_rerank(run, texts, 1, versus=False)
+    encoded, reranked = bench_retrieval.encode_and_rerank(run, texts, 1, versus=False)
     assert (encoded["benchmark"], reranked["benchmark"]) == ("encode", "re-rank")
     for found in (encoded, reranked):
         assert found["sequences"] == 256
         assert 0 < found["tokenising_share"] < 1
     # A few hundred sequences do not fill their last batches.
     assert 1 < encoded["computed_over_real_tokens"] < 1.6
-    mined = benchmarks.mine(run, texts, 1, versus=False)
+    mined = bench_retrieval.mine(run, texts, 1, versus=False)
     assert (mined["passages"], mined["queries"], mined["scored_pairs"]) == (256, 64, 64 * 20)
-    found = benchmarks.inputs(run, texts, 3, 2.0)
+    found = bench_joint.inputs(run, texts, 3, 2.0)
     assert found["times_what_the_step_takes"] == pytest.approx(found["lists_per_second"] * 2 / 4)
     wanted = found["lists_per_second_of_a_v5e_32_at_paper_scale"]
     assert found["cores_to_feed_it"] == pytest.approx(
@@ -120,16 +120,16 @@ def test_encoding_re_ranking_mining_and_inputs(run, texts):
 
 
 def test_search_measures_every_index_at_its_recall(run):
-    found = benchmarks.search(2000, 16, 100, 10, run.config.evaluate.scann, versus=False)
+    found = bench_retrieval.search(2000, 16, 100, 10, run.config.evaluate.scann, versus=False)
     found, equal = found[:2], found[2:]
     assert [line["index"] for line in found] == ["exact", "ScaNN"]
-    assert [line["recall"] for line in equal] == list(benchmarks.RECALLS)
+    assert [line["recall"] for line in equal] == list(bench_retrieval.RECALLS)
     rate = found[1]["queries_per_second"]
     assert all(line["queries_per_second_by_index"] == {"ScaNN": rate} for line in equal)
     line = {"index": "other", "recall@10": 0.95, "queries_per_second": 7.0}
     faster = {**line, "recall@10": 0.5, "queries_per_second": 9.0}
     for least, best in ((0.95, 7.0), (0.99, None), (0.5, 9.0)):
-        assert benchmarks._fastest([line, faster], 10, least) == {
+        assert bench_retrieval._fastest([line, faster], 10, least) == {
             "queries_per_second_by_index": {"other": best}
         }
     assert found[1]["recall@10"] == 1, "so small a collection is scored whole"

@@ -18,10 +18,11 @@ import test_tables
 import test_tevatron
 
 from rqv2_jax import config as config_lib
+from rqv2_jax import config_check
 from rqv2_jax.data import collection, prepared
 from rqv2_jax.data.readers import builders, dpr, tables, tevatron
 from rqv2_jax.errors import InputError
-from rqv2_jax.recipe import texts as texts_lib
+from rqv2_jax.recipe import workdir
 
 
 def write_beir(folder):
@@ -108,8 +109,8 @@ def zipped(folder, inside):
 def open_collection(name, path=""):
     config = config_lib.default()
     config.data.update({"dataset": name, "path": str(path)})
-    config_lib.check(config)
-    return texts_lib.open_collection(config.data, pathlib.Path("nowhere"))
+    config_check.check(config)
+    return workdir.open_collection(config.data, pathlib.Path("nowhere"))
 
 
 def test_beir_is_fetched_once_and_read_as_from_its_folder(tmp_path, data_dir, publish):
@@ -260,14 +261,14 @@ def test_loaded_as_any_other_dataset(tmp_path):
 
 def test_settings_name_what_can_be_fetched():
     names = {each.name: each for each in builders.FORMATS}
-    assert {name for name, each in names.items() if each.md5} == set(config_lib.FETCHED)
-    for name in config_lib.FETCHED:
+    assert {name for name, each in names.items() if each.md5} == set(config_check.FETCHED)
+    for name in config_check.FETCHED:
         assert names[name].source.startswith("https://")
         assert len(names[name].md5) == 32
-    known = {name.split("_")[0] for name in config_lib.CHOICES["data.dataset"]}
+    known = {name.split("_")[0] for name in config_check.CHOICES["data.dataset"]}
     assert known == {name.split("_")[0] for name in names} | {"docstrings"}
     for name in sorted(
-        set(config_lib.CHOICES["data.dataset"]) - {*config_lib.FETCHED, "docstrings"}
+        set(config_check.CHOICES["data.dataset"]) - {*config_check.FETCHED, "docstrings"}
     ):
         with pytest.raises(InputError, match=r"data.path is empty; .* fetched \(msmarco, beir_"):
             open_collection(name)

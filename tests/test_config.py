@@ -10,6 +10,7 @@ import pytest
 import Stemmer
 
 from rqv2_jax import config as config_lib
+from rqv2_jax import config_check
 from rqv2_jax.errors import InputError
 from rqv2_jax.models import losses, released
 from rqv2_jax.recipe import opening
@@ -48,23 +49,23 @@ def changed(config, changes):
 
 def message(**changes):
     with pytest.raises(InputError) as raised:
-        config_lib.check(usable(**changes))
+        config_check.check(usable(**changes))
     text = str(raised.value)
     assert "\n" not in text
     return text
 
 
 def test_defaults_pass_once_they_have_a_path():
-    config_lib.check(usable())
+    config_check.check(usable())
     with pytest.raises(InputError, match=r"config\.data\.path"):
-        config_lib.check(config_lib.default())
-    config_lib.check(usable(**{"data.dataset": "docstrings", "data.path": ""}))
+        config_check.check(config_lib.default())
+    config_check.check(usable(**{"data.dataset": "docstrings", "data.path": ""}))
 
 
 def test_check_does_not_change_the_config():
     config = usable(**{"joint.learning_rate": 1})
     before = config.to_dict()
-    config_lib.check(config)
+    config_check.check(config)
     assert config.to_dict() == before
 
 
@@ -105,31 +106,31 @@ def test_wrong_type(key, value, wanted):
 
 @pytest.mark.parametrize("key", ["joint.learning_rate", "model.dropout", "optimizer.clip_norm"])
 def test_int_is_a_float(key):
-    config_lib.check(usable(**{key: 1 if key != "model.dropout" else 0}))
+    config_check.check(usable(**{key: 1 if key != "model.dropout" else 0}))
 
 
-@pytest.mark.parametrize("key", sorted(config_lib.CHOICES))
+@pytest.mark.parametrize("key", sorted(config_check.CHOICES))
 def test_bad_choice(key):
     text = message(**{key: "neither"})
     assert text.startswith(f"config.{key} is 'neither'")
-    for choice in config_lib.CHOICES[key]:
+    for choice in config_check.CHOICES[key]:
         assert repr(choice) in text
-        config_lib.check(usable(**{key: choice}))
+        config_check.check(usable(**{key: choice}))
 
 
 def test_choices_of_the_loss_are_those_the_loss_knows():
-    assert config_lib.CHOICES["joint.loss.kl_direction"] == losses.KL_DIRECTIONS
-    assert config_lib.CHOICES["joint.loss.kl_reduction"] == losses.KL_REDUCTIONS
-    assert config_lib.CHOICES["joint.loss.reranker_loss"] == losses.RERANKER_LOSSES
-    assert ("", *Stemmer.algorithms()) == config_lib.STEMMERS
+    assert config_check.CHOICES["joint.loss.kl_direction"] == losses.KL_DIRECTIONS
+    assert config_check.CHOICES["joint.loss.kl_reduction"] == losses.KL_REDUCTIONS
+    assert config_check.CHOICES["joint.loss.reranker_loss"] == losses.RERANKER_LOSSES
+    assert ("", *Stemmer.algorithms()) == config_check.STEMMERS
 
 
-@pytest.mark.parametrize("key", sorted(config_lib.RANGES))
+@pytest.mark.parametrize("key", sorted(config_check.RANGES))
 def test_range(key):
-    low, high = config_lib.RANGES[key]
+    low, high = config_check.RANGES[key]
     apart = {"mine.negative_below": 0.0, "mine.positive_above": 1.0}
     for inside in (low, high):
-        config_lib.check(usable(**{**apart, key: inside}))
+        config_check.check(usable(**{**apart, key: inside}))
     step = 1 if isinstance(low, int) else 0.01
     for outside in (low - step, high + step):
         assert message(**{key: outside}).startswith(f"config.{key} is {outside}")
@@ -152,13 +153,13 @@ def test_numbers_that_are_none(key, value):
 
 @pytest.mark.parametrize("stage", ["retriever", "reranker", "joint"])
 def test_a_stage_may_have_one_step(stage):
-    config_lib.check(usable(**{f"{stage}.batch": 7, f"{stage}.most_lists": 7}))
+    config_check.check(usable(**{f"{stage}.batch": 7, f"{stage}.most_lists": 7}))
     found = message(**{f"{stage}.batch": 7, f"{stage}.most_lists": 6})
     assert found.startswith(f"config.{stage}.most_lists is below config.{stage}.batch")
 
 
 def test_given_lists_cannot_be_refreshed():
-    config_lib.check(usable(**{"joint.lists": "lists.tsv"}))
+    config_check.check(usable(**{"joint.lists": "lists.tsv"}))
     assert "refresh_every" in message(**{"joint.lists": "lists.tsv", "joint.refresh_every": 5})
 
 
@@ -172,8 +173,8 @@ def test_given_lists_cannot_be_refreshed():
 )
 def test_lengths(changes, named):
     assert message(**changes).startswith(named)
-    config_lib.check(usable(**{"data.query_length": 3, "data.pair_length": 11}))
-    config_lib.check(usable(**{"data.passage_length": 8}))
+    config_check.check(usable(**{"data.query_length": 3, "data.pair_length": 11}))
+    config_check.check(usable(**{"data.passage_length": 8}))
 
 
 def test_metrics_are_known_before_anything_runs():
@@ -181,26 +182,26 @@ def test_metrics_are_known_before_anything_runs():
     found = message(**{"evaluate.metrics": ("RR@10", "MRR@10")})
     assert found.startswith("config.evaluate.metrics: unknown metric 'MRR@10'")
     assert "unknown metric '10'" in message(**{"evaluate.metrics": (10,)})
-    config_lib.check(usable(**{"evaluate.metrics": ("RR(rel=2)@10",)}))
+    config_check.check(usable(**{"evaluate.metrics": ("RR(rel=2)@10",)}))
 
 
 @pytest.mark.parametrize("indexes", [(), ("faiss",), ("exact", "exact"), (1,)])
 def test_indexes_are_those_there_are(indexes):
     assert "give ('exact', 'scann') or one" in message(**{"evaluate.indexes": indexes})
-    config_lib.check(usable(**{"evaluate.indexes": ("scann",)}))
+    config_check.check(usable(**{"evaluate.indexes": ("scann",)}))
 
 
 def test_thresholds_do_not_cross():
     crossed = {"mine.negative_below": 0.6, "mine.positive_above": 0.5}
     assert "mine.negative_below is above config.mine.positive_above" in message(**crossed)
-    config_lib.check(usable(**{**crossed, "mine.negative_below": 0.5}))
+    config_check.check(usable(**{**crossed, "mine.negative_below": 0.5}))
 
 
 def test_presets_have_the_settings_of_the_loss():
     default = config_lib.default()
     assert default.joint.loss.to_dict() == config_lib.LOSSES["paper"]
     for preset in config_lib.LOSSES.values():
-        config_lib.check(usable(**{f"joint.loss.{key}": value for key, value in preset.items()}))
+        config_check.check(usable(**{f"joint.loss.{key}": value for key, value in preset.items()}))
     assert config_lib.LOSSES["paper"] == {
         "kl_direction": "retriever_to_reranker",
         "kl_reduction": "sum",
@@ -220,7 +221,7 @@ def test_presets_have_the_settings_of_the_loss():
 def test_size_for_two_cores_is_a_usable_config():
     config = usable()
     config_lib.two_cores(config)
-    config_lib.check(config)
+    config_check.check(config)
     assert config_lib.differences(usable(), config)
 
 
@@ -241,7 +242,7 @@ def test_there_and_back_through_json():
     assert isinstance(back.evaluate.metrics, tuple)
     assert back.to_dict() == config.to_dict()
     assert config_lib.dumps(back) == text
-    config_lib.check(back)
+    config_check.check(back)
     assert json.loads(text)["joint"]["learning_rate"] == 1 / 3
 
 
@@ -269,7 +270,7 @@ def test_differences_see_settings_that_only_one_has():
 def test_presets_of_the_ablations(dataset, shallow):
     config = read_config_file("ablations")(dataset + ",shallow" * shallow)
     config.data.path = "folder"
-    config_lib.check(config)
+    config_check.check(config)
     assert config.data.dataset == dataset
     # Without a number, all that the weights have.
     assert config.model.num_layers == (3 if shallow else 0)
@@ -289,7 +290,7 @@ def test_presets_of_the_published_data_can_be_used(name, preset):
     if preset != "tiny":
         assert config.data.path == ""
         config.data.path = "folder"
-    config_lib.check(config)
+    config_check.check(config)
     chosen = "official_code" if "official_code" in preset else "paper"
     assert config.joint.loss.to_dict() == config_lib.LOSSES[chosen]
     if "rocketqa" in preset:

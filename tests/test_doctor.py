@@ -12,13 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_pipeline import run_program, tiny_config, write_beir
 
-from rqv2_jax import check
 from rqv2_jax import config as config_lib
 from rqv2_jax.data.inputs import Inputs
 from rqv2_jax.data.readers import beir, dpr, tables
 from rqv2_jax.data.tokenise import Tokenizer
 from rqv2_jax.errors import InputError
-from rqv2_jax.tools import doctor
+from rqv2_jax.tools import doctor, doctor_findings, doctor_streams
 
 # A token for each word.
 WORDS = Tokenizer(lambda texts: [[5] * len(text.split()) for text in texts], "words", 9, 1, 2)
@@ -538,7 +537,9 @@ def test_lengths_and_truncation_by_hand():
     inputs = inputs_of(config_of(), query_length=5, passage_length=8, pair_length=10)
     queries = ["a b", "a b c d"]
     passages = [("t", "a"), ("t t", "a b c d e"), ("", "a b c")]
-    query_row, title, passage_row, pair = doctor.measure(WORDS, inputs, queries, passages, seed=0)
+    query_row, title, passage_row, pair = doctor_streams.measure(
+        WORDS, inputs, queries, passages, seed=0
+    )
     assert query_row == ("query", 5.0, (4, 4, 6, 6, 6), 5, 1 / 2, 1 / 10)
     assert title == ("title", 1.0, (0, 1, 2, 2, 2), None, 0, 0)
     # [CLS] title [SEP] text [SEP]: 5, 10, 6.
@@ -550,7 +551,9 @@ def test_lengths_and_truncation_by_hand():
     assert pair.mean == pytest.approx(wholes.mean(), abs=0.1)
     assert pair.cut == pytest.approx((wholes > kept).mean(), abs=0.02)
     assert pair.lost == pytest.approx((wholes - kept).sum() / wholes.sum(), abs=0.02)
-    without = doctor.measure(WORDS, inputs_of(config_of(), titles=False), queries, passages, 0)
+    without = doctor_streams.measure(
+        WORDS, inputs_of(config_of(), titles=False), queries, passages, 0
+    )
     assert [row.name for row in without] == ["query", "passage", "pair"]
     assert without[1].quantiles == (4, 6, 8, 8, 8)
 
@@ -576,17 +579,17 @@ def test_much_truncation_is_a_warning(tmp_path, changes, where):
 
 
 def test_a_sample_is_fair(monkeypatch):
-    monkeypatch.setattr(doctor, "SAMPLED", 5)
+    monkeypatch.setattr(doctor_streams, "SAMPLED", 5)
     counts = np.zeros(20)
     for seed in range(2000):
-        sample = doctor._Sample(seed)
+        sample = doctor_streams.Sample(seed)
         for item in range(20):
             sample.add(item)
         assert len(set(sample.items)) == 5
         counts[sample.items] += 1
     # Each is drawn in a quarter of the cases; the standard deviation is 19.
     np.testing.assert_allclose(counts, 500, atol=5 * 19.4)
-    few = doctor._Sample(0)
+    few = doctor_streams.Sample(0)
     for item in range(4):
         few.add(item)
     assert few.items == [0, 1, 2, 3]
@@ -594,7 +597,7 @@ def test_a_sample_is_fair(monkeypatch):
 
 @given(st.lists(st.integers(0, 8)), st.lists(st.integers(0, 12)))
 def test_hashes_find_rows_and_repeats(texts, wanted):
-    hashes = doctor._Hashes()
+    hashes = doctor_streams.Hashes()
     for row, text in enumerate(texts):
         hashes.add(str(row), str(text))
     expected = [int(key) if key < len(texts) else -1 for key in wanted]
@@ -606,7 +609,7 @@ def test_hashes_find_rows_and_repeats(texts, wanted):
         if text in last:
             repeats.append((row, last[text]))
         last[text] = row
-    assert list(map(tuple, doctor._repeats(hashes.texts_N).T.tolist())) == repeats
+    assert list(map(tuple, doctor_streams.repeats(hashes.texts_N).T.tolist())) == repeats
 
 
 @given(
@@ -623,7 +626,7 @@ def test_lists_are_counted_as_by_hand(tmp_path_factory, lists, at_once):
     lines = [line for number, rows in lists for line in given_list(number, *rows)]
     folder = write(folder, {"lists.tsv": lines})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(doctor, "LISTS_AT_ONCE", at_once)
+        patch.setattr(doctor_findings, "LISTS_AT_ONCE", at_once)
         report = examine(folder, lists=True, **{"joint.list_size": 3})
     known = {(i, i) for i in range(12)} | {(number, rows[0]) for number, rows in lists}
     repeated = sum(len(set(rows)) < 3 for _, rows in lists)
@@ -637,8 +640,10 @@ def test_lists_are_counted_as_by_hand(tmp_path_factory, lists, at_once):
 
 def test_the_report_ends_with_the_verdict():
     def report(*kinds):
-        found = [doctor.Finding(kind, f"stream {i}", "what") for i, kind in enumerate(kinds)]
-        return doctor.Report("name", [], (0, 0), [], found)
+        found = [
+            doctor_findings.Finding(kind, f"stream {i}", "what") for i, kind in enumerate(kinds)
+        ]
+        return doctor_findings.Report("name", [], (0, 0), [], found)
 
     for kinds, verdict in (
         ((), "ok"),
@@ -648,14 +653,14 @@ def test_the_report_ends_with_the_verdict():
         (("warning", "error"), "not usable: 1 error"),
         (("error", "note", "error"), "not usable: 2 errors"),
     ):
-        lines = doctor.render(report(*kinds)).splitlines()
+        lines = doctor_findings.render(report(*kinds)).splitlines()
         assert lines[-1] == report(*kinds).verdict() == verdict
         shown = [line.split()[0] for line in lines if ": what" in line]
         assert shown == sorted(kinds, key=["error", "warning", "note"].index)
 
 
 def test_the_table_is_aligned(tmp_path):
-    lines = doctor.render(examine(write(tmp_path))).splitlines()
+    lines = doctor_findings.render(examine(write(tmp_path))).splitlines()
     table = lines[lines.index("") :]
     head = next(line for line in table if line.startswith("tokens"))
     rows = [line for line in table if line.startswith(("query ", "title ", "passage ", "pair "))]
@@ -666,22 +671,21 @@ def test_the_table_is_aligned(tmp_path):
         assert all(row[end - 1] != " " and row[end : end + 1] in (" ", "") for row in rows)
 
 
-def test_the_program_needs_no_devices_and_exits_by_the_verdict(tmp_path, bert_folder, capsys):
+def test_no_devices_are_needed_and_nothing_is_written(tmp_path, bert_folder):
     config = tiny_config(write_beir(tmp_path / "data"), bert_folder)
     # More than there are.
     config.mesh.data = 4096
     for usable in (True, False):
-        with pytest.raises(SystemExit) as ended:
-            check._data(config)
-        last = capsys.readouterr().out.splitlines()[-1]
-        assert (ended.value.code == 0) == usable
+        report = doctor.examine_config(config)
+        last = doctor_findings.render(report).splitlines()[-1]
+        assert report.usable() == usable
         assert last == ("ok" if usable else "not usable: 1 error")
         with (tmp_path / "data" / "qrels" / "test.tsv").open("a") as file:
             file.write("q40\n")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]
     config.data.passage_length = 1000
     with pytest.raises(InputError, match="1000 tokens"):
-        check._data(config)
+        doctor.examine_config(config)
 
 
 @pytest.mark.parametrize(

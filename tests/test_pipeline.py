@@ -24,7 +24,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 
 from rqv2_jax import config as config_lib
-from rqv2_jax import evaluate, report
+from rqv2_jax import evaluate
 from rqv2_jax.data import lists as lists_lib
 from rqv2_jax.data import tokens
 from rqv2_jax.errors import InputError
@@ -39,7 +39,7 @@ from rqv2_jax.recipe.scoreboard import Scoreboard
 from rqv2_jax.recipe.texts import open_collection, open_store, with_topics
 from rqv2_jax.recipe.workdir import alone, branch
 from rqv2_jax.retrieval import bm25, encode
-from rqv2_jax.tools import denoising
+from rqv2_jax.tools import denoising, figures
 from rqv2_jax.training import train
 from rqv2_jax.training.checkpoint import Checkpoints
 
@@ -1716,7 +1716,7 @@ def test_the_retriever_learns_from_the_reranker_alone(tmp_path):
         run = open_run(config, tmp_path / f"kl {weight}")
         branch(run.workdir, warm.workdir)
         pipeline.train_joint(run, store, candidates)
-        curves = report.curves(run.workdir / "joint")
+        curves = figures.curves(run.workdir / "joint")
         scores[weight] = [score for _, score in curves["dev/retriever RR@10"]]
     assert scores[0.0][-1] == scores[0.0][0]
     assert scores[1.0][-1] > scores[1.0][0] + 0.02

@@ -11,11 +11,13 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from rqv2_jax import config as config_lib
+from rqv2_jax import config_check
 from rqv2_jax.data.packing import Block
 from rqv2_jax.errors import InputError
 from rqv2_jax.models import bert, released, weights
-from rqv2_jax.models.files import find_folder
-from rqv2_jax.tools import hlo, planning
+from rqv2_jax.models import files as model_files
+from rqv2_jax.tools import hlo, machines, plan_steps, planning, workload
+from rqv2_jax.training import sharding
 
 ROWS, WIDTH, LAYERS = 24, 16, 5
 
@@ -140,11 +142,15 @@ def config(bert_folder):
 
 
 def machine(memory):
-    return planning.Machine("toy:2", jax.devices()[:2], memory, 1e9, 1e8, 1e7)
+    return machines.Machine("toy:2", jax.devices()[:2], memory, 1e9, 1e8, 1e7)
+
+
+def target_of(memory, report):
+    return plan_steps.Target(machine(memory), sharding.over(jax.devices()[:2], 2, 1), report)
 
 
 def models_of(config):
-    return planning._models(config, machine(1e12), print)[1]
+    return planning.open_models(config, machine(1e12), print)[1]
 
 
 @pytest.fixture(scope="module")
@@ -162,12 +168,12 @@ def test_with_room_nothing_is_computed_again(roomy, config):
     assert expected.items() <= plan.overlay.items()
     changed = config_lib.loads(config_lib.dumps(config))
     changed.update_from_flattened_dict(plan.overlay)
-    config_lib.check(changed)
+    config_check.check(changed)
     # All lists of a device's share: 4 queries, 12 passages, 12 pairs.
     assert joint.tokens == 4 * 16 + 12 * 16 + 12 * 32
     shape = models_of(config).retriever
     assert joint.formula == 3 * sum(
-        planning.forward_flops(shape, *rows) for rows in ((4, 16), (12, 16), (12, 32))
+        workload.forward_flops(shape, *rows) for rows in ((4, 16), (12, 16), (12, 32))
     )
     # Less than the formula: the last layer goes on with the first tokens alone.
     assert 0.5 < joint.cost.flops / joint.formula < 1
@@ -180,9 +186,8 @@ def test_with_room_nothing_is_computed_again(roomy, config):
 def test_formula_counts_the_products_of_a_plain_encoder(config):
     models = models_of(config)
     shape = models.retriever
-    params = planning._params(
-        models, planning.sharding_lib.over(jax.devices()[:1], 1, 1), ("retriever",)
-    )
+    mesh = sharding.over(jax.devices()[:1], 1, 1)
+    params = plan_steps.abstract_params(models, ("retriever",), mesh)
     params = params["retriever"]["query"]
 
     def encode(params, tokens):
@@ -191,18 +196,17 @@ def test_formula_counts_the_products_of_a_plain_encoder(config):
 
     tokens = jax.ShapeDtypeStruct((ROWS, WIDTH), jnp.int32)
     text = jax.jit(encode).lower(params, tokens).compile().as_text()
-    assert hlo.cost(text).flops == planning.forward_flops(shape, ROWS, WIDTH)
+    assert hlo.cost(text).flops == workload.forward_flops(shape, ROWS, WIDTH)
 
 
 def test_with_less_room_the_cheapest_way_that_fits_is_taken(roomy, config):
     plan, _ = roomy
     needed = plan.steps["joint"].memory
     lines = []
-    mesh = planning.sharding_lib.over(jax.devices()[:2], 2, 1)
     models = models_of(config)
-    remats, tight = list(bert.REMAT), machine(needed - 1)
-    drawn = planning._drawn(config, "full", 8, 3)
-    joint = planning._fitting(config, models, mesh, "joint", drawn, remats, tight, lines.append)
+    remats, target = list(bert.REMAT), target_of(needed - 1, lines.append)
+    drawn = workload.draw_lengths(config, "full", 8, 3)
+    joint = planning.cheapest(config, models, "joint", drawn, remats, target)
     assert "does not fit" in lines[0] or "not compiled" in lines[0]
     assert joint.memory < needed
     assert (joint.remat, joint.accumulate) != ("none", 1)
@@ -217,13 +221,14 @@ def test_each_model_is_planned_with_its_own_shape(config, make_bert):
     own = config_lib.loads(config_lib.dumps(config))
     own.model.reranker.update({"weights": str(teacher), "num_layers": 3})
     models = models_of(own)
-    mesh = planning.sharding_lib.over(jax.devices()[:2], 2, 1)
-    drawn = planning._drawn(own, "full", 8, 3)
-    step = planning._train_step(own, models, mesh, "joint", drawn, machine(1e12), print)
-    small = sum(planning.forward_flops(models.retriever, *rows) for rows in ((4, 16), (12, 16)))
-    assert step.formula == 3 * (small + planning.forward_flops(models.reranker, 12, 32))
+    drawn = workload.draw_lengths(own, "full", 8, 3)
+    step = plan_steps.train_step(own, models, "joint", drawn, target_of(1e12, print))
+    small = sum(workload.forward_flops(models.retriever, *rows) for rows in ((4, 16), (12, 16)))
+    assert step.formula == 3 * (small + workload.forward_flops(models.reranker, 12, 32))
     size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))  # noqa: E731
-    expected = 2 * size(weights.load_encoder(find_folder(own.model.weights), models.retriever))
+    expected = 2 * size(
+        weights.load_encoder(model_files.find_folder(own.model.weights), models.retriever)
+    )
     head = released.read(teacher).head
     expected += size(weights.load_encoder(teacher, models.reranker))
     expected += size(weights.load_head(head, 48))
@@ -235,21 +240,20 @@ def test_lengths_like_msmarcos_cost_little_more_than_their_tokens(config):
     own.data.update({"query_length": 32, "passage_length": 128, "pair_length": 144})
     own.joint.update({"batch": 16, "list_size": 8, "accumulate": 1})
     own.packing.blocks = 4
-    drawn = planning._drawn(own, "msmarco", 16, 8)
+    drawn = workload.draw_lengths(own, "msmarco", 16, 8)
     assert abs(drawn["passages"].mean() - 79) < 2
     pairs = drawn["queries"] + drawn["passages"] - 1
     np.testing.assert_array_equal(drawn["pairs"], pairs.clip(max=144))
-    mesh = planning.sharding_lib.over(jax.devices()[:2], 2, 1)
     models = models_of(own)
     shape = models.retriever
-    step = planning._train_step(own, models, mesh, "joint", drawn, machine(1e12), print)
+    step = plan_steps.train_step(own, models, "joint", drawn, target_of(1e12, print))
     # Of both devices, by step.
-    real = sum(x.sum() for x in drawn.values()) / planning.DRAWN_STEPS
+    real = sum(x.sum() for x in drawn.values()) / workload.DRAWN_STEPS
     assert real < 2 * step.tokens < 1.3 * real
-    products = sum(planning.forward_flops(shape, 1, x).sum() for x in drawn.values())
-    assert 2 * step.formula == pytest.approx(3 * products / planning.DRAWN_STEPS)
-    encode = planning._forward_step(own, models, mesh, "encode", drawn, machine(1e12), print)
-    each = planning.forward_flops(shape, 1, drawn["passages"]).mean()
+    products = sum(workload.forward_flops(shape, 1, x).sum() for x in drawn.values())
+    assert 2 * step.formula == pytest.approx(3 * products / workload.DRAWN_STEPS)
+    encode = plan_steps.forward_step(own, models, "encode", drawn, target_of(1e12, print))
+    each = workload.forward_flops(shape, 1, drawn["passages"]).mean()
     assert encode.formula == pytest.approx(encode.items / 2 * each, rel=0.05)
     assert encode.tokens < 1.15 * 79 * encode.items / 2
 
@@ -260,7 +264,7 @@ def test_gpus_are_counted(config, make_bert):
     folder, _ = make_bert(num_attention_heads=2)
     config = config_lib.loads(config_lib.dumps(config))
     config.model.weights = str(folder)
-    lines, gpus = [], planning.machine("h100:2")
+    lines, gpus = [], machines.machine("h100:2")
     assert (gpus.flops, gpus.bandwidth) == (989e12, 3350e9)
     assert gpus.memory == pytest.approx(0.98 * 80e9)
     plan = planning.make(config, gpus, "msmarco", report=lines.append)
@@ -282,7 +286,7 @@ def test_a_policy_that_a_later_stage_has_no_room_for_is_given_up(config):
     """Joint training could be done in parts that keep all, but the retriever's warm-up cannot."""
     own = config_lib.loads(config_lib.dumps(config))
     own.retriever.batch, own.joint.batch = 512, 8
-    gpus = planning.machine("h100:2")
+    gpus = machines.machine("h100:2")
     steps = planning.make(own, gpus, "full", report=lambda line: None).steps
     tight = dataclasses.replace(gpus, memory=steps["retriever"].memory - 1)
     assert steps["joint"].memory < tight.memory
@@ -316,7 +320,7 @@ def test_the_whole_run_adds_up(roomy, config):
 
 def test_no_step_is_faster_than_its_slowest_part():
     cost = hlo.Cost(flops=4e9, bytes=1e8)
-    step = planning.Step("joint", "none", 1, 0, 0, 1, 1.0, 0, cost, 0.0)
+    step = plan_steps.Step("joint", "none", 1, 0, 1, 1.0, 0, 0, cost, 0.0)
     assert step.seconds(machine(1.0)) == 4.0
     slow = dataclasses.replace(machine(1.0), bandwidth=1e7)
     assert step.seconds(slow) == 10.0
@@ -327,11 +331,11 @@ def test_no_step_is_faster_than_its_slowest_part():
 @pytest.mark.parametrize("topology", ["v5e", "v9:2x2", "cpu:two", "cpu:0", "v5e:4y8"])
 def test_a_topology_that_is_none_is_one_line(topology):
     with pytest.raises(InputError, match=r"--topology is .*write one of v4, v5e"):
-        planning.machine(topology)
+        machines.machine(topology)
 
 
 def test_this_machine_can_be_planned_for():
-    found = planning.machine("cpu:2")
+    found = machines.machine("cpu:2")
     assert len(found.devices) == 2
     assert 2**30 < found.memory < 2**50
     assert 1e8 < found.flops < 1e14

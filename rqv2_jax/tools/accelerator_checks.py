@@ -1,4 +1,4 @@
-"""Whether a device computes what the CPU does, and what its time goes to.
+"""Comparison of a device's numbers with the CPU's, and a profile of its time.
 
 Shape suffixes: Q queries, N keys or tokens, H heads, K size of a head.
 """
@@ -15,7 +15,8 @@ import numpy as np
 from rqv2_jax.models import ragged_attention
 from rqv2_jax.recipe.run import Run
 from rqv2_jax.retrieval import encode, rerank, stream
-from rqv2_jax.tools.benchmarks import Texts, compiled_joint, joint_batches
+from rqv2_jax.tools.bench_common import Texts
+from rqv2_jax.tools.bench_joint import Joint, joint_batches
 from rqv2_jax.training import sharding, stages
 
 LISTED = 10  # operations of a profile
@@ -23,11 +24,11 @@ LISTED = 10  # operations of a profile
 
 def _elsewhere(run: Run, device: jax.Device, **changed) -> Run:
     """Returns the run on one device, without dropout and with other settings of its encoder."""
-    own = run.models.reshaped(dropout=0.0, **changed)
+    models = run.models.reshaped(dropout=0.0, **changed)
     mesh = sharding.over([device], 1, 1)
     how = {"batch_tokens": run.forward.batch_tokens, "max_blocks": run.forward.max_blocks}
-    forward = stream.make_forward(own, run.inputs, mesh, **how)
-    return dataclasses.replace(run, models=own, sharding=mesh, forward=forward)
+    forward = stream.make_forward(models, run.inputs, mesh, **how)
+    return dataclasses.replace(run, models=models, sharding=mesh, forward=forward)
 
 
 def _scores_and_gradients(run: Run, texts: Texts) -> dict[str, np.ndarray]:
@@ -47,10 +48,10 @@ def _scores_and_gradients(run: Run, texts: Texts) -> dict[str, np.ndarray]:
     }
 
 
-def _error(found, exact) -> float:
+def _error(array: np.ndarray, exact: np.ndarray) -> float:
     """Returns the distance of two arrays over the length of the second."""
-    found, exact = np.asarray(found, np.float64), np.asarray(exact, np.float64)
-    return float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
+    array, exact = np.asarray(array, np.float64), np.asarray(exact, np.float64)
+    return float(np.linalg.norm(array - exact) / np.linalg.norm(exact))
 
 
 def agreement(run: Run, texts: Texts) -> list[dict]:
@@ -59,20 +60,21 @@ def agreement(run: Run, texts: Texts) -> list[dict]:
     float32 products at their full precision; the CPU by plain attention.
     """
     cpu, device = jax.local_devices(backend="cpu")[0], jax.devices()[0]
-    own = run.models.retriever.attention
+    configured = run.models.retriever.attention
     with jax.default_matmul_precision("highest"):
         plain = {"dtype": "float32", "attention": "plain", "remat": "none"}
         exact = _scores_and_gradients(_elsewhere(run, cpu, **plain), texts)
-        found = []
-        for dtype, attention in (("float32", own), ("bfloat16", own), ("bfloat16", "plain")):
+        lines = []
+        kinds = (("float32", configured), ("bfloat16", configured), ("bfloat16", "plain"))
+        for dtype, attention in kinds:
             how = {"dtype": dtype, "attention": attention}
             ours = _scores_and_gradients(_elsewhere(run, device, **how), texts)
             errors = {f"{name}_error": _error(ours[name], exact[name]) for name in exact}
-            found.append({"benchmark": "agree", "device": device.device_kind} | how | errors)
-    return [*found, *(_kernel_agreement(cpu, device, dtype) for dtype in ("float32", "bfloat16"))]
+            lines.append({"benchmark": "agree", "device": device.device_kind} | how | errors)
+    return [*lines, *(_kernel_agreement(cpu, device, dtype) for dtype in ("float32", "bfloat16"))]
 
 
-def _kernel_agreement(cpu, device, dtype: str) -> dict:
+def _kernel_agreement(cpu: jax.Device, device: jax.Device, dtype: str) -> dict:
     """Compares the attention kernel, dropout included, with its interpretation on the CPU."""
     lengths, count, heads, size = (100, 3, 160, 77, 20), 384, 4, 64
     numbers = np.repeat(np.arange(len(lengths)), lengths)
@@ -83,13 +85,13 @@ def _kernel_agreement(cpu, device, dtype: str) -> dict:
     back = rng.normal(size=(count, heads * size)).astype(np.float32) * (sequence_N >= 0)[:, None]
 
     @jax.jit
-    def value_and_gradient(qkv, sequence_N):
+    def value_and_gradient(qkv: jax.Array, sequence_N: jax.Array) -> tuple[jax.Array, ...]:
         spans = ragged_attention.spans(
             *ragged_attention.token_spans(sequence_N), sequence_N >= 0, count
         )
         seed_2 = jnp.array([1, 2], jnp.uint32)
 
-        def attend(qkv):
+        def attend(qkv: jax.Array) -> jax.Array:
             return ragged_attention.attend((qkv,), spans, seed_2, heads, 0.1, 512)
 
         value, pull_back = jax.vjp(attend, qkv.astype(dtype))
@@ -99,8 +101,9 @@ def _kernel_agreement(cpu, device, dtype: str) -> dict:
     again = value_and_gradient(*jax.device_put((qkv, sequence_N), device))
     errors = (_error(a, b) for a, b in zip(there, here))
     same = all(np.array_equal(a, b) for a, b in zip(there, again))
-    found = dict(zip(("value_error", "gradient_error"), errors)) | {"repeats_bit_by_bit": same}
-    return {"benchmark": "agree", "what": "attention kernel with dropout", "dtype": dtype} | found
+    line = {"benchmark": "agree", "what": "attention kernel with dropout", "dtype": dtype}
+    line |= zip(("value_error", "gradient_error"), errors)
+    return line | {"repeats_bit_by_bit": same}
 
 
 def profile(run: Run, texts: Texts, steps: int) -> dict:
@@ -108,13 +111,14 @@ def profile(run: Run, texts: Texts, steps: int) -> dict:
 
     Their milliseconds are sums over a step, of all streams of a device.
     """
-    batches = joint_batches(run, texts, steps)
-    step, first_state, _ = compiled_joint(run, run.config, batches, steps)
-    batch, key = run.sharding.put_batch(batches.make(0)), jax.random.key(0)
-    state, _ = jax.block_until_ready(step(first_state(), batch, key))
+    joint = Joint(run, run.config, joint_batches(run, texts, steps), steps)
+    batch = joint.prepare(0)
+    joint.step(batch)
+    jax.block_until_ready(joint.state)
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
-            jax.block_until_ready(step(state, batch, key))
+            joint.step(batch)
+            jax.block_until_ready(joint.state)
         (path,) = pathlib.Path(folder).rglob("*.xplane.pb")
         data = jax.profiler.ProfileData.from_file(str(path))
     kind = "/device:" if jax.default_backend() != "cpu" else "/host:CPU"

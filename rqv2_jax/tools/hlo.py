@@ -1,4 +1,4 @@
-"""What a compiled program does on one device, read from its optimised HLO text.
+"""The cost of a compiled program on one device, read from its optimised HLO text.
 
 XLA's own cost analysis counts the body of a loop once; here it counts as often as it runs. A floating
 point operation is one multiplication or addition of a matrix product; the rest is next to nothing.
@@ -10,10 +10,12 @@ import re
 from collections import Counter
 from typing import NamedTuple
 
+import numpy as np
+
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _BYTES = dict(pred=1, s8=1, u8=1, s16=2, u16=2, f16=2, bf16=2, s32=4, u32=4, f32=4)
 _BYTES |= dict(s64=8, u64=8, f64=8, c64=8, f8e4m3fn=1, f8e5m2=1)
-# They move nothing: their operands are where their results are.
+# Operations that move nothing: their operands are where their results are.
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional"}
 _FREE |= {"call", "after-all", "partition-id", "replica-id", "opt-barrier"}
 
@@ -26,7 +28,7 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 
 @dataclasses.dataclass
 class Cost:
-    """Of one run of a program on one device.
+    """The cost of one run of a program on one device.
 
     `bytes` go between the device's main memory and its cores. `collectives` counts how often each
     kind runs, `collective_bytes` the size of what they give.
@@ -37,8 +39,8 @@ class Cost:
     collectives: Counter = dataclasses.field(default_factory=Counter)
     collective_bytes: Counter = dataclasses.field(default_factory=Counter)
 
-    def add(self, other: "Cost", times: int):
-        """Adds what runs that many times."""
+    def add(self, other: "Cost", times: int) -> None:
+        """Adds the cost of what runs that many times."""
         self.flops += times * other.flops
         self.bytes += times * other.bytes
         for kind, count in other.collectives.items():
@@ -55,8 +57,12 @@ class _Instruction(NamedTuple):
     root: bool
 
 
+# Instructions by name, in order.
+_Body = dict[str, _Instruction]
+
+
 def cost(text: str) -> Cost:
-    """The cost of a program from the text of its compiled module (`compiled.as_text()`).
+    """Returns the cost of a program from the text of its compiled module (`compiled.as_text()`).
 
     Raises:
       ValueError: a loop's count cannot be told.
@@ -65,8 +71,9 @@ def cost(text: str) -> Cost:
     return _cost(computations, entry, {})
 
 
-def _parse(text: str):
-    computations: dict[str, dict[str, _Instruction]] = {}
+def _parse(text: str) -> tuple[dict[str, _Body], str]:
+    """Returns the computations by name, and the name of the first to run."""
+    computations: dict[str, _Body] = {}
     entry, current = "", {}
     for line in text.splitlines():
         head = _COMPUTATION.match(line)
@@ -74,9 +81,9 @@ def _parse(text: str):
             current = computations[head[1]] = {}
             entry = head[1] if line.startswith("ENTRY") else entry
             continue
-        found = _INSTRUCTION.match(line)
-        if found:
-            root, name, shape, op, rest = found.groups()
+        instruction = _INSTRUCTION.match(line)
+        if instruction:
+            root, name, shape, op, rest = instruction.groups()
             inside, rest = _split_operands(rest)
             operands = re.findall(r"%([\w.\-]+)", inside)
             if op in ("parameter", "constant"):
@@ -104,7 +111,7 @@ def _arrays(shape: str) -> list[tuple[str, list[int], str]]:
 
 
 def _size(shape: str) -> int:
-    """Bytes in main memory; a layout with S(n) lies in a memory of the core's own."""
+    """Returns the bytes in main memory; an array whose layout has S(n) is in a core's memory."""
     return sum(
         _BYTES[kind] * math.prod(sizes)
         for kind, sizes, layout in _arrays(shape)
@@ -116,11 +123,11 @@ def _dims(shape: str) -> list[int]:
     return _arrays(shape)[0][1]
 
 
-def _cost(computations, name: str, known: dict[str, Cost]) -> Cost:
+def _cost(computations: dict[str, _Body], name: str, known: dict[str, Cost]) -> Cost:
     if name in known:
         return known[name]
-    total, own = Cost(), computations[name]
-    for instruction in own.values():
+    total, body = Cost(), computations[name]
+    for instruction in body.values():
         called = _CALLED.findall(instruction.rest)
         if instruction.op == "while":
             count = _trips(computations, instruction)
@@ -135,23 +142,23 @@ def _cost(computations, name: str, known: dict[str, Cost]) -> Cost:
         elif instruction.op == "fusion":
             total.flops += _cost(computations, called[0], known).flops
         elif instruction.op == "dot":
-            total.flops += _dot_flops(own, instruction)
+            total.flops += _dot_flops(body, instruction)
         elif instruction.op == "convolution":
-            total.flops += _convolution_flops(own, instruction)
+            total.flops += _convolution_flops(body, instruction)
         kind = instruction.op.removesuffix("-start")
         if kind in COLLECTIVES:
-            # What is started gives a tuple with its operand in front.
+            # The result of a start is a tuple with its operand in front.
             given = _arrays(instruction.shape)
             given = given[len(given) // 2 :] if instruction.op.endswith("-start") else given
             total.collectives[kind] += 1
             total.collective_bytes[kind] += sum(_BYTES[k] * math.prod(n) for k, n, _ in given)
         if instruction.op not in _FREE and not instruction.op.endswith("-done"):
-            total.bytes += _moved(computations, own, instruction)
+            total.bytes += _moved(computations, body, instruction)
     known[name] = total
     return total
 
 
-def _trips(computations, loop: _Instruction) -> int:
+def _trips(computations: dict[str, _Body], loop: _Instruction) -> int:
     stated = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest)
     if stated:
         return int(stated[1])
@@ -166,54 +173,41 @@ def _trips(computations, loop: _Instruction) -> int:
     return limits[0]
 
 
-def _dot_flops(own, instruction) -> float:
-    lhs = _dims(own[instruction.operands[0]].shape)
+def _dot_flops(body: _Body, instruction: _Instruction) -> float:
+    lhs = _dims(body[instruction.operands[0]].shape)
     contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.rest)
     summed = math.prod(lhs[int(d)] for d in contracted[1].split(",") if d) if contracted else 1
     return 2.0 * math.prod(_dims(instruction.shape)) * summed
 
 
-def _convolution_flops(own, instruction) -> float:
-    """Twice the products that are not with padding: a TPU writes matrix products this way."""
+def _convolution_flops(body: _Body, instruction: _Instruction) -> float:
+    """Returns twice the products that are not with padding; TPUs write matrix products this way."""
     lhs_labels, rhs_labels, out_labels = re.search(
         r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.rest
     ).groups()
-    lhs, rhs = (_dims(own[name].shape) for name in instruction.operands[:2])
+    lhs, rhs = (_dims(body[name].shape) for name in instruction.operands[:2])
     out = _dims(instruction.shape)
-    window = dict(re.findall(r"(\w+)=([\dx_\-]+)", _window(instruction.rest)))
+    settings = re.search(r"window=\{([^}]*)\}", instruction.rest)
+    window = dict(re.findall(r"(\w+)=([\dx_\-]+)", settings[1])) if settings else {}
     products = 1
     for i, label in enumerate(sorted(c for c in out_labels if c.isdigit())):
 
-        def setting(name, default, i=i):
+        def setting(name: str, default: str, i: int = i) -> str:
             return window[name].split("x")[i] if name in window else default
 
         stride, spread = int(setting("stride", "1")), int(setting("lhs_dilate", "1"))
         step, low = int(setting("rhs_dilate", "1")), int(setting("pad", "0_0").split("_")[0])
         length = (lhs[lhs_labels.index(label)] - 1) * spread + 1
-        positions = (
-            o * stride + k * step - low
-            for o in range(out[out_labels.index(label)])
-            for k in range(rhs[rhs_labels.index(label)])
-        )
-        products *= sum(0 <= at < length and at % spread == 0 for at in positions)
-    batch_and_features = out[out_labels.index("b")] * out[out_labels.index("f")]
+        outputs = np.arange(out[out_labels.index(label)]) * stride
+        at = np.add.outer(outputs, np.arange(rhs[rhs_labels.index(label)]) * step) - low
+        products *= int(((at >= 0) & (at < length) & (at % spread == 0)).sum())
+    products *= out[out_labels.index("b")] * out[out_labels.index("f")] * rhs[rhs_labels.index("i")]
     groups = re.search(r"batch_group_count=(\d+)", instruction.rest)
-    return (
-        2.0
-        * batch_and_features
-        * rhs[rhs_labels.index("i")]
-        * products
-        / int(groups[1] if groups else 1)
-    )
+    return 2.0 * products / int(groups[1] if groups else 1)
 
 
-def _window(rest: str) -> str:
-    found = re.search(r"window=\{([^}]*)\}", rest)
-    return found[1] if found else ""
-
-
-def _moved(computations, own, instruction) -> int:
-    """Bytes an instruction reads and writes; of an array it only takes a slice of, the slice's."""
+def _moved(computations: dict[str, _Body], body: _Body, instruction: _Instruction) -> int:
+    """Returns the bytes an instruction reads and writes; for a slice of an array the slice's."""
     called = _CALLED.search(instruction.rest) if instruction.op == "fusion" else None
     if called is None:
         if 'custom_call_target="AllocateBuffer"' in instruction.rest:
@@ -226,21 +220,26 @@ def _moved(computations, own, instruction) -> int:
         if instruction.op in ("dynamic-slice", "slice", "gather"):
             return 2 * _size(instruction.shape)
         if instruction.op == "dynamic-update-slice":
-            return 2 * _size(own[instruction.operands[1]].shape)
-        read = sum(_size(own[name].shape) for name in instruction.operands if name in own)
+            return 2 * _size(body[instruction.operands[1]].shape)
+        read = sum(_size(body[name].shape) for name in instruction.operands if name in body)
         return read + _size(instruction.shape)
     inside = computations[called[1]]
-    parameters = {int(i.operands[0]): i for i in inside.values() if i.op == "parameter"}
+    parameters = _parameters(inside)
     read = sum(
-        min(_size(own[name].shape), _read(computations, inside, parameters[number].name))
+        min(_size(body[name].shape), _read(computations, inside, parameters[number]))
         for number, name in enumerate(instruction.operands)
-        if _size(own[name].shape)
+        if _size(body[name].shape)
     )
     return read + (_written(inside) if _size(instruction.shape) else 0)
 
 
-def _read(computations, inside, name: str) -> int:
-    """Bytes a fused computation reads of one of its arrays."""
+def _parameters(body: _Body) -> dict[int, str]:
+    """Returns the names of a computation's parameters by number."""
+    return {int(i.operands[0]): i.name for i in body.values() if i.op == "parameter"}
+
+
+def _read(computations: dict[str, _Body], inside: _Body, name: str) -> int:
+    """Returns the bytes that a fused computation reads of one of its arrays."""
     total = 0
     for user in inside.values():
         if name not in user.operands:
@@ -255,19 +254,14 @@ def _read(computations, inside, name: str) -> int:
             called = computations[_CALLED.search(user.rest)[1]]
             for number, operand in enumerate(user.operands):
                 if operand == name:
-                    parameter = next(
-                        i.name
-                        for i in called.values()
-                        if i.op == "parameter" and int(i.operands[0]) == number
-                    )
-                    total += _read(computations, called, parameter)
+                    total += _read(computations, called, _parameters(called)[number])
         else:
             return _size(inside[name].shape)
     return min(total, _size(inside[name].shape))
 
 
-def _written(inside) -> int:
-    """Bytes a fused computation writes."""
+def _written(inside: _Body) -> int:
+    """Returns the bytes that a fused computation writes."""
     root = next(i for i in inside.values() if i.root)
     parts = [inside[name] for name in root.operands] if root.op == "tuple" else [root]
     total = 0

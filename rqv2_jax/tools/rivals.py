@@ -1,18 +1,26 @@
-"""What rqv2_jax.bench compares with: the same work as people write it in PyTorch, and faiss.
+"""The rivals of rqv2_jax.bench: the same work as people write it in PyTorch, and faiss.
 
-Imports torch, sentence_transformers and faiss (requirements-bench.txt) when it is asked for them.
+torch, sentence_transformers and faiss (requirements-bench.txt) are imported when they are asked for.
+
+Shape suffixes: N sequences or passages, T tokens, D vector size, B lists, P passages of a list,
+Q queries, K depth.
 """
 
+import pathlib
 import time
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from rqv2_jax.data.packing import Ragged
 from rqv2_jax.recipe.run import Run
+from rqv2_jax.tools import machines
 
-# Sequences of a batch among which the rival's fastest is looked for on a GPU.
+# Sequences of a batch, of which the rival's fastest is taken on a GPU.
 GPU_BATCHES = (64, 256, 1024)
 # Passages that exact search scores at once.
 EXACT_PART = 2**17
@@ -23,12 +31,16 @@ def device() -> str:
     return "cuda" if jax.default_backend() == "gpu" else "cpu"
 
 
-def joint(run: Run, head: dict) -> dict[str, Callable[[], "Joint"]]:
-    """Returns what makes each rival of the joint step: as it is, and on a GPU by torch.compile."""
-    found = {"torch": lambda: Joint(run, head, compiled=False)}
+def joint(run: Run, sequences: list[dict[str, Ragged]]) -> dict[str, Callable[[], "Joint"]]:
+    """Returns the makers of the joint step's rivals: PyTorch's, on a GPU by torch.compile, too.
+
+    Args:
+      sequences: the inputs of each step, by kind.
+    """
+    makers = {"torch": partial(Joint, run, sequences, compiled=False)}
     if device() == "cuda":
-        found["torch_compiled"] = lambda: Joint(run, head, compiled=True)
-    return found
+        makers["torch_compiled"] = partial(Joint, run, sequences, compiled=True)
+    return makers
 
 
 class Joint:
@@ -38,99 +50,95 @@ class Joint:
     once, gradients clipped, AdamW. Under bfloat16, with automatic mixed precision.
     """
 
-    def __init__(self, run: Run, head: dict, *, compiled: bool):
+    def __init__(self, run: Run, sequences: list[dict[str, Ragged]], *, compiled: bool):
         import torch
-        import transformers
 
         self.torch, self.settings, self.models = torch, run.config.joint, run.models
-        self.device, self.half = device(), run.config.model.dtype == "bfloat16"
+        self.sequences, self.device = sequences, device()
+        self.half = run.config.model.dtype == "bfloat16"
         torch.manual_seed(0)
-
-        def load(source, own):
-            rate = own.dropout
-            model = transformers.BertModel.from_pretrained(
-                source.folder,
-                local_files_only=True,
-                add_pooling_layer=False,
-                attn_implementation="sdpa",
-                num_hidden_layers=own.num_layers,
-                hidden_dropout_prob=rate,
-                attention_probs_dropout_prob=rate,
-            )
-            return model.train().to(self.device)
-
-        model = run.config.model
-        towers = [load(source, model) for source in run.sources[:2]]
-        towers.append(load(run.sources.reranker, model.reranker))
-        self.pooler = None
-        if run.models.head == "pooler":
-            self.pooler = torch.nn.Linear(*head["pooler"]["kernel"].shape)
-            with torch.no_grad():
-                self.pooler.weight.copy_(torch.tensor(np.array(head["pooler"]["kernel"]).T))
-                self.pooler.bias.copy_(torch.tensor(np.array(head["pooler"]["bias"])))
-            self.pooler.to(self.device)
-        self.head = torch.nn.Linear(len(head["kernel"]), 1)
-        with torch.no_grad():
-            self.head.weight[0] = torch.tensor(np.asarray(head["kernel"]))
-            self.head.bias[0] = float(head["bias"])
-        self.head.to(self.device)
+        model, head = run.config.model, run.initial("reranker")["head"]
+        towers = [self._encoder(source.folder, model) for source in run.sources[:2]]
+        towers.append(self._encoder(run.sources.reranker.folder, model.reranker))
+        self.pooler = self._linear(head["pooler"]) if run.models.head == "pooler" else None
+        self.head = self._linear(head)
         self.dropout = torch.nn.Dropout(model.reranker.dropout)
-        retriever, reranker = (
-            [p for module in modules for p in module.parameters()]
-            for modules in (
-                towers[:2],
-                (towers[2], *([] if self.pooler is None else [self.pooler]), self.head),
-            )
-        )
-        self.params = retriever + reranker
-        rate = self.settings.learning_rate
+        modules = {"retriever": towers[:2], "reranker": [towers[2], self.head]}
+        if self.pooler is not None:
+            modules["reranker"].insert(1, self.pooler)
+        rate, optimizer = self.settings.learning_rate, run.config.optimizer
+        rates = {"retriever": rate, "reranker": rate * self.settings.reranker_rate}
+        groups = [
+            {"params": [p for module in modules[name] for p in module.parameters()], "lr": rate}
+            for name, rate in rates.items()
+        ]
+        self.params = [param for group in groups for param in group["params"]]
         self.optimizer = torch.optim.AdamW(
-            [
-                {"params": retriever, "lr": rate},
-                {"params": reranker, "lr": rate * self.settings.reranker_rate},
-            ],
-            weight_decay=run.config.optimizer.weight_decay,
-            fused=self.device == "cuda",
+            groups, weight_decay=optimizer.weight_decay, fused=self.device == "cuda"
         )
-        self.clip_norm = run.config.optimizer.clip_norm
+        self.clip_norm = optimizer.clip_norm
         if compiled:
             towers = [torch.compile(tower) for tower in towers]
         self.query, self.passage, self.reranker = towers
 
-    def prepare(self, sequences: dict[str, Ragged]) -> dict:
+    def _encoder(self, folder: pathlib.Path, settings: ConfigDict) -> Any:
+        import transformers
+
+        model = transformers.BertModel.from_pretrained(
+            folder,
+            local_files_only=True,
+            add_pooling_layer=False,
+            attn_implementation="sdpa",
+            num_hidden_layers=settings.num_layers,
+            hidden_dropout_prob=settings.dropout,
+            attention_probs_dropout_prob=settings.dropout,
+        )
+        return model.train().to(self.device)
+
+    def _linear(self, params: dict[str, jax.Array]) -> Any:
+        """Returns a linear layer by `kernel` [D, D] and `bias` [D], or [D] and a number."""
+        kernel = np.array(params["kernel"])
+        kernel = kernel.reshape(len(kernel), -1)
+        layer = self.torch.nn.Linear(*kernel.shape)
+        with self.torch.no_grad():
+            layer.weight.copy_(self.torch.tensor(kernel.T))
+            layer.bias.copy_(self.torch.tensor(np.array(params["bias"]).reshape(-1)))
+        return layer.to(self.device)
+
+    def prepare(self, step: int) -> dict[str, list]:
         """Returns tokens, types and mask [N, T] of each kind on the device, padded to its longest."""
-        torch, found = self.torch, {}
-        for kind, ragged in sequences.items():
+        torch, padded = self.torch, {}
+        for kind, ragged in self.sequences[step].items():
             lengths_N = ragged.lengths_N
             mask_NxT = np.arange(lengths_N.max()) < lengths_N[:, None]
             tokens_NxT, types_NxT = np.zeros((2, *mask_NxT.shape), np.int64)
             tokens_NxT[mask_NxT], types_NxT[mask_NxT] = ragged.tokens, ragged.types
             arrays = (tokens_NxT, types_NxT, mask_NxT)
-            found[kind] = [torch.tensor(array, device=self.device) for array in arrays]
-        return found
+            padded[kind] = [torch.tensor(array, device=self.device) for array in arrays]
+        return padded
 
-    def _states(self, model, padded):
-        """Hidden states [N, T, D] and the mask [N, T] of padded sequences."""
+    def _states(self, model: Any, padded: list) -> tuple[Any, Any]:
+        """Returns the hidden states [N, T, D] and the mask [N, T] of padded sequences."""
         tokens_NxT, types_NxT, mask_NxT = padded
         states = model(
             input_ids=tokens_NxT, token_type_ids=types_NxT, attention_mask=mask_NxT.long()
         ).last_hidden_state
         return states, mask_NxT
 
-    def _vectors(self, model, padded):
+    def _vectors(self, model: Any, padded: list) -> Any:
         vectors_NxD = self._pooled(model, padded)
         if self.models.similarity == "cosine":
             return self.torch.nn.functional.normalize(vectors_NxD)
         return vectors_NxD
 
-    def _pooled(self, model, padded):
+    def _pooled(self, model: Any, padded: list) -> Any:
         states_NxTxD, mask_NxT = self._states(model, padded)
         if self.models.pooling == "cls":
             return states_NxTxD[:, 0].float()
         states_NxTxD, weights_NxTx1 = states_NxTxD.float(), mask_NxT[..., None].float()
         return (states_NxTxD * weights_NxTx1).sum(1) / weights_NxTx1.sum(1)
 
-    def _scores(self, padded):
+    def _scores(self, padded: list) -> Any:
         first_NxD = self._states(self.reranker, padded)[0][:, 0]
         if self.pooler is not None:
             first_NxD = self.pooler(first_NxD).tanh()
@@ -151,7 +159,7 @@ class Joint:
         self.optimizer.step()
         return total.item()
 
-    def _loss(self, retriever_BxP, reranker_BxP):
+    def _loss(self, retriever_BxP: Any, reranker_BxP: Any) -> Any:
         functional, loss = self.torch.nn.functional, self.settings.loss
         student_BxP = (retriever_BxP / loss.temperature).log_softmax(-1)
         teacher_BxP = (reranker_BxP / loss.temperature).log_softmax(-1)
@@ -170,7 +178,7 @@ class Joint:
 class SentenceTransformers:
     """Encoding and re-ranking by sentence-transformers from the same weights, in the same precision.
 
-    Batches are its own default on a CPU, and on a GPU the best of `GPU_BATCHES`.
+    Its batches have their default size on a CPU, and on a GPU the best of `GPU_BATCHES`.
     """
 
     def __init__(self, run: Run):
@@ -199,44 +207,38 @@ class SentenceTransformers:
             self.encoder.bfloat16()
             self.scorer.model.bfloat16()
 
-    def tune(self, passages: list[str], pairs: list[tuple[str, str]]):
+    def tune(self, passages: list[str], pairs: list[tuple[str, str]]) -> None:
         """Chooses the batch sizes by which some passages and pairs are done soonest."""
         for name, work in (("encode", passages), ("rerank", pairs)):
             seconds = {}
             for size in GPU_BATCHES:
                 self.batches[name] = {"batch_size": size}
-                for _ in range(2):
-                    started = time.perf_counter()
-                    getattr(self, name)(work)
-                    seconds[size] = time.perf_counter() - started
+                seconds[size] = machines.seconds(partial(getattr(self, name), work), 2)[-1]
             self.batches[name] = {"batch_size": min(seconds, key=seconds.get)}
 
     def encode(self, passages: list[str]) -> np.ndarray:
-        """The vectors of some passages."""
+        """Returns the vectors [N, D] of some passages."""
         return self.encoder.encode(passages, **self.batches["encode"])
 
     def rerank(self, pairs: list[tuple[str, str]]) -> np.ndarray:
-        """The scores of some pairs."""
+        """Returns the scores [N] of some pairs."""
         return self.scorer.predict(pairs, **self.batches["rerank"])
 
     def mine(
         self, queries: list[str], passages: list[str], depth: int, scored_depth: int
     ) -> np.ndarray:
-        """The rows [Q, K] of each query's best passages; the first are scored too."""
+        """Returns the rows [Q, K] of each query's best passages, the first of which are scored too."""
         from sentence_transformers.util import dot_score, semantic_search
 
         vectors = [
             self.encoder.encode(texts, convert_to_tensor=True, **self.batches["encode"])
             for texts in (queries, passages)
         ]
-        found = semantic_search(*vectors, top_k=depth, score_function=dot_score)
-        rows_QxK = np.array([[hit["corpus_id"] for hit in hits] for hits in found])
+        hits = semantic_search(*vectors, top_k=depth, score_function=dot_score)
+        rows_QxK = np.array([[hit["corpus_id"] for hit in of_query] for of_query in hits])
+        first_QxR = rows_QxK[:, :scored_depth]
         self.scorer.predict(
-            [
-                (query, passages[row])
-                for query, rows in zip(queries, rows_QxK[:, :scored_depth])
-                for row in rows
-            ]
+            [(q, passages[row]) for q, rows in zip(queries, first_QxR) for row in rows]
         )
         return rows_QxK
 
@@ -254,8 +256,8 @@ def exact_search(passages_NxD: np.ndarray, queries_QxD: np.ndarray, depth: int) 
         asked, best, rows = queries.to(device()), None, None
         for first in range(0, len(passages), EXACT_PART):
             scores = asked @ passages[first : first + EXACT_PART].to(device()).T
-            found, numbers = scores.topk(min(depth, scores.shape[1]))
-            best = found if best is None else torch.cat([best, found], 1)
+            top, numbers = scores.topk(min(depth, scores.shape[1]))
+            best = top if best is None else torch.cat([best, top], 1)
             rows = numbers if rows is None else torch.cat([rows, numbers + first], 1)
             best, chosen = best.topk(depth)
             rows = rows.gather(1, chosen)
@@ -267,7 +269,7 @@ def exact_search(passages_NxD: np.ndarray, queries_QxD: np.ndarray, depth: int) 
 def faiss_indexes(
     passages_NxD: np.ndarray, queries_QxD: np.ndarray, depth: int
 ) -> list[tuple[str, float, dict[str, Callable]]]:
-    """(name, seconds it took to build, {setting: search}) of faiss's indexes for the inner product."""
+    """Builds faiss's indexes for the inner product: (name, seconds of building, {setting: search})."""
     import faiss
 
     count, size = passages_NxD.shape
@@ -275,14 +277,14 @@ def faiss_indexes(
     graph = faiss.IndexHNSWFlat(size, 32, faiss.METRIC_INNER_PRODUCT)
     graph.hnsw.efConstruction = 80
     kinds = [("faiss HNSW", graph, graph.hnsw, "efSearch", (64, 128, 256, 512))]
-    # As ScaNN does: what the codes find is scored exactly. Codes of 4 bits are searched as ScaNN's are.
+    # As in ScaNN, hits by the codes are scored exactly. Codes of 4 bits are searched as ScaNN's are.
     for name, codes in (("IVF-PQ", f"PQ{size // 4}"), ("IVF-PQ 4 bits", f"PQ{size // 2}x4fs")):
         factory = f"IVF{leaves},{codes},RFlat"
         refined = faiss.index_factory(size, factory, faiss.METRIC_INNER_PRODUCT)
         refined.k_factor = 4
         cells = faiss.extract_index_ivf(refined.base_index)
         kinds.append((f"faiss {name}", refined, cells, "nprobe", (8, 32, 64, 128)))
-    found = []
+    indexes = []
     for name, index, owner, what, values in kinds:
         started = time.perf_counter()
         if not index.is_trained:
@@ -290,10 +292,14 @@ def faiss_indexes(
         index.add(passages_NxD)
         built = time.perf_counter() - started
 
-        def search(value, index=index, owner=owner, what=what):
-            setattr(owner, what, value)
-            return index.search(queries_QxD, depth)[1]
+        search = partial(_faiss_search, index, owner, what, queries_QxD, depth)
+        searches = {f"{what} {value}": partial(search, value) for value in values}
+        indexes.append((name, built, searches))
+    return indexes
 
-        searches = {f"{what} {value}": lambda v=value, s=search: s(v) for value in values}
-        found.append((name, built, searches))
-    return found
+
+def _faiss_search(
+    index: Any, owner: Any, what: str, queries_QxD: np.ndarray, depth: int, value: int
+) -> np.ndarray:
+    setattr(owner, what, value)
+    return index.search(queries_QxD, depth)[1]

@@ -1,0 +1,121 @@
+"""Chips, GPUs and topologies: the devices that steps are compiled or counted for."""
+
+import dataclasses
+import importlib.util
+import os
+import re
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from rqv2_jax.errors import InputError
+
+GIB = 2**30
+
+# What makers state for one chip: bytes of main memory, bfloat16 operations a second, bytes a second
+# of main memory and of the links to other chips.
+CHIPS = {
+    "v4": (32 * GIB, 275e12, 1228e9, 300e9),
+    "v5e": (16 * GIB, 197e12, 819e9, 200e9),
+    "v5p": (95 * GIB, 459e12, 2765e9, 600e9),
+    "v6e": (32 * GIB, 918e12, 1640e9, 448e9),
+}
+GPUS = {
+    "h100": (80e9, 989e12, 3350e9, 900e9),
+    "h200": (141e9, 989e12, 4800e9, 900e9),
+    "a100": (80e9, 312e12, 2039e9, 600e9),
+    "l4": (24e9, 121e12, 300e9, 64e9),
+}
+USABLE = 0.98  # of a chip's memory; the rest is the runtime's
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """Devices to compile for; rates are per device and second, `memory` in bytes.
+
+    Nothing can be compiled for GPUs that are not there; `counted` says that formulas count their steps.
+    """
+
+    topology: str
+    devices: list
+    memory: float
+    flops: float
+    bandwidth: float
+    links: float
+    counted: bool = False
+
+
+def chip(device: jax.Device) -> str | None:
+    """Returns the name in `GPUS` of a device, None if it has none there."""
+    names = re.split(r"[\s-]+", device.device_kind.lower())
+    return next((name for name in names if name in GPUS), None)
+
+
+def machine(topology: str) -> Machine:
+    """Returns the devices of a topology such as `v5e:4x8`, `h100:8` or `cpu:8`.
+
+    Raises:
+      InputError: the name or the shape is not known, or libtpu is not installed.
+    """
+    kind, _, shape = topology.partition(":")
+    number = re.fullmatch(r"[1-9]\d*", shape)
+    if kind in GPUS and number:
+        memory, *rates = GPUS[kind]
+        # The host's devices take their places, so that arrays can be laid out.
+        return Machine(topology, jax.devices()[: int(shape)], USABLE * memory, *rates, counted=True)
+    if kind == "cpu" and number:
+        count = int(shape)
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        flops, bandwidth = _measure()
+        each = (x / count for x in (memory, flops, bandwidth, bandwidth))
+        return Machine(topology, jax.devices()[:count], *each)
+    if kind not in CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
+        raise InputError(
+            f"--topology is {topology!r}; write one of {', '.join(CHIPS)} with a shape, as v5e:4x8 or "
+            f"v4:2x2x2; or one of {', '.join(GPUS)}, cpu with a number, as h100:8"
+        )
+    from jax.experimental import topologies
+
+    try:
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    except Exception as error:
+        if importlib.util.find_spec("libtpu") is None:
+            raise InputError(
+                "--topology: libtpu is not installed; pip install -r requirements-tpu.txt"
+            ) from None
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"--topology {topology}: libtpu does not know it ({reason})") from None
+    memory, *rates = CHIPS[kind]
+    return Machine(topology, devices, USABLE * memory, *rates)
+
+
+def _measure() -> tuple[float, float]:
+    """Measures this machine's products (FLOPs) and copies (bytes) a second, best of a few."""
+    large = np.ones(2**26, np.float32)
+    copy = min(seconds(lambda: np.copyto(np.empty_like(large), large), 4))
+    return peak("float32"), 2 * large.nbytes / copy
+
+
+def peak(dtype: str) -> float:
+    """Measures operations a second of matrix products on one device, best of 5.
+
+    The products are 2,048 x 2,048 on a CPU. Elsewhere they are 8,192 x 8,192 and several in a row,
+    because a small one takes less time than its start. The factors are random: some chips are faster
+    on constant ones.
+    """
+    size, times = (2048, 1) if jax.default_backend() == "cpu" else (8192, 8)
+    x = jax.random.normal(jax.random.key(0), (size, size)).astype(dtype)
+    product = jax.jit(lambda x: jax.lax.fori_loop(0, times, lambda _, y: (x @ y) * size**-0.5, x))
+    return times * 2 * size**3 / min(seconds(lambda: product(x).block_until_ready(), 6)[1:])
+
+
+def seconds(work: Callable, times: int) -> list[float]:
+    """Returns the seconds of each of a number of calls."""
+    taken = []
+    for _ in range(times):
+        started = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - started)
+    return taken
