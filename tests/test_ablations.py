@@ -9,7 +9,7 @@ import types
 
 import numpy as np
 import pytest
-from test_pipeline import ROOT, run_program, tiny_config, write_beir
+from tiny_run import ROOT, run_program, tiny_config, write_beir
 
 from rqv2_jax import ablations, config, report
 from rqv2_jax.errors import InputError
