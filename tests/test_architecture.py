@@ -18,7 +18,14 @@ ROOT = pathlib.Path(__file__).parent.parent
 # From the top; a module imports from its own layer and from those below.
 LAYERS = (
     ("main", "evaluate", "search", "check", "plan", "export", "ablations", "report", "bench"),
-    *(("program",), ("tools",), ("recipe",), ("config",), ("retrieval",), ("training",)),
+    *(
+        ("program",),
+        ("tools",),
+        ("recipe",),
+        ("config", "config_check"),
+        ("retrieval",),
+        ("training",),
+    ),
     *(("models",), ("ranking",), ("data",), ("optional", "artifacts", "hosts", "errors")),
 )
 WITHOUT_JAX = ("data", "ranking")
@@ -289,3 +296,16 @@ def test_importers_are_found_however_they_import():
     assert importers(modules, "flax.linen") == ["a", "b", "c"]
     assert importers(modules, "scann") == ["e"]
     assert importers(modules, "jax.distributed") == ["f"]
+
+
+def test_the_page_of_the_architecture_names_every_module(package):
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    folder, named = "", set()
+    for line in page.splitlines():
+        if line.startswith("### "):
+            name = line.removeprefix("### ")
+            folder = name.replace("/", ".") if name.endswith("/") else ""
+        elif match := re.match(r"\| `(\w+)` \|", line):
+            named.add(folder + match[1])
+    kept = {module for module in package if (ROOT / "rqv2_jax" / module.replace(".", "/")).is_dir()}
+    assert named == set(package) - kept - {""}
