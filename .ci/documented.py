@@ -3,7 +3,8 @@
   python .ci/documented.py [--ran COMMAND ...] [--minutes N] [FILE ...]
 
 A fence without a language, or with sh or bash, holds commands, one a line (a backslash continues it); a
-fence of python is a script, or examples with >>>, which doctest runs; one of text holds no command.
+fence of python is a script, or examples with >>>, which doctest runs; one of text holds no command, one
+of mermaid is a drawing.
 A comment on the line above a fence changes how its commands are run, or says why they cannot be:
 
   <!-- run: NAME=value; flags=--steps=1; again=60 -->
@@ -195,6 +196,8 @@ def every(path: pathlib.Path, ran: list[str], until: float) -> Iterator[Row]:
         if fence.language == "text":
             hidden = [line.strip() for line in fence.text.splitlines() if COMMAND.match(line)]
             yield from (Row(fence.place, x, "NOT RUN, in a fence of text") for x in hidden)
+        elif fence.language == "mermaid":
+            continue
         elif fence.language not in ("", "sh", "bash", "python"):
             yield Row(fence.place, "", f"NOT RUN, {fence.language}: use text, sh or python")
         else:

@@ -30,7 +30,7 @@ FOREVER_MS = 30 * 24 * 3600 * 1000
 _numbers = itertools.count()
 
 
-def start():
+def start() -> None:
     """Joins the other processes; must come before anything that looks at devices.
 
     TPU slices and Slurm tell JAX all it needs. Elsewhere it stands in the environment variables
@@ -95,7 +95,7 @@ def from_first(compute: Callable[[], Any]) -> Any:
         client.key_value_set(key, json.dumps(said))
 
 
-def check_same(what: str, *arrays: np.ndarray):
+def check_same(what: str, *arrays: np.ndarray) -> None:
     """Raises InputError unless these arrays, which every process has made, are the first one's."""
     if jax.process_count() == 1:
         return
@@ -107,7 +107,7 @@ def check_same(what: str, *arrays: np.ndarray):
         )
 
 
-def barrier():
+def barrier() -> None:
     """Waits until all processes are here."""
     if jax.process_count() > 1:
         _coordination().wait_at_barrier(f"rqv2_jax/{next(_numbers)}", FOREVER_MS)

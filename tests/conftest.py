@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import pathlib
+import shutil
 import string
 from functools import partial
 
@@ -80,6 +81,48 @@ def make_bert(tmp_path_factory):
 def bert_folder(make_bert):
     """A tiny BERT in the layout of a Hugging Face folder, with its tokenizer."""
     return make_bert()[0]
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, bert_folder):
+    """(config, folder) of one run of the whole recipe on a tiny collection; only read.
+
+    In folder/data lies the collection, in folder/workdir the run. All processes of a test session share
+    it: the first that asks trains, the others wait.
+    """
+    import filelock
+    from tiny_run import tiny_config, write_beir
+
+    from rqv2_jax import config as config_lib
+    from rqv2_jax.recipe import pipeline
+
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder, done = base / "trained", base / "trained" / "config.json"
+    with filelock.FileLock(base / "trained.lock"):
+        if not done.is_file():
+            shutil.rmtree(folder, ignore_errors=True)
+            config = tiny_config(write_beir(folder / "data"), bert_folder)
+            pipeline.main(config, folder / "workdir")
+            done.write_text(config_lib.dumps(config))
+    return config_lib.loads(done.read_text()), folder
+
+
+@pytest.fixture(scope="module")
+def finished(trained, tmp_path_factory):
+    """(config, workdir) of a finished run, a copy for each test file; the data lies beside it."""
+    from rqv2_jax import config as config_lib
+
+    config, folder = trained
+    own = tmp_path_factory.mktemp("finished") / "run"
+    shutil.copytree(folder, own)
+    # As if it had been trained here.
+    resolved = own / "workdir" / "config.json"
+    configs = [config_lib.loads(text) for text in (config_lib.dumps(config), resolved.read_text())]
+    for each in configs:
+        each.data.path = str(own / "data")
+    resolved.write_text(config_lib.dumps(configs[1]))
+    return configs[0], own / "workdir"
 
 
 # Joint losses of the paper's preset with these settings changed.

@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 import pytest
-from test_pipeline import ROOT, run_program, tiny_config, write_beir
+from tiny_run import ROOT, run_program, tiny_config, write_beir
 
 from rqv2_jax import config, config_check
 from rqv2_jax.errors import InputError

@@ -3,7 +3,7 @@
 import ir_measures
 import numpy as np
 import pytest
-from test_pipeline import run_program
+from tiny_run import run_program
 
 from rqv2_jax.errors import InputError
 from rqv2_jax.recipe import compare

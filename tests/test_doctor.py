@@ -10,7 +10,7 @@ import test_dpr
 import test_tables
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_pipeline import run_program, tiny_config, write_beir
+from tiny_run import run_program, tiny_config, write_beir
 
 from rqv2_jax import config as config_lib
 from rqv2_jax.data.inputs import Inputs

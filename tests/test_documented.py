@@ -75,6 +75,12 @@ def test_an_unmarked_command_that_is_not_run_fails(document, text, reason):
     assert reason in output
 
 
+def test_a_drawing_holds_no_command(document):
+    status, output = document("```mermaid\nflowchart TD\n  a --> b\n```\n```\ntrue\n```\n")
+    assert status == 0, output
+    assert "1 ran, 0 not run for a reason, 0 wrong" in output
+
+
 def test_commands_left_when_time_is_up_fail(document):
     status, output = document("```\ntrue\n```\n", "--minutes=0")
     assert status == 1

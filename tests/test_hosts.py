@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from tensorboard.util import tensor_util
-from test_pipeline import ROOT, _leaves, last_joint_params, run_program, tiny_config, write_beir
+from tiny_run import ROOT, _leaves, last_joint_params, run_program, tiny_config, write_beir
 
 from rqv2_jax import config as config_lib
 from rqv2_jax import hosts

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from absl import flags
 from absl.testing import flagsaver
-from test_pipeline import run_program, tiny_config, write_beir
+from tiny_run import run_program, tiny_config, write_beir
 
 from rqv2_jax import config as config_lib
 from rqv2_jax import evaluate

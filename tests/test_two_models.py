@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 import sentence_transformers
-from test_pipeline import run_program, tiny_config, write_beir
+from tiny_run import run_program, tiny_config, write_beir
 
 from rqv2_jax import config as config_lib
 from rqv2_jax.data import tokens

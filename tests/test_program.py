@@ -1,0 +1,86 @@
+"""How commands start and fail."""
+
+import subprocess
+import sys
+
+import pytest
+from tiny_run import ROOT, run_program
+
+FAILURES = """
+import threading, time
+from rqv2_jax import program
+
+def by_the_system():
+    with open("/dev/full", "w") as file:
+        file.write("x")
+
+def by_orbax():
+    threading.Thread(target=time.sleep, args=(60,)).start()
+    raise ValueError("RESOURCE_EXHAUSTED: writing to file 20:\\nNo space left on device [code='28']")
+
+def otherwise():
+    raise ValueError("a defect")
+
+program.run({}, "")
+"""
+
+
+def run_failure(name):
+    command = [sys.executable, "-c", FAILURES.format(name)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
+
+
+@pytest.mark.parametrize("where", ["by_the_system", "by_orbax"])
+def test_a_full_disk_ends_in_one_line_at_once(where):
+    ended = run_failure(where)
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("error: the disk is full (")
+    assert ended.stderr.count("\n") == 1
+    assert "No space left on device" in ended.stderr
+    assert "same command again" in ended.stderr
+
+
+def test_a_defect_keeps_its_traceback():
+    ended = run_failure("otherwise")
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("Traceback")
+    assert ended.stderr.endswith("ValueError: a defect\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config.joint.epoch=3"], "no such setting: 'epoch'"),
+        (["--config.joint.epochs=many"], "could not convert string to float: 'many'"),
+        (["--config.seed=-1"], "config.seed is -1"),
+        (["surplus"], "unexpected argument 'surplus'"),
+        (["--confg=x"], "Unknown command line flag 'confg'"),
+        (["--config.data.path=/nowhere"], "/nowhere: no such folder"),
+    ],
+)
+def test_wrong_command_lines_end_in_one_line_and_a_failure(tmp_path, arguments, message):
+    base = ["--config=configs/beir.py", f"--workdir={tmp_path / 'w'}", "--config.data.path=x"]
+    ended = run_program("rqv2_jax.main", *base, *arguments)
+    assert ended.returncode in (1, 2)
+    errors = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_flag_file_changes_the_config(tmp_path):
+    file = tmp_path / "machine.flags"
+    file.write_text("--config.mesh.data=2\n--config.seed=-2\n")
+    base = ["--config=configs/beir.py", f"--workdir={tmp_path / 'w'}", "--config.data.path=x"]
+    ended = run_program("rqv2_jax.main", *base, f"--flagfile={file}")
+    assert ended.returncode == 1
+    assert "error: config.seed is -2; it must lie in" in ended.stderr
+    ended = run_program("rqv2_jax.main", *base, "--flagfile=/nowhere")
+    assert ended.returncode == 2
+    assert "error: ERROR:: Unable to open flagfile" in ended.stderr
+
+
+def test_help_shows_an_example():
+    ended = run_program("rqv2_jax.main", "--help")
+    assert ended.returncode == 0
+    assert "python -m rqv2_jax.main --config" in ended.stdout
