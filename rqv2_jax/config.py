@@ -10,6 +10,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from rqv2_jax.models.sbert import NO_PROMPT
+
 # The two readings of the joint loss: equations 4 to 6, and what the authors' release computes.
 LOSSES = {
     "paper": {
@@ -29,8 +31,6 @@ LOSSES = {
 }
 
 INDEXES = ("exact", "scann")
-# The prompt of a config that wants none, whatever the model folder says.
-NO_PROMPT = "none"
 
 
 def _training(**settings) -> dict:

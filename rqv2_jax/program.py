@@ -18,12 +18,39 @@ from rqv2_jax.errors import InputError
 flags.disclaim_key_flags()
 
 
-def define_config(help_text: str = "Config file, as configs/nq.py[:preset].") -> flags.FlagHolder:
+class _ConfigParser(config_flags.config_flags.ConfigFileFlagParser):
+    """The parser of --config, which takes names of shipped files too."""
+
+    def parse(self, path: str) -> Any:
+        """Returns the config of `FILE[:preset]`."""
+        name, colon, preset = path.partition(":")
+        return super().parse(f"{config_file(name)}{colon}{preset}")
+
+
+def config_file(name: str) -> str:
+    """Returns where a config file lies: `name` itself, or the shipped file of that name.
+
+    A shipped file is named as `nq.py` or `configs/nq.py`. A file that the user has comes first.
+    """
+    package = pathlib.Path(__file__).parent
+    # Inside the package where it is installed, beside it in a clone.
+    inside = package / "configs"
+    shipped = (inside if inside.is_dir() else package.parent / "configs") / name.removeprefix(
+        "configs/"
+    )
+    return str(shipped) if not os.path.exists(name) and shipped.is_file() else name
+
+
+def define_config(
+    help_text: str = "Config file, as configs/nq.py[:preset]: yours, or one that is shipped.",
+) -> flags.FlagHolder:
     """Defines --config, and --config.group.key=value for its settings; exits 2 on a bad flag file."""
     try:
-        return config_flags.DEFINE_config_file("config", None, help_text)
+        holder = config_flags.DEFINE_config_file("config", None, help_text)
     except flags.Error as e:
         _fail(e, 2)
+    flags.FLAGS["config"].parser = _ConfigParser("config")
+    return holder
 
 
 def define_workdir(help_text: str = "A workdir that rqv2_jax.main has finished.") -> None:

@@ -10,7 +10,7 @@ import jax
 import ml_collections
 import tqdm
 
-from rqv2_jax import artifacts, hosts
+from rqv2_jax import artifacts, config_check, hosts
 from rqv2_jax import config as config_lib
 from rqv2_jax.errors import InputError, readable
 from rqv2_jax.models import files as model_files
@@ -47,7 +47,7 @@ def open_workdir(
     if not path.is_file():
         raise InputError(f"{workdir}: is no workdir (no config.json); run rqv2_jax.main first")
     config, earlier = _read_config(path)
-    config_lib.check(config)
+    config_check.check(config)
     _adapt(config)
     if data:
         config.data.path = data

@@ -10,6 +10,7 @@ import jax
 import ml_collections
 
 from rqv2_jax import config as config_lib
+from rqv2_jax import config_check
 from rqv2_jax.data import tokenise
 from rqv2_jax.data.inputs import Inputs
 from rqv2_jax.errors import InputError
@@ -35,7 +36,7 @@ def open_models(config: ml_collections.ConfigDict) -> Opened:
     Raises:
       InputError: the config or a folder cannot be used.
     """
-    config_lib.check(config)
+    config_check.check(config)
     sources = released.find(config.model.weights, config.model.reranker.weights)
     query, passage, reranker = sources
     head = reranker.head
@@ -58,7 +59,7 @@ def open_models(config: ml_collections.ConfigDict) -> Opened:
                 "the two towers of one model"
             )
     config, notes = resolve(config, sources)
-    config_lib.check(config)
+    config_check.check(config)
     shape, passage_shape = (
         _read_shape(config.model, config.model, source.folder) for source in (query, passage)
     )
@@ -228,10 +229,10 @@ def resolve(
         name, group = f"{section}.{key}", resolved[section]
         if group[key] == left_open:
             group[key] = said
-            if said not in config_lib.CHOICES.get(name, (said,)):
+            if said not in config_check.CHOICES.get(name, (said,)):
                 raise InputError(
                     f"{source.folder}: {key} {said!r} is not understood; choose one of "
-                    f"{config_lib.CHOICES[name][1:]} by --config.{name}, or another model"
+                    f"{config_check.CHOICES[name][1:]} by --config.{name}, or another model"
                 )
         elif group[key] != said:
             notes.append(f"config.{name} is {group[key]!r}, where {source.folder} has {said!r}")

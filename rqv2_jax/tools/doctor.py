@@ -26,7 +26,7 @@ from rqv2_jax.data import collection, own_texts
 from rqv2_jax.data.inputs import Inputs
 from rqv2_jax.data.lists import subset
 from rqv2_jax.data.readers import joint_tsv
-from rqv2_jax.data.tokens import Tokenizer
+from rqv2_jax.data.tokenise import Tokenizer
 from rqv2_jax.errors import InputError
 from rqv2_jax.ranking import metrics
 from rqv2_jax.recipe import opening

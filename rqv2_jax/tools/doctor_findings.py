@@ -13,7 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from rqv2_jax.data.lists import training_lists
-from rqv2_jax.data.tokens import Tokenizer
+from rqv2_jax.data.tokenise import Tokenizer
 from rqv2_jax.tools.doctor_streams import SAMPLED, Lengths, pair
 
 # Shares of all tokens. More, lost to truncation, is a warning.

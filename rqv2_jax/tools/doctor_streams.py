@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rqv2_jax.data.inputs import Inputs
-from rqv2_jax.data.tokens import Store, Tokenizer
+from rqv2_jax.data.tokenise import Tokenizer
+from rqv2_jax.data.tokens import Store
 
 SAMPLED = 20_000
 # A length in tokens that no input has, so that nothing is truncated.
