@@ -22,7 +22,7 @@ from rqv2_jax import config_check
 from rqv2_jax.data import collection, prepared
 from rqv2_jax.data.readers import builders, dpr, tables, tevatron
 from rqv2_jax.errors import InputError
-from rqv2_jax.recipe import workdir
+from rqv2_jax.recipe import texts as texts_lib
 
 
 def write_beir(folder):
@@ -110,7 +110,7 @@ def open_collection(name, path=""):
     config = config_lib.default()
     config.data.update({"dataset": name, "path": str(path)})
     config_check.check(config)
-    return workdir.open_collection(config.data, pathlib.Path("nowhere"))
+    return texts_lib.open_collection(config.data, pathlib.Path("nowhere"))
 
 
 def test_beir_is_fetched_once_and_read_as_from_its_folder(tmp_path, data_dir, publish):

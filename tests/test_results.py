@@ -76,8 +76,8 @@ def test_the_share_of_tokens_that_a_length_cuts_off(run_and_store):
     shares = results.cut_by(run_and_store[0].inputs, run_and_store[1])
     assert shares["query_length"] == pytest.approx(1 - (5 + 8) / (5 + 18))
     assert shares["passage_length"] == pytest.approx(1 - (3 + 13 + 16) / (3 + 13 + 43))
-    # Queries of 3, 6 and 3 tokens, 3 special ones, and the passages.
-    assert shares["pair_length"] == pytest.approx(1 - (6 + 19 + 24) / (6 + 19 + 46))
+    # Queries of 3, 16 and 3 tokens, 3 special ones, and passages of 0, 10 and 40.
+    assert shares["pair_length"] == pytest.approx(1 - (6 + 24 + 24) / (6 + 29 + 46))
 
 
 def test_advice_names_the_settings_by_what_the_run_knows(run_and_store):
@@ -99,7 +99,7 @@ def test_advice_names_the_settings_by_what_the_run_knows(run_and_store):
     ]
     reranker = advice(("joint", "reranker", "bm25"))
     assert (
-        reranker[1] == "look at: config.data.pair_length = 24 cuts off 31.0% of the pairs' tokens"
+        reranker[1] == "look at: config.data.pair_length = 24 cuts off 33.3% of the pairs' tokens"
     )
     assert reranker[3] == (
         "look at: the 7 passages of bm25 that are re-ranked (config.evaluate.rerank_depth) hold a "

@@ -151,7 +151,7 @@ class _Log:
         self.started, self.window = now, []
 
 
-# Nine parameters, all given by name in the one call.
+# size: nine parameters, all given by name in the one call.
 def train(
     state: TrainState,
     *,
