@@ -123,11 +123,8 @@ def check_qrels(
     """Returns labels as (query row int64 [N], passage row int64 [N], relevance int32 [N]), in order.
 
     Labels of queries whose row is negative are left out, and so are those that are not positive and
-    name a query or passage without a row; `left` counts the latter passages.
-
-    Raises:
-      InputError: a positive names a passage or query that is not in `passage_rows` or `query_rows`;
-        it tells how many do.
+    name a query or passage without a row; `left` counts the latter passages. A positive that names one
+    raises `InputError`, which tells how many do.
     """
     rows, wrong = [], {}
     for query_id, passage_id, relevance, source in qrels:

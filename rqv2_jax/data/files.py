@@ -1,4 +1,7 @@
-"""What readers share: finding files, gzipped or not, and reading lines, JSON objects and labels."""
+"""What readers share: finding files, gzipped or not, and reading lines, JSON objects and labels.
+
+What is missing, broken or malformed raises `InputError`, with the file, the line and the mend.
+"""
 
 import gzip
 import hashlib
@@ -33,11 +36,7 @@ def open_folder(path: str | Path, layout: str) -> Path:
 
 
 def find_file(folder: Path, *names: str) -> Path | None:
-    """Returns the file with one of these names (`*`: any text), plain or gzipped, or None.
-
-    Raises:
-      InputError: there are several.
-    """
+    """Returns the only file with one of these names (`*`: any text), gzipped or not, or None."""
     patterns = [pattern for name in names for pattern in (name, f"{name}.gz")]
     matches = sorted(
         file for pattern in patterns for file in folder.glob(pattern) if file.is_file()
@@ -74,11 +73,7 @@ def opened(file: Path) -> IO[bytes]:
 
 
 def lines(file: Path) -> Iterator[tuple[int, str]]:
-    """Yields (line number from 1, text without its line end) of every line that is not blank.
-
-    Raises:
-      InputError: the file is not UTF-8, or a gzipped one is broken.
-    """
+    """Yields (line number from 1, text without its line end) of every line that is not blank."""
     number = 0
     try:
         with opened(file) as stream:
@@ -104,10 +99,7 @@ def labels(file: Path) -> Iterator[Qrel]:
     """Yields relevance labels in any of the field's formats, each pair once.
 
     Takes TREC's and MS MARCO's lines `qid 0 docid rel`, BEIR's `qid docid rel` with or without its
-    header line, and RocketQA's `qid docid`; columns are separated by white space.
-
-    Raises:
-      InputError: a line is none of these or unlike the first, or a pair has two relevances.
+    header line, and RocketQA's `qid docid`; columns are separated by white space, all lines are alike.
     """
     judged: dict[tuple[str, str], tuple[int, int]] = {}
     width = 0
@@ -150,11 +142,7 @@ def _relevance(source: str, text: str) -> int:
 
 
 def objects(file: Path, id_field: str) -> Iterator[tuple[str, str, dict]]:
-    """Yields (`path:line`, id, object) of a JSON-lines file whose objects have ids, each once.
-
-    Raises:
-      InputError: a line is no such object, or an id comes twice.
-    """
+    """Yields (`path:line`, id, object) of a JSON-lines file whose objects have ids, each once."""
     first_lines = {}
     for number, line in lines(file):
         source = f"{file}:{number}"
@@ -197,11 +185,7 @@ def check_id(source: str, key: str) -> None:
 
 
 def text_of(source: str, value: dict, what: str, field: str = "text") -> str:
-    """Returns the text of a passage or query (`what`) in a JSON object, empty where it is null.
-
-    Raises:
-      InputError: the field is missing or no text.
-    """
+    """Returns the text of a passage or query (`what`) in a JSON object, empty where it is null."""
     if field not in value:
         raise InputError(f"{source}: {what} without `{field}`; add the field or remove the line")
     text = "" if value[field] is None else value[field]

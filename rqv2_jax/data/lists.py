@@ -164,15 +164,12 @@ def draw(
     Every labelled positive of the candidates' queries heads one list. A share of the lists of queries
     with re-ranker scores is denoised; in the same proportion, the denoised positives head further
     lists, denoised too. Where fewer than `list_size - 1` candidates qualify, random passages fill the
-    list (`RANDOM_FILL`).
+    list (`RANDOM_FILL`). Raises InputError if lists are to be denoised and no candidate has a score.
 
     Args:
       positives_2xN: the labelled pairs of the split: query row, passage row.
       own_2xN: further pairs that are no negatives either, passages that are the query itself.
       num_passages: of the whole collection, to draw fills from.
-
-    Raises:
-      InputError: denoised lists are wanted and the re-ranker has not scored the candidates.
     """
     rng = np.random.default_rng([seed, epoch])
     never_negative_2xN = np.concatenate([positives_2xN, own_2xN], axis=1)
@@ -274,8 +271,7 @@ def _choose_negatives(
 def without_known_positives(lists: Lists, *, num_passages: int, seed: int) -> Lists:
     """Replaces negatives that head another list of the same query by random passages (`RANDOM_FILL`).
 
-    Raises:
-      InputError: the collection, of `num_passages`, has too few for that.
+    Raises InputError if the collection, of `num_passages`, has too few for that.
     """
     heads_2xL = np.stack([lists.query_rows_L, lists.passages_LxP[:, 0]])
     known_LxP = known_positive(heads_2xL, lists.query_rows_L, lists.passages_LxP, num_passages)

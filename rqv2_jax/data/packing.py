@@ -128,9 +128,7 @@ def plan_flat(tokens: int, sequences: int) -> Shape:
 def pack(ragged: Ragged, shapes: Sequence[Shape]) -> Packed:
     """Lays the sequences into blocks: a row each, shortest first, or end to end into one flat row.
 
-    Raises:
-      ValueError: the rows are not as many as the sequences, or a sequence is longer than its row; or
-        the flat row is too short, or holds fewer sequences.
+    Raises ValueError if the rows do not hold them, or are not as many.
     """
     count = len(ragged.lengths_N)
     if shapes[0].slots > 1:

@@ -36,8 +36,7 @@ class Rows(NamedTuple):
 def implementation(choice: str, platform: str, head_sizes: Iterable[int]) -> str:
     """Returns the attention that a config asks for; "auto" depends on the platform and head sizes.
 
-    Raises:
-      InputError: the kernel is asked for, and cannot compute heads of such a size.
+    Raises InputError if the kernel is asked for, and cannot compute heads of such a size.
     """
     # Triton's products take powers of 2 from 16 on.
     fits = all(size >= 16 and size & (size - 1) == 0 for size in head_sizes)

@@ -1,4 +1,4 @@
-"""The `config.json` of a Hugging Face BERT or ERNIE, read as a `BertConfig`."""
+"""The `config.json` of a BERT or ERNIE as a `BertConfig`; any other raises `InputError`."""
 
 import pathlib
 import re
@@ -27,11 +27,7 @@ DEFAULTS = {key: default for key, (_, default) in KEYS.items()}
 
 
 def read_architecture(folder: pathlib.Path) -> dict[str, Any]:
-    """Returns `config.json` with its defaults filled in, and `architecture`, the first that it names.
-
-    Raises:
-      InputError: it is no BERT and no ERNIE.
-    """
+    """Returns `config.json`, defaults filled in, and the first `architecture` that it names."""
     path = folder / "config.json"
     hf = read_json(path, architectures=list)
     named = hf.get("architectures") or [""]
@@ -57,11 +53,7 @@ def read_architecture(folder: pathlib.Path) -> dict[str, Any]:
 def read_config(folder: pathlib.Path, *, num_layers: int, **chosen: Any) -> bert.BertConfig:
     """Returns `config.json` as a `BertConfig`, cut to the first `num_layers` layers.
 
-    Args:
-      chosen: `dropout`, `dtype`, `remat`, `attention` and `unrolled`, which `config.json` does not say.
-
-    Raises:
-      InputError: no JSON, another architecture, or more layers than there are.
+    `chosen` are `dropout`, `dtype`, `remat`, `attention` and `unrolled`, which it does not say.
     """
     path = folder / "config.json"
     hf = read_architecture(folder)

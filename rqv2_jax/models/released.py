@@ -1,8 +1,8 @@
 """Released models: what their folders say of them.
 
 Reads plain Hugging Face folders (`config.json`, tensors, tokenizer), those of sentence-transformers
-(pooling, normalisation, prompts, similarity, longest input) and of its CrossEncoder. Settings that are
-not understood are errors, and settings left unused become notes.
+(pooling, normalisation, prompts, similarity, longest input) and of its CrossEncoder. What is missing,
+damaged or not understood raises InputError, and settings left unused become notes.
 """
 
 import dataclasses
@@ -51,9 +51,6 @@ def find(weights: str, reranker: str) -> Sources:
 
     A name stands for a model for all encoders, or for a folder with query/, passage/ and reranker/, as
     `rqv2_jax.export --format huggingface` writes it. An empty `reranker` stands for `weights`.
-
-    Raises:
-      InputError: as `find_folder` and `read`.
     """
     query, passage = _subfolder(weights, "query"), _subfolder(weights, "passage")
     towers = [read(find_folder(name)) for name in dict.fromkeys((query, passage))]
@@ -71,9 +68,6 @@ def read(folder: pathlib.Path) -> Released:
     """Returns what a model folder says of its model.
 
     A folder without `modules.json` has cls pooling and dot products, as RocketQAv2.
-
-    Raises:
-      InputError: a file is missing or cannot be read, or says something that is not understood.
     """
     described = sbert.Description(folder)
     encoder = described.encoder

@@ -25,10 +25,8 @@ def write_run(
     """Writes the run in rank order as lines `qid Q0 docid rank score tag`, ranks from 1.
 
     Scores have the nine digits from which a float32 is restored exactly, so ties neither arise nor
-    vanish. The file is written under a temporary name and renamed when it is complete.
-
-    Raises:
-      InputError: an id or the tag is empty or has white space, or what `sort_run` raises.
+    vanish. The file is written under a temporary name and renamed when it is complete. Raises
+    InputError for an id or a tag that is empty or has white space, and as `sort_run`.
     """
     passages_QxK, scores_QxK = sort_run(passages_QxK, scores_QxK, passage_ids)
     listed_rows = np.unique(passages_QxK[passages_QxK >= 0]).tolist()
@@ -57,13 +55,9 @@ def read_run(path: str | os.PathLike[str]) -> dict[str, list[tuple[str, float]]]
 
     Takes TREC's lines `qid Q0 docid rank score tag`, MS MARCO's `qid docid rank`, in which minus the
     rank is the score, and RocketQA's `qid docid rank score`; columns are separated by white space. As
-    float32 the scores are bit for bit those that `write_run` was given.
-
-    Ranks are not read if there are scores, because these rank (`sort_run`). Empty lines are skipped.
-
-    Raises:
-      InputError: a line is none of these or unlike the first, a score or rank is no number, a passage
-        is listed twice for a query, or the file is not UTF-8 or cannot be read.
+    float32 the scores are bit for bit those that `write_run` was given. Ranks are not read if there are
+    scores, because these rank (`sort_run`). Raises InputError for any other line, and for a passage
+    that a query lists twice.
     """
     scores_by_query: dict[str, dict[str, float]] = {}
     width = 0

@@ -36,12 +36,11 @@ def open_workdir(
 ) -> Run:
     """Opens the run that made a workdir, on the devices at hand; says which stages are not finished.
 
+    Raises InputError if the folder is no workdir, or the weights are not those it was made from.
+
     Args:
       data, weights, reranker_weights: new places of what has moved since, of the same content; the
         last where the re-ranker came from another folder.
-
-    Raises:
-      InputError: the folder is no workdir, or the weights are not those it was made from.
     """
     path = workdir / "config.json"
     if not path.is_file():
@@ -102,10 +101,7 @@ def _move(
 def _read_config(path: pathlib.Path) -> tuple[ml_collections.ConfigDict, bool]:
     """Reads a workdir's config, and says whether an earlier version wrote it, without today's settings.
 
-    These get the values that held then.
-
-    Raises:
-      InputError: it is not what rqv2_jax.main wrote, or a version wrote it that this one cannot follow.
+    These get the values that held then. Raises InputError for one that this version cannot follow.
     """
     try:
         config = config_lib.loads(path.read_text())
@@ -142,10 +138,7 @@ def claim(run: Run) -> None:
     """Writes config.json, sources.txt and environment.json; a workdir belongs to one config.
 
     Settings of evaluation may change, and until joint training has begun those of `joint`. So may the
-    places of data and of model folders, while these hold the same.
-
-    Raises:
-      InputError: the workdir was made by another config.
+    places of data and of model folders, while these hold the same. Raises InputError if others do.
     """
     path = run.workdir / "config.json"
     hosts.from_first(lambda: _check_claim(run, path))
@@ -214,11 +207,7 @@ def _sources(run: Run) -> str:
 
 
 def _same_sources(run: Run) -> bool:
-    """Says whether the workdir was made from what the model folders hold.
-
-    Raises:
-      InputError: it was made from something else.
-    """
+    """Says whether the workdir was made from what the model folders hold; not from other models."""
     path = run.workdir / SOURCES
 
     def read():

@@ -38,10 +38,8 @@ def evaluate(
     measured on more. A significance test takes all queries that both sides were measured on.
 
     Writes `runs/*.trec`, `eval/<split>.json` and, as `<state>.<model>.<index>.<metric>`, the value of
-    each query the model was measured on, in their order, in `eval/<split>.per_query.npz`.
-
-    Raises:
-      InputError: the split is not there, or a stage has not been run.
+    each query the model was measured on, in their order, in `eval/<split>.per_query.npz`. Raises
+    InputError if the split is not there, or a stage has not been run.
     """
     board, first = Scoreboard(run, store, split), indexes[0]
     rows_Q, asked = board.rows_Q, (run, store, split, board.rows_Q)
@@ -88,14 +86,8 @@ def evaluate_candidates(
 
     Differences between states are then due to the re-ranker alone, while in `evaluate` they are also
     due to the retriever that finds its candidates. Writes the same files as `evaluate`, with `name`
-    for the index and `<split>.<name>` for the split.
-
-    Args:
-      path: run file, as `trec.read_run` reads it; queries of the split that it does not name
-        have no candidates and count 0.
-
-    Raises:
-      InputError: the file cannot be used, or a stage has not been run.
+    for the index and `<split>.<name>` for the split. Queries of the split that the run file at `path`
+    does not name have no candidates and count 0.
     """
     board = Scoreboard(run, store, split)
     ranking, named = _read_candidates(board, path)
@@ -109,13 +101,7 @@ def evaluate_candidates(
 
 
 def _read_candidates(board: Scoreboard, path: pathlib.Path) -> tuple[Ranking, int]:
-    """Reads the candidates of the queries that are measured; counts re-ranked queries that have any.
-
-    Only those of re-ranked queries are read; the others have none.
-
-    Raises:
-      InputError: the file names none of these queries, or passages that the collection lacks.
-    """
+    """Reads candidates of re-ranked queries, none of the others; counts queries that have any."""
     listed, passage_rows = trec.read_run(path), rows_of(board.store.passage_ids)
     every_id = [board.queries.ids[row] for row in board.rows_Q]
     query_ids = [every_id[number] for number in board.reranked_R]

@@ -132,11 +132,7 @@ def warmed_up(run: Run) -> str:
 
 
 def mined(run: Run) -> tuple[tokens.Store, Candidates, collection.Collection]:
-    """Opens the token store, the candidates and the texts of a workdir that has finished mining.
-
-    Raises:
-      InputError: it has not, or the texts have changed since.
-    """
+    """Opens a workdir's token store, candidates and texts; InputError if mining has not ended."""
     lists, share = run.workdir / "lists", run.config.joint.denoised_share
     if not (lists / ("dev.scores" if share > 0 else "dev.retrieved.npz")).exists():
         raise InputError(
@@ -153,10 +149,7 @@ def refresh(
     """Returns new candidates of the same queries by both models as they are at a step.
 
     They are kept in `lists/`. A run that resumes at a later step has no `params` of this one (None),
-    and reads its candidates there.
-
-    Raises:
-      InputError: then they are not there, or damaged.
+    and reads its candidates there; raises InputError if they are gone or damaged.
     """
     folder = run.workdir / "lists" / f"joint.{step:07}"
 
@@ -252,11 +245,7 @@ def _warn_of_missing(mine: ml_collections.ConfigDict, p_U: np.ndarray, lists: li
 
 
 def read_lists(run: Run) -> tuple[tokens.Store, lists_lib.Lists]:
-    """Reads the joint lists of the file the config names, with a token store of their own in `lists/`.
-
-    Raises:
-      InputError: the file cannot be used.
-    """
+    """Reads the joint lists of the config's file, with a token store of their own in `lists/`."""
     settings = run.config.joint
     texts, given = joint_tsv.read(pathlib.Path(settings.lists), settings.list_size)
     folder = run.workdir / "lists" / "given"

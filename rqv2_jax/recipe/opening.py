@@ -1,6 +1,7 @@
 """Models, tokenizer and inputs of a config, which its model folders fill in where it leaves them open.
 
-The config overrides the folders. What it overrides, and what of a folder is left unused, is a note.
+The config overrides the folders. What it overrides, and what of a folder is left unused, is a note. A
+config or a folder that cannot be used raises InputError.
 """
 
 import pathlib
@@ -31,11 +32,7 @@ class Opened(NamedTuple):
 
 
 def open_models(config: ml_collections.ConfigDict) -> Opened:
-    """Reads the model folders of a config, and fills in from them what it leaves open.
-
-    Raises:
-      InputError: the config or a folder cannot be used.
-    """
+    """Reads the model folders of a config, and fills in from them what it leaves open."""
     config_check.check(config)
     sources = released.find(config.model.weights, config.model.reranker.weights)
     query, passage, reranker = sources
@@ -122,11 +119,7 @@ def _check_inputs(
 
 
 def _open_tokenizer(opened: Opened) -> tokenise.Tokenizer:
-    """Reads the retriever's tokenizer, with the re-ranker's beside it where that is another.
-
-    Raises:
-      InputError: one cannot be used, or a prompt ends inside a word.
-    """
+    """Reads the retriever's tokenizer, with the re-ranker's beside it where that is another."""
     query, passage, reranker = opened.sources
     models, model = opened.models, opened.config.model
     tokenizer = _load_tokenizer(query, models.retriever)
@@ -165,11 +158,7 @@ def _prompt(setting: str) -> str:
 
 
 def open_inputs(config: ml_collections.ConfigDict) -> tuple[Opened, tokenise.Tokenizer, Inputs]:
-    """Opens the models of a config with their tokenizer, and how they read its tokens.
-
-    Raises:
-      InputError: the config or one of them cannot be used.
-    """
+    """Opens the models of a config with their tokenizer, and how they read its tokens."""
     opened = open_models(config)
     tokenizer, data, model = _open_tokenizer(opened), opened.config.data, opened.config.model
     pairs = tokenizer.pairs or tokenizer
@@ -217,9 +206,6 @@ def resolve(
     """Returns a copy of the config with what it left to the folders, and notes for people.
 
     Resolving what is resolved changes nothing. Each setting that overrides a folder has a note.
-
-    Raises:
-      InputError: a folder says what is not understood, and the config does not override it.
     """
     resolved, notes = config_lib.loads(config_lib.dumps(config)), []
     query, passage, reranker = sources

@@ -31,11 +31,7 @@ from rqv2_jax.training import train
 
 
 def main(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
-    """Runs every stage that is not finished.
-
-    Raises:
-      InputError: config, data, weights or workdir cannot be used; nothing is lost.
-    """
+    """Runs every stage that is not finished; raises InputError, with nothing lost, if it cannot."""
     run = open_run(config, workdir)
     with alone(workdir):
         claim(run)
@@ -85,11 +81,7 @@ def finish(
 
 
 def prepare(run: Run) -> tokens.Store:
-    """Makes the token store of the collection in `data/`.
-
-    Raises:
-      InputError: it cannot be used, or its test labels cannot give the metrics that are wanted.
-    """
+    """Makes the token store in `data/`; raises InputError if it cannot give what training needs."""
     folder = run.workdir / "data" / "tokens"
 
     def make():
@@ -172,10 +164,7 @@ def _forget_refreshed(workdir: pathlib.Path):
 def export_lists(run: Run, path: pathlib.Path) -> None:
     """Writes the lists of joint training, as they were drawn, as a joint TSV file.
 
-    Training deals them to batches by length.
-
-    Raises:
-      InputError: there are no candidates yet, or they are not the lists' only source.
+    Training deals them to batches by length. Raises InputError unless all were drawn from candidates.
     """
     for setting in ("lists", "refresh_every"):
         if run.config.joint[setting]:

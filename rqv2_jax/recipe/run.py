@@ -106,10 +106,7 @@ def open_run(
     """Checks the config, the model folders and the devices; prints, unless `quiet`, what it overrides.
 
     Unless JAX has been given a folder for what it compiles, that becomes `.compiled` beside the
-    workdir, so that a program is compiled only once.
-
-    Raises:
-      InputError: one of them cannot be used.
+    workdir, so that a program is compiled only once. Raises InputError for what cannot be used.
     """
     (config, sources, models, notes), tokenizer, inputs = opening.open_inputs(config)
     if jax.config.jax_compilation_cache_dir is None:

@@ -90,14 +90,13 @@ def train_stage(
 ) -> None:
     """Runs one training stage to its end, from its last checkpoint if there is one.
 
+    Raises InputError if it has begun with other lists or params, or its numbers are not finite.
+
     Args:
       origin: names `params`; with the lists it says whether a checkpoint is of this training.
       redraw: `redraw(step, state, number)` gives that many lists for the steps from `step` on, a
         multiple of the stage's `refresh_every`; `state` may be a later one, of a run that resumes.
         None if all steps are made of `lists`.
-
-    Raises:
-      InputError: it has begun with other lists or params, or its numbers are not finite.
     """
     settings, stage = run.config[name], stages.make_stage(run.config, run.models, name)
     folder, steps = run.workdir / name, len(lists.query_rows_L) // settings.batch

@@ -189,8 +189,7 @@ def _put(leaf: Any, sharding: NamedSharding) -> jax.Array:
 def make(data: int, fsdp: int) -> Sharding:
     """Returns a mesh over the first `data * fsdp` devices; on several hosts it must use all.
 
-    Raises:
-      InputError: there are not that many devices, or a host would be left out.
+    Raises InputError if there are not that many devices, or a host would be left out.
     """
     devices = jax.devices()
     if jax.process_count() > 1 and data * fsdp != len(devices):

@@ -167,16 +167,13 @@ def train(
     """Runs from the step of `state` to `total_steps`: evaluate, save, draw a batch, step.
 
     With `stop`, it saves there and returns; another call goes on from that state. Before anything is
-    saved, the terms of all steps are checked.
+    saved, the terms of all steps are checked: one that is not finite raises InputError.
 
     Args:
       step_fn: from `make_step`.
       batches: `batches(first_step)` gives the device batches from that step on.
       stage: the stage's settings (`log_every`, `evaluate_every`, `save_every`, `batch`).
       name: of the stage; shown on the progress bar.
-
-    Raises:
-      InputError: a term is not finite; nothing has been saved since.
     """
     first, stop = int(state.step), total_steps if stop is None else stop
     if first >= stop:

@@ -62,9 +62,6 @@ def read(path: Path, list_size: int) -> tuple[collection.Collection, Lists]:
 
     The row numbers of the lists are those of the collection's order. The same title and para are one
     passage and the same text one query, in all lists. Texts are streamed, their hashes kept.
-
-    Raises:
-      InputError: the file is not there or empty, or a line or a list is malformed.
     """
     if not path.is_file():
         raise InputError(f"{path}: no such file; give the path of a joint TSV file")

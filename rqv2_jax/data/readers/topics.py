@@ -28,11 +28,7 @@ _FIELDS = {"_id": ("text",), "query_id": ("query_text", "query", "text")}
 
 
 def topics(file: Path) -> Iterator[Query]:
-    """Yields the queries of a file, in its order.
-
-    Raises:
-      InputError: there is no such file, or a line or a topic is malformed.
-    """
+    """Yields the queries of a file, in its order."""
     _, first = next(files.lines(files.open_file(file)), (0, ""))
     if first.lstrip().lower().startswith("<top>"):
         rows = _trec(file)
