@@ -13,7 +13,7 @@ from rqv2_jax.data.tokenise import TOKENIZER_FILES
 from rqv2_jax.models import sbert
 from rqv2_jax.models.bert import BertConfig, Params
 from rqv2_jax.models.files import TENSORS
-from rqv2_jax.models.hf_config import KEYS
+from rqv2_jax.models.released import KEYS
 from rqv2_jax.models.weights import EMBEDDINGS, LAYERS
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from rqv2_jax.data.packing import Block
 from rqv2_jax.models import bert, exported
-from rqv2_jax.models.hf_config import KEYS
+from rqv2_jax.models.released import KEYS
 
 # BERT base (Devlin et al. 2019), with the four types of ERNIE 2.0 base.
 BASE = {

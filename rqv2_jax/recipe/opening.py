@@ -15,7 +15,7 @@ from rqv2_jax import config_check
 from rqv2_jax.data import tokenise
 from rqv2_jax.data.inputs import Inputs
 from rqv2_jax.errors import InputError
-from rqv2_jax.models import attention, bert, hf_config, released, sbert, weights
+from rqv2_jax.models import attention, bert, released, sbert, weights
 from rqv2_jax.models import scoring as models_lib
 
 # The scale that sentence-transformers trains cosines with.
@@ -189,7 +189,7 @@ def _read_shape(
     model: ml_collections.ConfigDict, own: ml_collections.ConfigDict, folder: pathlib.Path
 ) -> bert.BertConfig:
     """Returns a folder's encoder; `own` is the part of `config.model` for it; layers are in a loop."""
-    return hf_config.read_config(
+    return released.read_config(
         folder,
         num_layers=own.num_layers,
         dropout=own.dropout,

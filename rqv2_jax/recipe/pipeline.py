@@ -21,10 +21,8 @@ from rqv2_jax.data.readers import joint_tsv
 from rqv2_jax.errors import InputError
 from rqv2_jax.recipe import evaluation, mining, results
 from rqv2_jax.recipe.claim import claim
-from rqv2_jax.recipe.dev import Dev
 from rqv2_jax.recipe.run import Run, open_run
-from rqv2_jax.recipe.scoreboard import check_metrics
-from rqv2_jax.recipe.stage import train_stage
+from rqv2_jax.recipe.stage import Dev, train_stage
 from rqv2_jax.recipe.texts import open_collection, open_store
 from rqv2_jax.recipe.workdir import alone, begun, finished
 from rqv2_jax.training import train
@@ -96,7 +94,7 @@ def prepare(run: Run) -> tokens.Store:
 
     hosts.from_first(make)
     store = open_store(run)
-    check_metrics(run.config.evaluate, store.splits["test"])
+    evaluation.check_metrics(run.config.evaluate, store.splits["test"])
     counts = ", ".join(f"{len(q.ids)} {split}" for split, q in store.splits.items())
     tqdm.tqdm.write(f"  {len(store.passage_ids)} passages; queries: {counts}")
     for line in (*tokens.remarks(folder), *own_texts.remarks(store)):
