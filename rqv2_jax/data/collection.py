@@ -101,7 +101,7 @@ class Left:
 def left_out(texts: Collection, left: Left) -> set[str]:
     """Counts the queries of the files that are in no split; returns the ids of those without text."""
     asked = {query.id for split in texts.splits for query in texts.queries(split)}
-    mute, unjudged = {}, {}
+    mute, unjudged = dict[str, None](), dict[str, None]()
     for query in (query for split in texts.splits for query in texts.query_file(split)):
         if not query.text.strip():
             mute[query.id] = None
@@ -126,7 +126,7 @@ def check_qrels(
     name a query or passage without a row; `left` counts the latter passages. A positive that names one
     raises `InputError`, which tells how many do.
     """
-    rows, wrong = [], {}
+    rows, wrong = [], dict[str, list[tuple[str, str]]]()
     for query_id, passage_id, relevance, source in qrels:
         row, passage = query_rows.get(query_id), passage_rows.get(passage_id)
         if passage is None and relevance > 0:

@@ -5,11 +5,11 @@ What is missing, broken or malformed raises `InputError`, with the file, the lin
 
 import gzip
 import hashlib
+import io
 import json
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 
@@ -67,7 +67,7 @@ def content_hash(files: list[Path]) -> str:
     return hashlib.sha256("\n".join(named).encode()).hexdigest()
 
 
-def opened(file: Path) -> IO[bytes]:
+def opened(file: Path) -> gzip.GzipFile | io.BufferedReader:
     """Opens a file for reading, unpacked if its name ends in `.gz`."""
     return gzip.open(file) if file.suffix == ".gz" else file.open("rb")
 
@@ -143,7 +143,7 @@ def _relevance(source: str, text: str) -> int:
 
 def objects(file: Path, id_field: str) -> Iterator[tuple[str, str, dict]]:
     """Yields (`path:line`, id, object) of a JSON-lines file whose objects have ids, each once."""
-    first_lines = {}
+    first_lines: dict[str, int] = {}
     for number, line in lines(file):
         source = f"{file}:{number}"
         try:

@@ -8,7 +8,7 @@ A queries (the tokens that attend), H heads, K size of a head, D hidden size.
 
 import functools
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -59,10 +59,9 @@ def views(name: str, blocks: Blocks, *, first_only: bool = False) -> Spans | tup
         return tuple(_rows(block, first_only) for block in blocks)
     (block,) = blocks
     sequence_N = block.sequence_RxT.reshape(-1)
-    queries = *ragged_attention.token_spans(sequence_N), sequence_N >= 0
-    if first_only:
-        queries = tuple(x_N[block.first_RxS[0]] for x_N in queries)
-    return ragged_attention.spans(*queries, len(sequence_N))
+    start_N, end_N = ragged_attention.token_spans(sequence_N)
+    a = block.first_RxS[0] if first_only else slice(None)
+    return ragged_attention.spans(start_N[a], end_N[a], (sequence_N >= 0)[a], len(sequence_N))
 
 
 def _rows(block: Block, first_only: bool) -> Rows:
@@ -106,12 +105,13 @@ def by_rows(
 
 
 def _fused(name: str, qkv: Arrays, view: Rows) -> Array:
+    settings: dict[str, Any] = {"implementation": name}
     # Lengths alone where a row holds one sequence: a bias costs its gradient in every layer.
     if view.length_R is None:
-        mask = {"bias": view.bias_Rx1xAxT.astype(qkv[0].dtype)}
+        settings["bias"] = view.bias_Rx1xAxT.astype(qkv[0].dtype)
     else:
-        mask = dict.fromkeys(("query_seq_lengths", "key_value_seq_lengths"), view.length_R)
-    return jax.nn.dot_product_attention(*qkv, **mask, implementation=name)
+        settings |= dict.fromkeys(("query_seq_lengths", "key_value_seq_lengths"), view.length_R)
+    return jax.nn.dot_product_attention(*qkv, **settings)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))

@@ -33,7 +33,8 @@ def save_encoder(
         label; without, its vector goes to `2_Dense`, where CrossEncoder reads it.
     """
     folder.mkdir(parents=True)
-    classifier = head is not None and "pooler" in head
+    head = head or {}
+    classifier = "pooler" in head
     # `weights` adds ERNIE's task embedding to that of the types, so the folder is a BERT's.
     described = {
         "model_type": "bert",
@@ -63,7 +64,7 @@ def save_encoder(
         tensors["bert.pooler.dense.bias"] = np.asarray(head["pooler"]["bias"])
         tensors |= _vector(head, "classifier")
     _save(folder, tensors)
-    if head is not None and not classifier:
+    if head and not classifier:
         (folder / "2_Dense").mkdir()
         _save(folder / "2_Dense", _vector(head, "linear"))
     for name in TOKENIZER_FILES:
@@ -121,7 +122,7 @@ def describe_reranker(folder: pathlib.Path, size: int, head: str, length: int) -
     if head == "linear":
         pooling = {"word_embedding_dimension": size, "pooling_mode_cls_token": True}
         _write(folder / "1_Pooling" / "config.json", pooling)
-        dense = {"in_features": size, "out_features": 1, "bias": True}
+        dense: dict[str, Any] = {"in_features": size, "out_features": 1, "bias": True}
         dense |= {"activation_function": sbert.IDENTITY, "module_input_name": "sentence_embedding"}
         _write(folder / "2_Dense" / "config.json", {**dense, "module_output_name": "scores"})
 

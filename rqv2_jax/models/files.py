@@ -66,7 +66,7 @@ def tensor_files(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def read_json(
-    path: pathlib.Path, kind: type = dict, *, optional: bool = False, **settings: Any
+    path: pathlib.Path, kind: type[Any] = dict, *, optional: bool = False, **settings: Any
 ) -> Any:
     """Returns the object, or list, in a JSON file; with `optional`, an empty one if there is no file.
 

@@ -62,7 +62,7 @@ def entropy(log_p_BxP: jax.Array, *, where_BxP: jax.Array) -> jax.Array:
     return -jnp.sum(jnp.where(where_BxP, jnp.exp(log_p_BxP) * log_p_BxP, 0.0), axis=-1)
 
 
-# Nine parameters: the last five are the keys of `config.joint.loss`, given as `**config.joint.loss`.
+# size: nine parameters, the last five of them given as `**config.joint.loss`.
 def joint_distillation(
     retriever_BxP: jax.Array,
     reranker_BxP: jax.Array,

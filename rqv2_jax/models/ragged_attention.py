@@ -327,10 +327,8 @@ def _attend_backward(heads: int, rate: float, longest: int, kept: tuple, back_Ax
     (query_AxD,) = call(_query_gradient_kernel, tiles, shape.queries, 1, keys_2xG)
     keys_and_values = call(_key_gradient_kernel, shape.keys // KEYS, shape.keys, 2, queries_2xC)
     if len(projections) == 1:
-        gradient = (jnp.concatenate([query_AxD, *keys_and_values], axis=1),)
-    else:
-        gradient = query_AxD, jnp.concatenate(keys_and_values, axis=1)
-    return gradient, None, None
+        return (jnp.concatenate([query_AxD, *keys_and_values], axis=1),), None, None
+    return (query_AxD, jnp.concatenate(keys_and_values, axis=1)), None, None
 
 
 attend.defvjp(_attend_forward, _attend_backward)

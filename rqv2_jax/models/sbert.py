@@ -199,7 +199,7 @@ class Description:
         path = folder / "config.json"
         said = {"use_residual": False, "module_output_name": ""}
         said |= read_json(path, optional=True)
-        wanted = {"out_features": 1, "bias": True, "use_residual": False}
+        wanted: dict[str, Any] = {"out_features": 1, "bias": True, "use_residual": False}
         wanted |= {"module_input_name": "sentence_embedding", "module_output_name": "scores"}
         for key, value in wanted.items():
             if said.get(key) != value:

@@ -74,8 +74,11 @@ def sort_run(
     return _reorder(np.lexsort((-id_order_QxK, -scores_QxK), axis=1), passages_QxK, scores_QxK)
 
 
-def _reorder(order_QxK: np.ndarray, *arrays_QxK: np.ndarray) -> tuple[np.ndarray, ...]:
-    return tuple(np.take_along_axis(array_QxK, order_QxK, axis=1) for array_QxK in arrays_QxK)
+def _reorder(
+    order_QxK: np.ndarray, passages_QxK: np.ndarray, scores_QxK: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    rows_Qx1 = np.arange(len(order_QxK))[:, None]
+    return passages_QxK[rows_Qx1, order_QxK], scores_QxK[rows_Qx1, order_QxK]
 
 
 def relevance_of(passages_QxK: np.ndarray, qrels: Qrels) -> np.ndarray:

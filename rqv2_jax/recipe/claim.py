@@ -26,9 +26,7 @@ PLACES = ("model.weights:", "model.reranker.weights:")
 # What "auto" attention becomes depends on the device; both drop out weights.
 ATTENTION = ("model.attention: 'plain' -> 'ragged'", "model.attention: 'ragged' -> 'plain'")
 SOURCES = "sources.txt"
-PACKAGES = (
-    *("jax", "flax", "optax", "orbax-checkpoint", "tensorflow-cpu", "scann", "transformers"),
-)
+PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "tensorflow-cpu", "scann", "transformers")
 
 
 def open_workdir(
@@ -169,7 +167,7 @@ def _check_claim(run: Run, path: pathlib.Path):
         made_by, earlier = _read_config(path)
     _check_head(run, earlier, path)
     joint = run.workdir / "joint"
-    free = FREE if (joint / BEGUN).is_file() else (*FREE, "joint.")
+    free: tuple[str, ...] = FREE if (joint / BEGUN).is_file() else (*FREE, "joint.")
     if _same_sources(run):
         free += PLACES
     changed = [
@@ -230,9 +228,8 @@ def _same_sources(run: Run) -> bool:
 
 def _commit() -> str:
     """Returns the code's git commit, "" where there is none or no git."""
-    here = {"cwd": pathlib.Path(__file__).parent, "capture_output": True, "text": True}
+    command, here = ["git", "describe", "--always", "--dirty"], pathlib.Path(__file__).parent
     try:
-        command = ["git", "describe", "--always", "--dirty"]
-        return subprocess.run(command, check=False, **here).stdout.strip()
+        return subprocess.run(command, cwd=here, capture_output=True, text=True).stdout.strip()
     except OSError:
         return ""

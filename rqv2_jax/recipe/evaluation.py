@@ -8,7 +8,7 @@ import functools
 import json
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_collections
 import numpy as np
@@ -154,8 +154,8 @@ class Scoreboard:
         shared = functools.reduce(np.intersect1d, every)
         for (state, model, index), (rows_Q, values, extra) in self.entries.items():
             among = np.isin(rows_Q, shared)
-            row = {"state": state, "model": model, "split": self.split, "index": index}
-            row |= {"queries": len(shared)}
+            row: dict[str, Any] = {"state": state, "model": model, "split": self.split}
+            row |= {"index": index, "queries": len(shared)}
             row |= {"metrics": {m: float(v[among].mean()) for m, v in values.items()}} | extra
             if len(rows_Q) > len(shared):
                 means = {m: float(v.mean()) for m, v in values.items()}
@@ -167,7 +167,7 @@ class Scoreboard:
         """Returns the significance test of two entries, over the queries that both have."""
         settings, metric = self.run.config.evaluate, self.metrics[0]
         entries = self.entries[a], self.entries[b]
-        common = np.intersect1d(*(entry.rows_Q for entry in entries))
+        common = np.intersect1d(entries[0].rows_Q, entries[1].rows_Q)
         values = (entry.values[metric][np.isin(entry.rows_Q, common)] for entry in entries)
         difference, p_value = significance.paired_test(
             *values, permutations=settings.permutations, seed=self.run.config.seed
@@ -192,7 +192,7 @@ class Scoreboard:
         tests = {pair: self._compare(*pair) for pair in dict.fromkeys(pairs)}
         last = max((a[0] for a, _ in against_floors), key=STATES.index, default=None)
         verdict = [(a, tests[a, b]) for a, b in against_floors if a[0] == last]
-        report = {
+        report: dict[str, Any] = {
             "rows": self._table(),
             "significance": list(tests.values()),
             "verdict": results.verdict([test for _, test in verdict]),
@@ -246,8 +246,9 @@ def evaluate(
             continue
         retrieved = {}
         for index in indexes:
-            how = {"state": state, "index_name": index}
-            retrieved[index], recalls = rankings.retrieve_split(*asked, **how)
+            retrieved[index], recalls = rankings.retrieve_split(
+                *asked, state=state, index_name=index
+            )
             # The re-ranker's warm-up leaves the retriever as it was.
             if state != "reranker":
                 board.add((state, "retriever", index), rows_Q, retrieved[index], **recalls)

@@ -62,8 +62,9 @@ class _Mine:
 
             path = self.folder / f"{split}.retrieved.npz"
             kept = artifacts.cached(path, self.source, compute)
-            arrays = [kept[name] for name in ("query_rows", "passages", "scores")]
-            return lists_lib.Candidates(*arrays, np.full(arrays[2].shape, np.nan, np.float32))
+            unseen_QxN = np.full(kept["scores"].shape, np.nan, np.float32)
+            ranking = kept["query_rows"], kept["passages"], kept["scores"]
+            return lists_lib.Candidates(*ranking, unseen_QxN)
 
         depths = {"train": config.mine.depth, "dev": config.dev.depth}
         return {split: candidates(split, depths[split]) for split in rows}

@@ -73,7 +73,7 @@ def open_models(config: ml_collections.ConfigDict) -> Opened:
     config.model.attention = attention.implementation(config.model.attention, backend, sizes)
     if isinstance(query.head, sbert.Head):
         notes.append(f"{query.folder}: is a re-ranker; the retriever starts from its encoder alone")
-    notes += _left_unused(sources)
+    notes += _left_unused(sources, head)
     models = models_lib.Models(
         retriever=shape,
         reranker=reranker_shape,
@@ -85,11 +85,11 @@ def open_models(config: ml_collections.ConfigDict) -> Opened:
     return Opened(config, sources, models, list(dict.fromkeys(notes)))
 
 
-def _left_unused(sources: released.Sources) -> list[str]:
+def _left_unused(sources: released.Sources, head: sbert.Head | None) -> list[str]:
     """Returns a note for each folder with tensors that neither model reads."""
     notes = []
     for folder in dict.fromkeys(source.folder for source in sources):
-        names = weights.unused(folder, sources.reranker.head)
+        names = weights.unused(folder, head)
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         if names:
             notes.append(f"{folder}: tensors left unused: {', '.join(names[:3])}{more}")

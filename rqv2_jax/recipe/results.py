@@ -73,11 +73,11 @@ def cut_by(inputs: Inputs, store: tokens.Store) -> dict[str, float]:
         "passage_length": lambda inputs: inputs.passage_lengths(store, rows_N),
         "pair_length": lambda inputs: inputs.pair_lengths(store, asked, any_N, rows_N),
     }
-    shares = {}
-    for setting, lengths in measures.items():
-        full_N = lengths(dataclasses.replace(inputs, **{setting: 2**30}))
-        shares[setting] = 1 - float(lengths(inputs).sum() / full_N.sum())
-    return shares
+    full = dataclasses.replace(inputs, query_length=2**30, passage_length=2**30, pair_length=2**30)
+    return {
+        setting: 1 - float(lengths(inputs).sum() / lengths(full).sum())
+        for setting, lengths in measures.items()
+    }
 
 
 def _truncation(run: Run, store: tokens.Store, models: set[str]) -> list[str]:
@@ -153,7 +153,7 @@ def _table(rows: list[dict]) -> list[str]:
     columns = {column: [row[column] for row in rows] for column in ("state", "model", "index")}
     widths = {column: max(map(len, (column, *cells))) for column, cells in columns.items()}
     first = sum(widths.values()) + len(widths) - 1
-    parts, left = [[]], WIDTH - first
+    parts, left = [list[str]()], WIDTH - first
     for metric in rows[0]["metrics"]:
         width = 1 + max(6, len(metric))
         if parts[-1] and width > left:

@@ -43,18 +43,16 @@ class Dev:
         store: tokens.Store,
         candidates: lists_lib.Candidates | None,
     ):
-        self.forward, self.store, self.candidates = forward, store, candidates
-        self.queries = store.splits["dev"]
+        self.forward, self.store, self.queries = forward, store, store.splits["dev"]
         if candidates is None:
             rows_Q = lists_lib.subset(len(self.queries.ids), config.dev.queries, config.seed)
+            passages_QxK = np.empty((len(rows_Q), 0), np.int64)
         else:
-            rows_Q = candidates.query_rows_Q
-        self.rows_Q = np.sort(rows_Q)
+            rows_Q, passages_QxK = candidates.query_rows_Q, candidates.passages_QxN
+        order_Q = np.argsort(rows_Q)
+        self.rows_Q, self.candidates_QxK = rows_Q[order_Q], passages_QxK[order_Q]
         self.qrels = self.queries.labels_of(self.rows_Q)
-        pool = self.qrels[1][self.qrels[2] > 0]
-        if candidates is not None:
-            pool = np.append(pool, candidates.passages_QxN.reshape(-1))
-        pool = np.unique(pool)
+        pool = np.unique(np.append(self.qrels[1][self.qrels[2] > 0], passages_QxK))
         others = np.setdiff1d(np.arange(len(store.passage_ids)), pool)
         others = np.random.default_rng(config.seed).permutation(others)
         fill = max(config.dev.pool - len(pool), 0)
@@ -76,12 +74,8 @@ class Dev:
 
     def reranker(self, params: dict[str, Any]) -> float:
         """Returns RR@10 of the re-ranker over each query's candidates."""
-        order_Q = np.argsort(self.candidates.query_rows_Q)
-        passages_QxK = self.candidates.passages_QxN[order_Q]
-        scores_QxK = rerank.scores(
-            self.forward, params, self.store, self.queries.texts, self.rows_Q, passages_QxK
-        )
-        return self._score(passages_QxK, scores_QxK)
+        pairs = self.store, self.queries.texts, self.rows_Q, self.candidates_QxK
+        return self._score(self.candidates_QxK, rerank.scores(self.forward, params, *pairs))
 
     def _score(self, passages_QxK: np.ndarray, scores_QxK: np.ndarray) -> float:
         if np.isnan(scores_QxK).any():
@@ -175,12 +169,12 @@ def train_stage(
     folder, steps = run.workdir / name, len(lists.query_rows_L) // settings.batch
     trained_on = f"{origin} {store.fingerprint}"
     trained_on = artifacts.digest(trained_on, lists.query_rows_L, lists.passages_LxP)
-    done = finished(folder)
-    batches = None if done else stage_batches(run, store, name, stage, lists)
-    begin(folder, trained_on)
-    if done:
+    if finished(folder):
+        begin(folder, trained_on)
         tqdm.tqdm.write(f"  done; best on dev at step {best_step(folder)} of {steps}")
         return
+    batches = stage_batches(run, store, name, stage, lists)
+    begin(folder, trained_on)
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(folder)))
         optimizer = train.make_optimizer(run.config.optimizer, settings, steps, stage.rates)
@@ -193,7 +187,7 @@ def train_stage(
         start = int(state.step) // every * every if int(state.step) < steps else steps
         for first in range(start, steps, every):
             stop = min(first + every, steps)
-            if first > 0:
+            if redraw and first > 0:
                 lists = redraw(first, state, (stop - first) * settings.batch)
                 batches = stage_batches(run, store, name, stage, lists)
 

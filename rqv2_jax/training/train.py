@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from rqv2_jax.models.bert import Params
 from rqv2_jax.training.sharding import Sharding
 
 Terms = dict[str, Any]  # of a loss, by name
-Optimizer = optax.GradientTransformation
+Optimizer: TypeAlias = optax.GradientTransformation
 
 
 class TrainState(NamedTuple):
@@ -126,7 +126,7 @@ class _Log:
 
     def __init__(self, stage: ConfigDict, name: str, log: Callable[[int, dict[str, float]], None]):
         self.stage, self.name, self.log = stage, name, log
-        self.started, self.step, self.window = time.monotonic(), 0, []
+        self.started, self.step, self.window = time.monotonic(), 0, list[Terms]()
 
     def add(self, step: int, terms: Terms) -> None:
         """Takes a dispatched step's terms; checks the step before, and logs if it was time to."""
@@ -151,7 +151,7 @@ class _Log:
         self.started, self.window = now, []
 
 
-# Nine parameters, all given by name in the one call.
+# size: nine parameters, all given by name in the one call.
 def train(
     state: TrainState,
     *,

@@ -46,7 +46,7 @@ def _rows(path: Path, list_size: int, left: collection.Left) -> Iterator[tuple[i
                 "config.joint.list_size to the size of the file's lists"
             )
         if query.strip():
-            yield place, *columns[:3]
+            yield place, columns[0], columns[1], columns[2]
         elif place == 0:
             left.add("lists have no query; left out", source)
         place = (place + 1) % list_size

@@ -43,23 +43,22 @@ class _Split:
             yield _query(source, key, value), _positives(source, value), source
 
 
-def tevatron(path: str) -> Collection:
+def tevatron(path: str | Path) -> Collection:
     """Returns the collection in a folder of Tevatron's files."""
     folder = files.open_folder(path, "Tevatron")
     corpus = files.required(folder, "Tevatron", "corpus.jsonl")
     train = files.required(folder, "Tevatron", "train.jsonl", "*-train.jsonl")
     find = functools.partial(files.find_file, folder)
     dev, test = (find(f"{name}.jsonl", f"*-{name}.jsonl") for name in ("dev", "test"))
-    if not (dev or test):
+    if not (last := test or dev):
         raise InputError(f"{folder}: neither dev.jsonl nor test.jsonl; add the queries to test on")
-    name = "test" if test else "dev"
+    name, remarks = "test" if test else "dev", tuple[str, ...]()
     if dev and test:
         splits = {"train": _Split(train), "dev": _Split(dev, find("qrels.dev.tsv"))}
-        remarks = ()
     else:
         splits = {"train": _Split(train, held_out=False), "dev": _Split(train, held_out=True)}
         remarks = (f"test is {name}; dev is every {HELD_OUT}th of the training queries, held out",)
-    splits["test"] = _tested(test or dev, find(f"qrels.{name}.tsv"))
+    splits["test"] = _tested(last, find(f"qrels.{name}.tsv"))
     read = [corpus, *(f for split in splits.values() for f in (split.file, split.labels) if f)]
     of = functools.partial(of_split, folder, splits)
     return Collection(

@@ -65,7 +65,7 @@ def _json(file: Path, first: str) -> Iterator[tuple[str, str, str]]:
 
 def _trec(file: Path) -> Iterator[tuple[str, str, str]]:
     """Yields (`path:line`, number, title) of every topic."""
-    start, fields, field = 0, {}, ""
+    start, fields, field = 0, dict[str, list[str]](), ""
     for number, line in files.lines(file):
         match = _TAG.match(line.strip())
         tag, text = (match[1].lower(), match[2]) if match else ("", line)
