@@ -99,8 +99,7 @@ def rejected(
 ) -> list[tuple[int, int, float]]:
     """Draws at most `count` unlabelled candidates that are not trusted as negatives.
 
-    Returns:
-      (query row, passage row, probability of relevance) of each, the likeliest first.
+    As (query row, passage row, probability of relevance), the likeliest first.
     """
     known_QxN = lists_lib.known_positive(
         positives_2xN, candidates.query_rows_Q, candidates.passages_QxN, num_passages

@@ -227,10 +227,10 @@ def _choose_heads(
     share: float,
     rng: np.random.Generator,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Returns all labelled positives and a share of the candidates found relevant.
+    """Returns all labelled positives and a share of the candidates found relevant, each [L].
 
-    As the number of the query among those of the candidates, the passage, its provenance, and whether
-    the list is denoised, each [L].
+    As the number of the query among the candidates', the passage, its provenance, and whether the list
+    is denoised.
     """
     number_of = {row: i for i, row in enumerate(candidates.query_rows_Q.tolist())}
     labelled = [

@@ -24,13 +24,10 @@ def save_encoder(
     params: Params,
     head: Params | None = None,
 ) -> None:
-    """Writes a folder that transformers opens: an encoder and its tokenizer.
+    """Writes a folder that transformers opens: an encoder and the tokenizer of `source`.
 
-    Args:
-      folder: made here.
-      source: the folder that training began from, whose tokenizer is copied.
-      head: params of a re-ranker's score. With a pooler, the folder is a sequence classifier with one
-        label; without, its vector goes to `2_Dense`, where CrossEncoder reads it.
+    `head` are the params of a re-ranker's score. With a pooler, the folder is a sequence classifier with
+    one label; without, the vector goes to `2_Dense`, where CrossEncoder reads it.
     """
     folder.mkdir(parents=True)
     head = head or {}
@@ -85,10 +82,7 @@ def _save(folder: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
 def describe_retriever(folder: pathlib.Path, size: int, model: ConfigDict, length: int) -> None:
     """Adds the files by which sentence-transformers opens a tower.
 
-    Args:
-      size: of the vectors.
-      model: the resolved `config.model`.
-      length: most tokens of an input.
+    Its vectors have `size` columns, its inputs at most `length` tokens; `model` is the resolved one.
     """
     names = ["Transformer", "Pooling"] + ["Normalize"] * (model.similarity == "cosine")
     prompts = {"query": model.query_prompt, "document": model.passage_prompt}
@@ -111,10 +105,7 @@ def describe_retriever(folder: pathlib.Path, size: int, model: ConfigDict, lengt
 def describe_reranker(folder: pathlib.Path, size: int, head: str, length: int) -> None:
     """Adds the files by which CrossEncoder opens a re-ranker and gives its logits.
 
-    Args:
-      size: of the encoder's states.
-      head: "linear" or "pooler".
-      length: most tokens of an input.
+    Its states have `size` columns, its inputs at most `length` tokens; `head` is "linear" or "pooler".
     """
     settings = {"model_type": "CrossEncoder", "activation_fn": sbert.IDENTITY, "prompts": {}}
     names = ["Transformer"] + ["Pooling", "Dense"] * (head == "linear")

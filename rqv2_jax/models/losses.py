@@ -94,9 +94,6 @@ def joint_distillation(
     Returns:
       (loss, terms): a float32 scalar, and scalars to watch: the loss, both of its terms, and the mean
       entropy in nats of both models' distributions; near 0 their softmax is saturated and frozen.
-
-    Raises:
-      ValueError: an unknown choice.
     """
     for name, value, known in (
         ("kl_direction", kl_direction, KL_DIRECTIONS),

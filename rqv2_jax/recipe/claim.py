@@ -34,11 +34,8 @@ def open_workdir(
 ) -> Run:
     """Opens the run that made a workdir, on the devices at hand; says which stages are not finished.
 
-    Raises InputError if the folder is no workdir, or the weights are not those it was made from.
-
-    Args:
-      data, weights, reranker_weights: new places of what has moved since, of the same content; the
-        last where the re-ranker came from another folder.
+    `data`, `weights` and `reranker_weights` (if the re-ranker has other ones) are new places of what has
+    moved. Raises InputError if the folder is no workdir, or was made from other weights.
     """
     path = workdir / "config.json"
     if not path.is_file():
@@ -97,10 +94,7 @@ def _move(
 
 
 def _read_config(path: pathlib.Path) -> tuple[ml_collections.ConfigDict, bool]:
-    """Reads a workdir's config, and says whether an earlier version wrote it, without today's settings.
-
-    These get the values that held then. Raises InputError for one that this version cannot follow.
-    """
+    """Reads a workdir's config, and says whether an earlier version, with fewer settings, made it."""
     try:
         config = config_lib.loads(path.read_text())
         added, wrong = config_lib.complete(config)

@@ -123,9 +123,7 @@ class Scoreboard:
     def add_reranked(self, ranking: Ranking, *, state: str, index: str) -> None:
         """Adds how the re-ranker of a state ranks the first candidates of the re-ranked queries.
 
-        Args:
-          ranking: candidates of all queries that are measured, -1 for none, and their scores by the
-            system that found them.
+        `ranking` is that of all queries that are measured, by the system that found the candidates.
         """
         run, settings = self.run, self.run.config.evaluate
         rows_R, depth = self.rows_Q[self.reranked_R], settings.rerank_depth

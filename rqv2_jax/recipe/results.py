@@ -45,9 +45,8 @@ def verdict(tests: list[dict]) -> list[str]:
 def advice(run: Run, store: tokens.Store, worse: set, reachable: dict[str, float]) -> list[str]:
     """Returns facts of a run that may be why its models are worse than what they should beat.
 
-    Args:
-      worse: (state, model, index) of those models.
-      reachable: by index, the share of queries with a relevant passage among the re-ranked ones.
+    `worse` has their (state, model, index); `reachable`, by index, the share of queries with a relevant
+    passage among the re-ranked ones.
     """
     models = {model for _, model, _ in worse}
     lines = _truncation(run, store, models) + _training(run, store, worse)

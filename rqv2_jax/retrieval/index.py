@@ -81,11 +81,7 @@ def exact(queries_QxD: np.ndarray, shards: list[np.ndarray], depth: int) -> Rank
 
     Works tile by tile, so no array of queries times passages ever exists. Every passage is read once,
     while the queries stay on the devices, split over all of this host. Several hosts share the
-    queries, and all get the results of all.
-
-    Args:
-      queries_QxD: query vectors.
-      shards: the passages' vectors [n, D], in row order.
+    queries, and all get the results of all. `shards` are the passages' vectors [n, D], in row order.
 
     Returns:
       (rows [Q, K] int64, scores [Q, K] float32).

@@ -73,7 +73,6 @@ class Forward:
 
         Args:
           fn: `vectors` or `reranker_scores`.
-          lengths_N: the length of each sequence in tokens.
           layout: from `layout`.
           build: makes the sequences of some numbers.
           bar: progress, counted in sequences.

@@ -81,8 +81,7 @@ def train_step(
 ) -> tuple[TrainState, Terms]:
     """Makes one update. The dropout key of step s is a function of (dropout_key, s) alone.
 
-    Returns:
-      The next state, and the loss terms with the norm of the gradient before clipping.
+    Returns the next state, and the loss terms with the norm of the gradient before clipping.
     """
     key = jax.random.fold_in(dropout_key, state.step)
     (_, terms), grads = grad_fn(state.params, batch, key)
@@ -120,8 +119,7 @@ def check_finite(stage: str, step: int, terms: Mapping[str, Any]) -> None:
 class _Log:
     """The terms of steps on their way from the devices to the log.
 
-    A step's terms are read after the next step was dispatched, so the host never waits for the step it
-    has just started, and is never more than one step ahead.
+    A step's terms are read once the next is dispatched: the host is one step ahead, and never waits.
     """
 
     def __init__(self, stage: ConfigDict, name: str, log: Callable[[int, dict[str, float]], None]):
