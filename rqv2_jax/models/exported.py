@@ -26,8 +26,8 @@ def save_encoder(
 ) -> None:
     """Writes a folder that transformers opens: an encoder and the tokenizer of `source`.
 
-    `head` are the params of a re-ranker's score. With a pooler, the folder is a sequence classifier with
-    one label; without, the vector goes to `2_Dense`, where CrossEncoder reads it.
+    `head` are the params of a re-ranker's score. With a pooler, the folder is a sequence classifier
+    with one label; without, the vector goes to `2_Dense`, where CrossEncoder reads it.
     """
     folder.mkdir(parents=True)
     head = head or {}

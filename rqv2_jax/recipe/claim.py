@@ -34,7 +34,7 @@ def open_workdir(
 ) -> Run:
     """Opens the run that made a workdir, on the devices at hand; says which stages are not finished.
 
-    `data`, `weights` and `reranker_weights` (if the re-ranker has other ones) are new places of what has
+    `data`, `weights` and, if the re-ranker has others, `reranker_weights` are new places of what has
     moved. Raises InputError if the folder is no workdir, or was made from other weights.
     """
     path = workdir / "config.json"
@@ -94,7 +94,7 @@ def _move(
 
 
 def _read_config(path: pathlib.Path) -> tuple[ml_collections.ConfigDict, bool]:
-    """Reads a workdir's config, and says whether an earlier version, with fewer settings, made it."""
+    """Reads a workdir's config, and says whether an earlier version, with less in it, wrote it."""
     try:
         config = config_lib.loads(path.read_text())
         added, wrong = config_lib.complete(config)
