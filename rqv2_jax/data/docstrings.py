@@ -76,10 +76,7 @@ class Doc(NamedTuple):
 
 
 def source_files(package: str) -> dict[str, Path]:
-    """Returns the Python files of an installed package by `package/relative/path.py`, sorted.
-
-    Raises `InputError` when the package is not installed.
-    """
+    """Returns a package's files by `package/relative/path.py`; InputError if not installed."""
     if package == STDLIB:
         roots = [sysconfig.get_path("stdlib")]
     else:

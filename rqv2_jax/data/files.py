@@ -16,7 +16,6 @@ import numpy as np
 from rqv2_jax.data.collection import Passage, Qrel
 from rqv2_jax.errors import InputError
 
-QRELS_HEADER = ("query-id", "corpus-id", "score")
 MAX_RELEVANCE = int(np.iinfo(np.int32).max)
 
 
@@ -106,7 +105,7 @@ def labels(file: Path) -> Iterator[Qrel]:
     for number, line in lines(file):
         source = f"{file}:{number}"
         columns = line.split()
-        if number == 1 and tuple(columns) == QRELS_HEADER:
+        if number == 1 and columns == ["query-id", "corpus-id", "score"]:
             width = len(columns)
             continue
         width = width or len(columns)

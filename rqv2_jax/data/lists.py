@@ -53,10 +53,7 @@ class Candidates:
 
 @dataclasses.dataclass(frozen=True)
 class Lists:
-    """Lists of one positive and P-1 negatives, the positive first.
-
-    `query_rows_L`, `passages_LxP` row numbers; `provenance_LxP` of `Provenance`.
-    """
+    """Lists of one positive, first, and P-1 negatives: row numbers, and each one's `Provenance`."""
 
     query_rows_L: np.ndarray
     passages_LxP: np.ndarray
@@ -281,8 +278,7 @@ def without_known_positives(lists: Lists, *, num_passages: int, seed: int) -> Li
         passages_LxP=np.where(known_LxP, -1, lists.passages_LxP),
         provenance_LxP=np.where(known_LxP, np.uint8(Provenance.RANDOM_FILL), lists.provenance_LxP),
     )
-    barred_LxN = np.empty((len(known_LxP), 0), np.int64)
-    rng = np.random.default_rng(seed)
+    barred_LxN, rng = np.empty((len(known_LxP), 0), np.int64), np.random.default_rng(seed)
     _fill(filled, barred_LxN, heads_2xL, num_passages, rng)
     return filled
 

@@ -106,10 +106,7 @@ def load_tokenizer(folder: pathlib.Path, vocab_size: int) -> Tokenizer:
 
 
 class _TextsWriter:
-    """A writer that appends tokenised texts to `<path>.bin`; `close` writes the offsets beside it.
-
-    The same goes to `<path>.pairs.bin` by the re-ranker's tokenizer, where that is another.
-    """
+    """A writer of `<path>.bin` and, by the re-ranker's tokenizer, `<path>.pairs.bin`, with offsets."""
 
     def __init__(self, path: pathlib.Path, tokenizer: Tokenizer):
         self.path, self.tokenizer = path, tokenizer

@@ -83,10 +83,7 @@ def _subfolder(weights: str, name: str) -> str:
 
 
 def read(folder: pathlib.Path) -> Released:
-    """Returns what a model folder says of its model.
-
-    A folder without `modules.json` has cls pooling and dot products, as RocketQAv2.
-    """
+    """Returns what a model folder says; without `modules.json`, cls pooling and dot products."""
     described = sbert.Description(folder)
     encoder = described.encoder
     if not (encoder / "config.json").is_file():

@@ -124,10 +124,7 @@ class Description:
         return str(said)
 
     def prompts(self) -> dict[str, str]:
-        """Returns the prompts of the sides "query" and "passage".
-
-        Each side has its own, or the default one unless that belongs to the other side.
-        """
+        """Returns each side's prompt: its own, or the default one unless that is the other's."""
         path = self.settings_path
         given = self.settings.get("prompts") or {}
         if not isinstance(given, dict) or not all(isinstance(x, str) for x in given.values()):

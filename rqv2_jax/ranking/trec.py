@@ -15,7 +15,7 @@ _COLUMNS = {6: (2, None, 4), 3: (1, 2, None), 4: (1, 2, 3)}
 
 
 def write_run(
-    path: str | os.PathLike[str],
+    path: Path,
     query_ids: Sequence[str],
     passage_ids: Sequence[str],
     passages_QxK: np.ndarray,
@@ -38,7 +38,6 @@ def write_run(
                     f"{path}: {what} {str(name)!r} is empty or has white space, which separates the"
                     " columns of a TREC run file: rename it"
                 )
-    path = Path(path)
     temporary = path.with_name(f"{path.name}.tmp")
     with open(temporary, "w", encoding="utf-8", newline="\n") as file:
         for query_id, passages_K, scores_K in zip(query_ids, passages_QxK, scores_QxK, strict=True):
@@ -50,7 +49,7 @@ def write_run(
     os.replace(temporary, path)
 
 
-def read_run(path: str | os.PathLike[str]) -> dict[str, list[tuple[str, float]]]:
+def read_run(path: Path) -> dict[str, list[tuple[str, float]]]:
     """Returns each query's `(passage id, score)` pairs in the order of a run file, gzipped or not.
 
     Takes TREC's lines `qid Q0 docid rank score tag`, MS MARCO's `qid docid rank`, in which minus the
@@ -61,7 +60,7 @@ def read_run(path: str | os.PathLike[str]) -> dict[str, list[tuple[str, float]]]
     """
     scores_by_query: dict[str, dict[str, float]] = {}
     width = 0
-    for number, line in files.lines(files.open_file(Path(path))):
+    for number, line in files.lines(files.open_file(path)):
         columns, where = line.split(), f"{path}:{number}"
         width = width or len(columns)
         if len(columns) != width or width not in _COLUMNS:

@@ -45,10 +45,7 @@ class Entry(NamedTuple):
 def measured_queries(
     settings: ml_collections.ConfigDict, queries: tokens.Queries
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the rows of the queries that are measured [Q], and which of these are re-ranked [R].
-
-    The same for every seed, so that runs can be compared by query.
-    """
+    """Returns rows that are measured [Q], and which are re-ranked [R]; the same for every seed."""
     rows_Q = np.sort(lists_lib.subset(len(queries.ids), settings.queries, 0))
     return rows_Q, np.sort(lists_lib.subset(len(rows_Q), settings.rerank_queries, 0))
 

@@ -42,10 +42,7 @@ class _Mine:
     def retrieve(
         self, rows: dict[str, np.ndarray], vectors: pathlib.Path, retriever: Callable[[], dict]
     ) -> Candidates:
-        """Returns the top passages of the queries in `rows`, by split.
-
-        `retriever()` gives the params; the corpus by them lies in the folder `vectors`.
-        """
+        """Returns top passages by the params `retriever()`; `vectors` is the corpus's folder."""
         config, forward = self.run.config, self.run.forward
 
         def candidates(split: str, depth: int) -> lists_lib.Candidates:
@@ -70,11 +67,7 @@ class _Mine:
         return {split: candidates(split, depths[split]) for split in rows}
 
     def score(self, candidates: Candidates, reranker: Callable[[], dict]) -> Candidates:
-        """Returns the candidates with scores by the params `reranker()`, asked for only if needed.
-
-        Those that `config.mine` says and all of the dev queries get one, the others keep NaN; none does
-        unless joint lists are to be denoised.
-        """
+        """Returns the candidates with the scores that `config` wants; all others keep NaN."""
         config, reranker = self.run.config, functools.cache(reranker)
         if config.joint.denoised_share == 0:
             return candidates

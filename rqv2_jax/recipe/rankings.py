@@ -46,8 +46,7 @@ def retrieve(
 ) -> Ranking:
     """Returns what the retriever of a state finds for some of the queries, by "exact" or "scann".
 
-    K is `config.evaluate.retrieve_depth`. ScaNN searches on the first of several hosts; the others get
-    nothing.
+    K is `config.evaluate.retrieve_depth`. By ScaNN only the first of several hosts gets anything.
     """
     settings, stage = run.config.evaluate, run.trained_by(state=state, model="retriever")
     source, towers = source_of(run, store, state), run.params(state=state, model="retriever")
@@ -114,10 +113,7 @@ def _reading(run: Run) -> tuple:
 
 
 def by_released(run: Run, store: tokens.Store, split: str, rows_Q: np.ndarray) -> Ranking | None:
-    """Returns what the starting retriever finds at its own length and similarity, by exact search.
-
-    None, with a line that says why, where it is left out.
-    """
+    """Returns what the starting retriever finds as released; None, with a line, if left out."""
     queries, settings = store.splits[split], run.config.evaluate
     if _too_large("released", settings.released.most_passages, store):
         return None

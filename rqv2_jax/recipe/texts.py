@@ -41,10 +41,7 @@ def _load(module: str):
 
 
 def open_store(run: Run) -> tokens.Store:
-    """Opens the token store of a workdir, made again if it is damaged; queries' own texts are marked.
-
-    Raises InputError if there is none; or it is damaged, and its texts have changed or are gone.
-    """
+    """Opens a workdir's token store, queries' own texts marked; made again if it is damaged."""
     folder = run.workdir / "data" / "tokens"
 
     def mend():
@@ -60,10 +57,7 @@ def open_store(run: Run) -> tokens.Store:
 
 
 def texts_of(run: Run, fingerprint: str) -> collection.Collection:
-    """Returns the texts and labels that a token store of this fingerprint was made from ("": any).
-
-    Raises InputError if they have changed since, or are gone.
-    """
+    """Returns the texts of a store's fingerprint ("": any); InputError if they changed or are gone."""
     path = run.config.data.path
     embedded = run.config.data.dataset == "docstrings"
     if path and not embedded and not pathlib.Path(path).exists():

@@ -166,10 +166,7 @@ def build_scann(
 def scann_search(
     searcher: Any, queries_QxD: np.ndarray, depth: int, leaves: int | None = None
 ) -> Ranked:
-    """Searches as `exact`, approximately; row -1 and score -inf where ScaNN finds fewer passages.
-
-    Searches `leaves` leaves, or as many as the searcher was built for.
-    """
+    """Does what `exact` does, in `leaves` leaves if given; row -1 and score -inf for none."""
     rows_QxK, scores_QxK = searcher.search_batched_parallel(
         queries_QxD, final_num_neighbors=depth, leaves_to_search=leaves
     )

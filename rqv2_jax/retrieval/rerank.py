@@ -19,10 +19,7 @@ def scores(
     query_rows_Q: np.ndarray,
     passages_QxK: np.ndarray,
 ) -> np.ndarray:
-    """Returns the re-ranker's logit of every candidate [Q, K], float32.
-
-    `passages_QxK` are row numbers; a negative one is padding, whose score is 0.
-    """
+    """Returns the re-ranker's logit of every candidate [Q, K], float32; 0 of negative rows."""
     real_QxK = passages_QxK >= 0
     if not real_QxK.any():
         return np.zeros(passages_QxK.shape, np.float32)

@@ -118,10 +118,7 @@ def best_step(folder: pathlib.Path) -> int:
 
 
 def restore_best(folder: pathlib.Path, model: str, params: Tree) -> Tree:
-    """Returns a stage's best params of one model, in the shapes and shardings of `params`.
-
-    Raises InputError if the stage has none, or they have other shapes.
-    """
+    """Returns a model's best params of a stage, shaped and placed as `params`; else InputError."""
     path = folder.resolve() / "best" / str(best_step(folder)) / model
     try:
         with ocp.StandardCheckpointer() as checkpointer:

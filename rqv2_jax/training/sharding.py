@@ -43,10 +43,7 @@ class Sharding:
         return NamedSharding(self.mesh, P(AXES))
 
     def put_params(self, params: Tree) -> Tree:
-        """Puts params (or any state) on the devices, each leaf split over `fsdp` where it divides.
-
-        On several hosts every process must give the same values.
-        """
+        """Puts params or a state on the devices, split over `fsdp`; every host gives the same."""
         shardings = self.of_params(params)
         if self.batch.is_fully_addressable:
             return jax.device_put(params, shardings)

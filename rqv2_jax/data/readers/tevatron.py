@@ -40,7 +40,9 @@ class _Split:
     def queries(self) -> Iterator[tuple[Query, tuple[str, ...], str]]:
         """Yields (query, docids of its positives, `path:line`) of every line."""
         for source, key, value in taken(files.objects(self.file, "query_id"), self.held_out):
-            yield _query(source, key, value), _positives(source, value), source
+            field = "query_text" if "query_text" in value else "query"
+            text = files.text_of(source, value, "query", field)
+            yield Query(key, text, _answers(source, value)), _positives(source, value), source
 
 
 def tevatron(path: str | Path) -> Collection:
@@ -79,11 +81,6 @@ def _tested(file: Path, labelled: Path | None) -> _Split:
     source, _, value = next(files.objects(file, "query_id"), ("", "", {}))
     has_labels = labelled is not None or bool(_positives(source, value))
     return _Split(file, labelled, by_answers=not has_labels and bool(_answers(source, value)))
-
-
-def _query(source: str, key: str, value: dict) -> Query:
-    field = "query_text" if "query_text" in value else "query"
-    return Query(key, files.text_of(source, value, "query", field), _answers(source, value))
 
 
 def _answers(source: str, value: dict) -> tuple[str, ...]:
