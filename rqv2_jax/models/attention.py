@@ -60,8 +60,8 @@ def views(name: str, blocks: Blocks, *, first_only: bool = False) -> Spans | tup
     (block,) = blocks
     sequence_N = block.sequence_RxT.reshape(-1)
     start_N, end_N = ragged_attention.token_spans(sequence_N)
-    a = block.first_RxS[0] if first_only else slice(None)
-    return ragged_attention.spans(start_N[a], end_N[a], (sequence_N >= 0)[a], len(sequence_N))
+    at = block.first_RxS[0] if first_only else slice(None)
+    return ragged_attention.spans(start_N[at], end_N[at], (sequence_N >= 0)[at], len(sequence_N))
 
 
 def _rows(block: Block, first_only: bool) -> Rows:

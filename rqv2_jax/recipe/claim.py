@@ -130,7 +130,7 @@ def claim(run: Run) -> None:
     """Writes config.json, sources.txt and environment.json; a workdir belongs to one config.
 
     Settings of evaluation may change, and until joint training has begun those of `joint`. So may the
-    places of data and of model folders, while these hold the same. Raises InputError if others do.
+    places of data and of model folders, while these hold the same. Other changes raise InputError.
     """
     path = run.workdir / "config.json"
     hosts.from_first(lambda: _check_claim(run, path))
@@ -199,7 +199,7 @@ def _sources(run: Run) -> str:
 
 
 def _same_sources(run: Run) -> bool:
-    """Says whether the workdir was made from what the model folders hold; not from other models."""
+    """Says whether the workdir is known to be made from these models; InputError for others."""
     path = run.workdir / SOURCES
 
     def read():

@@ -15,8 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tqdm
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from rqv2_jax import artifacts, hosts, optional
@@ -51,7 +50,7 @@ def _merge(
 def _on_devices(devices: tuple[jax.Device, ...]) -> tuple[Callable, NamedSharding, NamedSharding]:
     """Returns `_merge` with queries split over devices, and the shardings of queries and passages."""
     mesh = Mesh(np.array(devices), ("queries",))
-    split, everywhere = P("queries"), P()
+    split, everywhere = PartitionSpec("queries"), PartitionSpec()
     merge = jax.shard_map(
         _merge,
         mesh=mesh,
