@@ -1,12 +1,12 @@
 """The shape of an encoder, and of both models, as most tests compute them."""
 
-from rqv2_jax.models import hf_config
+from rqv2_jax.models import released
 from rqv2_jax.models import scoring as models
 
 
 def read_shape(folder, num_layers, *, dropout=0.1, unrolled=True):
-    """`hf_config.read_config` of a model folder, in float32, nothing computed again."""
-    return hf_config.read_config(
+    """`released.read_config` of a model folder, in float32, nothing computed again."""
+    return released.read_config(
         folder,
         num_layers=num_layers,
         dropout=dropout,

@@ -14,8 +14,8 @@ from rqv2_jax.data import tokens
 from rqv2_jax.errors import InputError
 from rqv2_jax.recipe import evaluation, mining, pipeline, results
 from rqv2_jax.recipe.claim import open_workdir
-from rqv2_jax.recipe.dev import Dev
 from rqv2_jax.recipe.run import open_run
+from rqv2_jax.recipe.stage import Dev
 
 
 def test_results_have_a_row_for_every_state_model_and_index(finished):

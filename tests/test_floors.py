@@ -17,7 +17,6 @@ from rqv2_jax.errors import InputError
 from rqv2_jax.ranking import trec
 from rqv2_jax.recipe import evaluation, pipeline, rankings
 from rqv2_jax.recipe.run import as_released, open_run
-from rqv2_jax.recipe.scoreboard import Scoreboard
 from rqv2_jax.recipe.texts import open_collection
 from rqv2_jax.retrieval import bm25
 
@@ -93,7 +92,7 @@ def test_the_released_model_is_measured_at_its_own_length_and_similarity(release
 def test_every_trained_state_is_compared_with_the_released_model(released):
     """Which exact search serves, whatever index the run's own rows are by."""
     run, store, _, _ = released
-    own = Scoreboard(run, store, "test")
+    own = evaluation.Scoreboard(run, store, "test")
     keys = [("joint", "retriever", "scann"), ("released", "retriever", "exact")]
     own.entries = dict.fromkeys([*keys, ("zero_shot", "retriever", "scann")])
     assert own._against_floors("scann") == [tuple(keys)]

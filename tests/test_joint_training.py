@@ -16,8 +16,8 @@ from rqv2_jax.data import tokens
 from rqv2_jax.errors import InputError
 from rqv2_jax.recipe import mining, pipeline
 from rqv2_jax.recipe.claim import open_workdir
-from rqv2_jax.recipe.dev import Dev
 from rqv2_jax.recipe.run import open_run
+from rqv2_jax.recipe.stage import Dev
 from rqv2_jax.recipe.workdir import branch
 from rqv2_jax.retrieval import encode
 from rqv2_jax.tools import figures

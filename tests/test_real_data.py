@@ -22,8 +22,8 @@ from rqv2_jax.ranking import trec
 from rqv2_jax.recipe import mining, pipeline
 from rqv2_jax.recipe import scorer as score
 from rqv2_jax.recipe.claim import claim, open_workdir
-from rqv2_jax.recipe.dev import Dev
 from rqv2_jax.recipe.run import open_run
+from rqv2_jax.recipe.stage import Dev
 from rqv2_jax.recipe.texts import open_store, texts_of, with_topics
 from rqv2_jax.retrieval import rerank
 

@@ -23,7 +23,7 @@ from rqv2_jax.data import packing
 from rqv2_jax.data.tokenise import TOKENIZER_FILES
 from rqv2_jax.data.tokens import Store
 from rqv2_jax.errors import InputError
-from rqv2_jax.models import exported, hf_config, released, sbert, weights
+from rqv2_jax.models import exported, released, sbert, weights
 from rqv2_jax.models.files import find_folder, tensor_files
 from rqv2_jax.recipe.opening import open_inputs, open_models
 from rqv2_jax.recipe.run import open_run
@@ -259,7 +259,7 @@ def test_a_plain_folder_is_read_as_rocketqav2_reads_it(tiny_bert):
 
 def test_plain_defaults_are_those_of_transformers(tiny_bert, copy):
     default = transformers.BertConfig().to_dict()
-    assert {key: default[key] for key in hf_config.DEFAULTS} == hf_config.DEFAULTS
+    assert {key: default[key] for key in released.DEFAULTS} == released.DEFAULTS
     # A tiny model of which the config leaves out what is as usual.
     folder = copy(tiny_bert)
     full = open_models(config_of(folder))

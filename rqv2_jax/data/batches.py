@@ -116,7 +116,7 @@ class ListBatches:
 
     def _plan(self, kind: str, layout: BatchLayout) -> tuple[packing.Shape, ...]:
         """Returns the shapes that hold this kind of input of all parts."""
-        longest_N, tokens = 0, 0
+        longest_N, tokens = np.zeros(1, np.int64), 0
         for rows_L in self._windows():
             lengths_LxN = self._lengths(kind, self.lists.take(rows_L))
             lengths_BxN = by_part(lengths_LxN, self.batch, self.slots_SxB)

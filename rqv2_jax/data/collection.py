@@ -101,7 +101,7 @@ class Left:
 def left_out(texts: Collection, left: Left) -> set[str]:
     """Counts the queries of the files that are in no split; returns the ids of those without text."""
     asked = {query.id for split in texts.splits for query in texts.queries(split)}
-    mute, unjudged = {}, {}
+    mute, unjudged = dict[str, None](), dict[str, None]()
     for query in (query for split in texts.splits for query in texts.query_file(split)):
         if not query.text.strip():
             mute[query.id] = None
@@ -123,13 +123,10 @@ def check_qrels(
     """Returns labels as (query row int64 [N], passage row int64 [N], relevance int32 [N]), in order.
 
     Labels of queries whose row is negative are left out, and so are those that are not positive and
-    name a query or passage without a row; `left` counts the latter passages.
-
-    Raises:
-      InputError: a positive names a passage or query that is not in `passage_rows` or `query_rows`;
-        it tells how many do.
+    name a query or passage without a row; `left` counts the latter passages. A positive that names one
+    raises `InputError`, which tells how many do.
     """
-    rows, wrong = [], {}
+    rows, wrong = [], dict[str, list[tuple[str, str]]]()
     for query_id, passage_id, relevance, source in qrels:
         row, passage = query_rows.get(query_id), passage_rows.get(passage_id)
         if passage is None and relevance > 0:

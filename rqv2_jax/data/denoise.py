@@ -4,6 +4,8 @@ Shape suffixes: Q queries, N candidates of a query (or pairs), C scored candidat
 end to end, U those of them without a label, F candidates that are not trusted.
 """
 
+from typing import Any
+
 import numpy as np
 
 from rqv2_jax.data import lists as lists_lib
@@ -77,7 +79,7 @@ def _histogram(score_C: np.ndarray, groups: dict[str, np.ndarray]) -> dict[str, 
 def _row(name: str, threshold: float, kept_U: np.ndarray, right_U: np.ndarray | None) -> dict:
     """Returns counts at a threshold, and precision and recall if it is known which are right."""
     kept = int(kept_U.sum())
-    row = {name: threshold, "kept": kept, "dropped": len(kept_U) - kept}
+    row: dict[str, Any] = {name: threshold, "kept": kept, "dropped": len(kept_U) - kept}
     if right_U is not None:
         hits = int((kept_U & right_U).sum())
         row["precision"] = hits / kept if kept else None
@@ -97,8 +99,7 @@ def rejected(
 ) -> list[tuple[int, int, float]]:
     """Draws at most `count` unlabelled candidates that are not trusted as negatives.
 
-    Returns:
-      (query row, passage row, probability of relevance) of each, the likeliest first.
+    As (query row, passage row, probability of relevance), the likeliest first.
     """
     known_QxN = lists_lib.known_positive(
         positives_2xN, candidates.query_rows_Q, candidates.passages_QxN, num_passages

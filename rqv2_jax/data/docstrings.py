@@ -27,11 +27,11 @@ from rqv2_jax.data.collection import Collection
 from rqv2_jax.errors import InputError
 
 STDLIB = "python"
-CORE = ("numpy", "jax", "flax", "optax", "orbax", "ml_collections", "absl", "etils")
-CORE += ("tensorflow_datasets", STDLIB)
-FULL = (*CORE, "scipy", "tensorflow", "keras", "transformers", "huggingface_hub", "tensorboard")
-FULL += ("pydantic", "grpc", "rich", "treescope", "fsspec", "werkzeug", "PIL", "anyio", "optree")
-FULL += ("click", "pyarrow")
+CORE: tuple[str, ...] = ("numpy", "jax", "flax", "optax", "orbax", "ml_collections", "absl")
+CORE += ("etils", "tensorflow_datasets", STDLIB)
+FULL: tuple[str, ...] = (*CORE, "scipy", "tensorflow", "keras", "transformers", "huggingface_hub")
+FULL += ("tensorboard", "pydantic", "grpc", "rich", "treescope", "fsspec", "werkzeug", "PIL")
+FULL += ("anyio", "optree", "click", "pyarrow")
 PRESETS = {"core": CORE, "full": FULL}
 SPLITS = ("train", "dev", "test")
 
@@ -76,10 +76,7 @@ class Doc(NamedTuple):
 
 
 def source_files(package: str) -> dict[str, Path]:
-    """Returns the Python files of an installed package by `package/relative/path.py`, sorted.
-
-    Raises `InputError` when the package is not installed.
-    """
+    """Returns a package's files by `package/relative/path.py`; InputError if not installed."""
     if package == STDLIB:
         roots = [sysconfig.get_path("stdlib")]
     else:
@@ -145,13 +142,13 @@ def select(docs: Iterable[Doc]) -> list[Doc]:
     The first of equal docs is kept. A query shared by functions of different names is boilerplate, or
     asks for any of them: all its docs are dropped. Under one name one doc per package is kept.
     """
-    by_text = {}
+    by_text: dict[str, Doc] = {}
     for doc in docs:
         by_text.setdefault(doc.text, doc)
     by_query = defaultdict(list)
     for doc in by_text.values():
         by_query[doc.query.casefold()].append(doc)
-    selected = []
+    selected: list[Doc] = []
     for same_query in by_query.values():
         if len({name_key(doc.name) for doc in same_query}) == 1:
             by_package = {doc.package: doc for doc in reversed(same_query)}
@@ -180,7 +177,7 @@ def records(docs: Iterable[Doc]) -> dict[str, list[dict]]:
     Passages and queries are each shuffled by a hash, so neither order tells anything of the other.
     """
     passages, queries = [], defaultdict(list)
-    copies = Counter()
+    copies: Counter[str] = Counter()
     for doc in docs:
         passage_id = f"{doc.package}:{doc.name}"
         copies[passage_id] += 1
@@ -207,7 +204,7 @@ class Docstrings(prepared.Builder):
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
         del dl_manager
         splits = records(select(read_packages(PRESETS[self.builder_config.name])))
-        return {split: self._generate_examples(lambda r=rows: r) for split, rows in splits.items()}
+        return {split: self._generate_examples(rows.__iter__) for split, rows in splits.items()}
 
 
 def docstrings(data_dir: str | Path, *, preset: str) -> Collection:
@@ -247,12 +244,11 @@ def _names(
     """Returns the parts of a definition's public name; None for what is private or deprecated."""
     names = [*prefix, node.name]
     for decorator in node.decorator_list:
-        called = isinstance(decorator, ast.Call)
-        function = decorator.func if called else decorator
+        function = decorator.func if isinstance(decorator, ast.Call) else decorator
         kind = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
         if kind == "deprecated":
             return None
-        if kind in EXPORTERS and called:
+        if kind in EXPORTERS and isinstance(decorator, ast.Call):
             if not decorator.args:
                 # tf_export(v1=[...]): a name of TensorFlow 1 only.
                 return None

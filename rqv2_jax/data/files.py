@@ -1,19 +1,21 @@
-"""What readers share: finding files, gzipped or not, and reading lines, JSON objects and labels."""
+"""What readers share: finding files, gzipped or not, and reading lines, JSON objects and labels.
+
+What is missing, broken or malformed raises `InputError`, with the file, the line and the mend.
+"""
 
 import gzip
 import hashlib
+import io
 import json
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 
 from rqv2_jax.data.collection import Passage, Qrel
 from rqv2_jax.errors import InputError
 
-QRELS_HEADER = ("query-id", "corpus-id", "score")
 MAX_RELEVANCE = int(np.iinfo(np.int32).max)
 
 
@@ -33,11 +35,7 @@ def open_folder(path: str | Path, layout: str) -> Path:
 
 
 def find_file(folder: Path, *names: str) -> Path | None:
-    """Returns the file with one of these names (`*`: any text), plain or gzipped, or None.
-
-    Raises:
-      InputError: there are several.
-    """
+    """Returns the only file with one of these names (`*`: any text), gzipped or not, or None."""
     patterns = [pattern for name in names for pattern in (name, f"{name}.gz")]
     matches = sorted(
         file for pattern in patterns for file in folder.glob(pattern) if file.is_file()
@@ -68,17 +66,13 @@ def content_hash(files: list[Path]) -> str:
     return hashlib.sha256("\n".join(named).encode()).hexdigest()
 
 
-def opened(file: Path) -> IO[bytes]:
+def opened(file: Path) -> gzip.GzipFile | io.BufferedReader:
     """Opens a file for reading, unpacked if its name ends in `.gz`."""
     return gzip.open(file) if file.suffix == ".gz" else file.open("rb")
 
 
 def lines(file: Path) -> Iterator[tuple[int, str]]:
-    """Yields (line number from 1, text without its line end) of every line that is not blank.
-
-    Raises:
-      InputError: the file is not UTF-8, or a gzipped one is broken.
-    """
+    """Yields (line number from 1, text without its line end) of every line that is not blank."""
     number = 0
     try:
         with opened(file) as stream:
@@ -104,17 +98,14 @@ def labels(file: Path) -> Iterator[Qrel]:
     """Yields relevance labels in any of the field's formats, each pair once.
 
     Takes TREC's and MS MARCO's lines `qid 0 docid rel`, BEIR's `qid docid rel` with or without its
-    header line, and RocketQA's `qid docid`; columns are separated by white space.
-
-    Raises:
-      InputError: a line is none of these or unlike the first, or a pair has two relevances.
+    header line, and RocketQA's `qid docid`; columns are separated by white space, all lines are alike.
     """
     judged: dict[tuple[str, str], tuple[int, int]] = {}
     width = 0
     for number, line in lines(file):
         source = f"{file}:{number}"
         columns = line.split()
-        if number == 1 and tuple(columns) == QRELS_HEADER:
+        if number == 1 and columns == ["query-id", "corpus-id", "score"]:
             width = len(columns)
             continue
         width = width or len(columns)
@@ -150,12 +141,8 @@ def _relevance(source: str, text: str) -> int:
 
 
 def objects(file: Path, id_field: str) -> Iterator[tuple[str, str, dict]]:
-    """Yields (`path:line`, id, object) of a JSON-lines file whose objects have ids, each once.
-
-    Raises:
-      InputError: a line is no such object, or an id comes twice.
-    """
-    first_lines = {}
+    """Yields (`path:line`, id, object) of a JSON-lines file whose objects have ids, each once."""
+    first_lines: dict[str, int] = {}
     for number, line in lines(file):
         source = f"{file}:{number}"
         try:
@@ -197,11 +184,7 @@ def check_id(source: str, key: str) -> None:
 
 
 def text_of(source: str, value: dict, what: str, field: str = "text") -> str:
-    """Returns the text of a passage or query (`what`) in a JSON object, empty where it is null.
-
-    Raises:
-      InputError: the field is missing or no text.
-    """
+    """Returns the text of a passage or query (`what`) in a JSON object, empty where it is null."""
     if field not in value:
         raise InputError(f"{source}: {what} without `{field}`; add the field or remove the line")
     text = "" if value[field] is None else value[field]

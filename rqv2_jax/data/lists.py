@@ -53,10 +53,7 @@ class Candidates:
 
 @dataclasses.dataclass(frozen=True)
 class Lists:
-    """Lists of one positive and P-1 negatives, the positive first.
-
-    `query_rows_L`, `passages_LxP` row numbers; `provenance_LxP` of `Provenance`.
-    """
+    """Lists of one positive, first, and P-1 negatives: row numbers, and each one's `Provenance`."""
 
     query_rows_L: np.ndarray
     passages_LxP: np.ndarray
@@ -164,15 +161,12 @@ def draw(
     Every labelled positive of the candidates' queries heads one list. A share of the lists of queries
     with re-ranker scores is denoised; in the same proportion, the denoised positives head further
     lists, denoised too. Where fewer than `list_size - 1` candidates qualify, random passages fill the
-    list (`RANDOM_FILL`).
+    list (`RANDOM_FILL`). Raises InputError if lists are to be denoised and no candidate has a score.
 
     Args:
       positives_2xN: the labelled pairs of the split: query row, passage row.
       own_2xN: further pairs that are no negatives either, passages that are the query itself.
       num_passages: of the whole collection, to draw fills from.
-
-    Raises:
-      InputError: denoised lists are wanted and the re-ranker has not scored the candidates.
     """
     rng = np.random.default_rng([seed, epoch])
     never_negative_2xN = np.concatenate([positives_2xN, own_2xN], axis=1)
@@ -230,10 +224,10 @@ def _choose_heads(
     share: float,
     rng: np.random.Generator,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Returns all labelled positives and a share of the candidates found relevant.
+    """Returns all labelled positives and a share of the candidates found relevant, each [L].
 
-    As the number of the query among those of the candidates, the passage, its provenance, and whether
-    the list is denoised, each [L].
+    As the number of the query among the candidates', the passage, its provenance, and whether the list
+    is denoised.
     """
     number_of = {row: i for i, row in enumerate(candidates.query_rows_Q.tolist())}
     labelled = [
@@ -274,8 +268,7 @@ def _choose_negatives(
 def without_known_positives(lists: Lists, *, num_passages: int, seed: int) -> Lists:
     """Replaces negatives that head another list of the same query by random passages (`RANDOM_FILL`).
 
-    Raises:
-      InputError: the collection, of `num_passages`, has too few for that.
+    Raises InputError if the collection, of `num_passages`, has too few for that.
     """
     heads_2xL = np.stack([lists.query_rows_L, lists.passages_LxP[:, 0]])
     known_LxP = known_positive(heads_2xL, lists.query_rows_L, lists.passages_LxP, num_passages)
@@ -285,8 +278,7 @@ def without_known_positives(lists: Lists, *, num_passages: int, seed: int) -> Li
         passages_LxP=np.where(known_LxP, -1, lists.passages_LxP),
         provenance_LxP=np.where(known_LxP, np.uint8(Provenance.RANDOM_FILL), lists.provenance_LxP),
     )
-    barred_LxN = np.empty((len(known_LxP), 0), np.int64)
-    rng = np.random.default_rng(seed)
+    barred_LxN, rng = np.empty((len(known_LxP), 0), np.int64), np.random.default_rng(seed)
     _fill(filled, barred_LxN, heads_2xL, num_passages, rng)
     return filled
 

@@ -5,7 +5,7 @@ shards of batches).
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -13,6 +13,9 @@ WIDTH_MULTIPLE = 8
 SLACK = 1.01
 # A flat row's width in tokens, and the number of sequences it may hold, are multiples of these.
 FLAT_TOKENS, FLAT_SLOTS = 128, 16
+
+
+Array: TypeAlias = Any  # of NumPy or, in a compiled function, of JAX
 
 
 class Shape(NamedTuple):
@@ -32,18 +35,18 @@ class Block(NamedTuple):
     fewer than S, that of padding.
     """
 
-    tokens_RxT: np.ndarray
-    types_RxT: np.ndarray
-    positions_RxT: np.ndarray
-    sequence_RxT: np.ndarray
-    first_RxS: np.ndarray
+    tokens_RxT: Array
+    types_RxT: Array
+    positions_RxT: Array
+    sequence_RxT: Array
+    first_RxS: Array
 
 
 class Packed(NamedTuple):
     """N sequences: blocks, and which entry of all blocks' flattened `first_RxS` each sequence is."""
 
     blocks: tuple[Block, ...]
-    slot_N: np.ndarray
+    slot_N: Array
 
 
 class Ragged(NamedTuple):
@@ -128,9 +131,7 @@ def plan_flat(tokens: int, sequences: int) -> Shape:
 def pack(ragged: Ragged, shapes: Sequence[Shape]) -> Packed:
     """Lays the sequences into blocks: a row each, shortest first, or end to end into one flat row.
 
-    Raises:
-      ValueError: the rows are not as many as the sequences, or a sequence is longer than its row; or
-        the flat row is too short, or holds fewer sequences.
+    Raises ValueError if the rows do not hold them, or are not as many.
     """
     count = len(ragged.lengths_N)
     if shapes[0].slots > 1:
@@ -166,8 +167,9 @@ def pack(ragged: Ragged, shapes: Sequence[Shape]) -> Packed:
     for rows, width, slots in shapes:
         part = slice(start, start + rows * width)
         flats = (flat_tokens, flat_types, flat_positions, flat_sequence)
-        first_RxS = flat_first[slot : slot + rows * slots].reshape(rows, slots)
-        blocks.append(Block(*(flat[part].reshape(rows, width) for flat in flats), first_RxS))
+        arrays = [flat[part].reshape(rows, width) for flat in flats]
+        arrays.append(flat_first[slot : slot + rows * slots].reshape(rows, slots))
+        blocks.append(Block(*arrays))
         start, slot = part.stop, slot + rows * slots
     return Packed(tuple(blocks), slot_N.astype(np.int32))
 

@@ -46,7 +46,8 @@ def rows(texts: Collection, split: str) -> Iterator[dict]:
         yield row(query.id, "", query.text, labels.get(query.id, ()), query.answers)
 
 
-class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+# The argument is one of the base class, whose types are not read.
+class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
     """Base of the builders: the features, and records in the order in which they come."""
 
     def _info(self):

@@ -65,11 +65,7 @@ class Tokenizer:
 
 
 def load_tokenizer(folder: pathlib.Path, vocab_size: int) -> Tokenizer:
-    """Loads the tokenizer of a model folder.
-
-    Raises:
-      InputError: there is none, it lacks [CLS] or [SEP], or it has more tokens than the model.
-    """
+    """Loads a model folder's tokenizer; raises InputError for one that does not fit the model."""
     # Slow to import, and used by few stages.
     import transformers
 
@@ -110,10 +106,7 @@ def load_tokenizer(folder: pathlib.Path, vocab_size: int) -> Tokenizer:
 
 
 class _TextsWriter:
-    """A writer that appends tokenised texts to `<path>.bin`; `close` writes the offsets beside it.
-
-    The same goes to `<path>.pairs.bin` by the re-ranker's tokenizer, where that is another.
-    """
+    """A writer of `<path>.bin` and, by the re-ranker's tokenizer, `<path>.pairs.bin`, with offsets."""
 
     def __init__(self, path: pathlib.Path, tokenizer: Tokenizer):
         self.path, self.tokenizer = path, tokenizer
@@ -148,9 +141,6 @@ def prepare(collection: Collection, tokenizer: Tokenizer, folder: pathlib.Path) 
 
     A store made by another tokenizer, from other files or in another format is rebuilt, and so is one
     that is damaged. It appears under its name only when complete.
-
-    Raises:
-      InputError: whatever the readers find wrong with the files.
     """
     manifest = {
         "format": FORMAT,

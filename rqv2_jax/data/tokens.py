@@ -120,11 +120,7 @@ def remarks(folder: pathlib.Path) -> list[str]:
 
 
 def open_store(folder: pathlib.Path) -> Store:
-    """Opens a store; token arrays stay on disk until they are read.
-
-    Raises:
-      InputError: there is no store in `folder`, or it is damaged.
-    """
+    """Opens a store, arrays memory-mapped; raises InputError if it is not there or damaged."""
     path = folder / "manifest.json"
     if not path.is_file():
         raise InputError(f"{folder}: holds no token store; run rqv2_jax.main on this workdir first")

@@ -8,7 +8,7 @@ A queries (the tokens that attend), H heads, K size of a head, D hidden size.
 
 import functools
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,8 +36,7 @@ class Rows(NamedTuple):
 def implementation(choice: str, platform: str, head_sizes: Iterable[int]) -> str:
     """Returns the attention that a config asks for; "auto" depends on the platform and head sizes.
 
-    Raises:
-      InputError: the kernel is asked for, and cannot compute heads of such a size.
+    Raises InputError if the kernel is asked for, and cannot compute heads of such a size.
     """
     # Triton's products take powers of 2 from 16 on.
     fits = all(size >= 16 and size & (size - 1) == 0 for size in head_sizes)
@@ -60,10 +59,9 @@ def views(name: str, blocks: Blocks, *, first_only: bool = False) -> Spans | tup
         return tuple(_rows(block, first_only) for block in blocks)
     (block,) = blocks
     sequence_N = block.sequence_RxT.reshape(-1)
-    queries = *ragged_attention.token_spans(sequence_N), sequence_N >= 0
-    if first_only:
-        queries = tuple(x_N[block.first_RxS[0]] for x_N in queries)
-    return ragged_attention.spans(*queries, len(sequence_N))
+    start_N, end_N = ragged_attention.token_spans(sequence_N)
+    at = block.first_RxS[0] if first_only else slice(None)
+    return ragged_attention.spans(start_N[at], end_N[at], (sequence_N >= 0)[at], len(sequence_N))
 
 
 def _rows(block: Block, first_only: bool) -> Rows:
@@ -107,12 +105,13 @@ def by_rows(
 
 
 def _fused(name: str, qkv: Arrays, view: Rows) -> Array:
+    settings: dict[str, Any] = {"implementation": name}
     # Lengths alone where a row holds one sequence: a bias costs its gradient in every layer.
     if view.length_R is None:
-        mask = {"bias": view.bias_Rx1xAxT.astype(qkv[0].dtype)}
+        settings["bias"] = view.bias_Rx1xAxT.astype(qkv[0].dtype)
     else:
-        mask = dict.fromkeys(("query_seq_lengths", "key_value_seq_lengths"), view.length_R)
-    return jax.nn.dot_product_attention(*qkv, **mask, implementation=name)
+        settings |= dict.fromkeys(("query_seq_lengths", "key_value_seq_lengths"), view.length_R)
+    return jax.nn.dot_product_attention(*qkv, **settings)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))

@@ -228,7 +228,7 @@ def _remat(policy: str, *, in_loop: bool) -> type[Layer]:
 def states(config: BertConfig, params: Params, blocks: Blocks, key: Array | None) -> Array:
     """Returns the last layer's hidden states of all tokens [N, D]; without `key` nothing is dropped."""
     rngs = {} if key is None else {"dropout": key}
-    encoder = Encoder(config)
+    encoder: Any = Encoder(config)
     return encoder.apply({"params": params}, blocks, deterministic=key is None, rngs=rngs)
 
 

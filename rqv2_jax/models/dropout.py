@@ -11,9 +11,7 @@ import jax.numpy as jnp
 def survive(index: jax.Array, start: jax.Array, factor: jax.Array, rate: float) -> jax.Array:
     """Says which values are kept, a share 1 - `rate` of them: MurmurHash3's finaliser of their index.
 
-    Args:
-      index: uint32, of any shape.
-      start, factor: uint32 scalars, random bits.
+    `index` is uint32, of any shape; `start` and `factor` are uint32 scalars, random bits.
     """
     h = (index + start) * (factor | jnp.uint32(1))
     h = (h ^ (h >> jnp.uint32(16))) * jnp.uint32(0x85EBCA6B)

@@ -13,7 +13,7 @@ from rqv2_jax.data.tokenise import TOKENIZER_FILES
 from rqv2_jax.models import sbert
 from rqv2_jax.models.bert import BertConfig, Params
 from rqv2_jax.models.files import TENSORS
-from rqv2_jax.models.hf_config import KEYS
+from rqv2_jax.models.released import KEYS
 from rqv2_jax.models.weights import EMBEDDINGS, LAYERS
 
 
@@ -24,16 +24,14 @@ def save_encoder(
     params: Params,
     head: Params | None = None,
 ) -> None:
-    """Writes a folder that transformers opens: an encoder and its tokenizer.
+    """Writes a folder that transformers opens: an encoder and the tokenizer of `source`.
 
-    Args:
-      folder: made here.
-      source: the folder that training began from, whose tokenizer is copied.
-      head: params of a re-ranker's score. With a pooler, the folder is a sequence classifier with one
-        label; without, its vector goes to `2_Dense`, where CrossEncoder reads it.
+    `head` are the params of a re-ranker's score. With a pooler, the folder is a sequence classifier
+    with one label; without, the vector goes to `2_Dense`, where CrossEncoder reads it.
     """
     folder.mkdir(parents=True)
-    classifier = head is not None and "pooler" in head
+    head = head or {}
+    classifier = "pooler" in head
     # `weights` adds ERNIE's task embedding to that of the types, so the folder is a BERT's.
     described = {
         "model_type": "bert",
@@ -63,7 +61,7 @@ def save_encoder(
         tensors["bert.pooler.dense.bias"] = np.asarray(head["pooler"]["bias"])
         tensors |= _vector(head, "classifier")
     _save(folder, tensors)
-    if head is not None and not classifier:
+    if head and not classifier:
         (folder / "2_Dense").mkdir()
         _save(folder / "2_Dense", _vector(head, "linear"))
     for name in TOKENIZER_FILES:
@@ -84,10 +82,7 @@ def _save(folder: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
 def describe_retriever(folder: pathlib.Path, size: int, model: ConfigDict, length: int) -> None:
     """Adds the files by which sentence-transformers opens a tower.
 
-    Args:
-      size: of the vectors.
-      model: the resolved `config.model`.
-      length: most tokens of an input.
+    Its vectors have `size` columns, its inputs at most `length` tokens; `model` is the resolved one.
     """
     names = ["Transformer", "Pooling"] + ["Normalize"] * (model.similarity == "cosine")
     prompts = {"query": model.query_prompt, "document": model.passage_prompt}
@@ -110,10 +105,7 @@ def describe_retriever(folder: pathlib.Path, size: int, model: ConfigDict, lengt
 def describe_reranker(folder: pathlib.Path, size: int, head: str, length: int) -> None:
     """Adds the files by which CrossEncoder opens a re-ranker and gives its logits.
 
-    Args:
-      size: of the encoder's states.
-      head: "linear" or "pooler".
-      length: most tokens of an input.
+    Its states have `size` columns, its inputs at most `length` tokens; `head` is "linear" or "pooler".
     """
     settings = {"model_type": "CrossEncoder", "activation_fn": sbert.IDENTITY, "prompts": {}}
     names = ["Transformer"] + ["Pooling", "Dense"] * (head == "linear")
@@ -121,7 +113,7 @@ def describe_reranker(folder: pathlib.Path, size: int, head: str, length: int) -
     if head == "linear":
         pooling = {"word_embedding_dimension": size, "pooling_mode_cls_token": True}
         _write(folder / "1_Pooling" / "config.json", pooling)
-        dense = {"in_features": size, "out_features": 1, "bias": True}
+        dense: dict[str, Any] = {"in_features": size, "out_features": 1, "bias": True}
         dense |= {"activation_function": sbert.IDENTITY, "module_input_name": "sentence_embedding"}
         _write(folder / "2_Dense" / "config.json", {**dense, "module_output_name": "scores"})
 

@@ -1,4 +1,7 @@
-"""Model folders on disk: where they lie, their tensor files and their JSON files."""
+"""Model folders on disk: where they lie, their tensor files and their JSON files.
+
+What is missing or malformed raises `InputError`, with the file and the mend.
+"""
 
 import importlib.util
 import json
@@ -15,11 +18,7 @@ PICKLE = "pytorch_model.bin"
 
 
 def find_folder(weights: str, setting: str = "weights") -> pathlib.Path:
-    """Returns the model folder `weights` names: a path, or an installed package that carries `model/`.
-
-    Raises:
-      InputError: neither exists.
-    """
+    """Returns the model folder `weights` names: a path, or an installed package with `model/`."""
     folder = pathlib.Path(weights)
     if folder.is_dir():
         return folder
@@ -33,11 +32,7 @@ def find_folder(weights: str, setting: str = "weights") -> pathlib.Path:
 
 
 def tensor_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Returns the safetensors files of a model: one, or the shards that an index names.
-
-    Raises:
-      InputError: there are none, or a shard is missing.
-    """
+    """Returns the safetensors files of a model: one, or the shards that an index names."""
     if (folder / TENSORS).is_file():
         return [folder / TENSORS]
     index = folder / INDEX
@@ -71,15 +66,11 @@ def tensor_files(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def read_json(
-    path: pathlib.Path, kind: type = dict, *, optional: bool = False, **settings: Any
+    path: pathlib.Path, kind: type[Any] = dict, *, optional: bool = False, **settings: Any
 ) -> Any:
     """Returns the object, or list, in a JSON file; with `optional`, an empty one if there is no file.
 
-    Args:
-      settings: the types of some of the object's settings, where these are there and not null.
-
-    Raises:
-      InputError: the file holds something else.
+    `settings` are the types of some of the object's settings, where these are there and not null.
     """
     if optional and not path.is_file():
         return kind()

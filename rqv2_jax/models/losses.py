@@ -62,7 +62,7 @@ def entropy(log_p_BxP: jax.Array, *, where_BxP: jax.Array) -> jax.Array:
     return -jnp.sum(jnp.where(where_BxP, jnp.exp(log_p_BxP) * log_p_BxP, 0.0), axis=-1)
 
 
-# size: five of the nine parameters are the keys of `config.joint.loss`, given as they are.
+# size: nine parameters, the last five of them given as `**config.joint.loss`.
 def joint_distillation(
     retriever_BxP: jax.Array,
     reranker_BxP: jax.Array,
@@ -94,9 +94,6 @@ def joint_distillation(
     Returns:
       (loss, terms): a float32 scalar, and scalars to watch: the loss, both of its terms, and the mean
       entropy in nats of both models' distributions; near 0 their softmax is saturated and frozen.
-
-    Raises:
-      ValueError: an unknown choice.
     """
     for name, value, known in (
         ("kl_direction", kl_direction, KL_DIRECTIONS),

@@ -64,8 +64,7 @@ def tile_of(queries: int, keys: int) -> int:
 def token_spans(sequence_N: Array) -> tuple[Array, Array]:
     """Returns the first key and one past the last key that each token sees, both [N].
 
-    Args:
-      sequence_N: the number of each token's sequence; runs of equal numbers are one sequence.
+    `sequence_N` has the number of each token's sequence; runs of equal numbers are one sequence.
     """
     index_N = jnp.arange(len(sequence_N))
     changes_N = sequence_N[1:] != sequence_N[:-1]
@@ -137,9 +136,7 @@ def _seen(shape: _Shape, span_refs: tuple[Ref, Ref], query_tile: Array, key_tile
 def _dropped(shape: _Shape, x_qxk: Array, seed_ref: Ref, place: Arrays, seen: Arrays) -> Array:
     """Drops out weights: the same ones whenever query, key and head are the same.
 
-    Args:
-      place: the numbers of the head, of the tile of queries and of the tile of keys.
-      seen: from `_seen`.
+    `place` numbers the head, the tile of queries and the tile of keys; `seen` is from `_seen`.
     """
     if shape.rate == 0:
         return x_qxk
@@ -186,10 +183,8 @@ def _forward_kernel(shape: _Shape, *arrays: Ref) -> None:
 def _pulled_back(shape: _Shape, refs: list[Ref], place: Arrays, parts: Arrays) -> Arrays:
     """Returns the weights after dropout and the logits' gradient, both [q, k].
 
-    Args:
-      refs: the seed, the spans' starts and ends, `log_sum` and `delta`.
-      place: as in `_dropped`.
-      parts: queries, keys, values and gradients of the output at that place.
+    `refs` are the seed, the spans' starts and ends, `log_sum` and `delta`; `place` is as in `_dropped`;
+    `parts` are the queries, keys, values and gradients of the output there.
     """
     seed, start, end, log_sum, delta = refs
     head, query_tile, key_tile = place
@@ -327,10 +322,8 @@ def _attend_backward(heads: int, rate: float, longest: int, kept: tuple, back_Ax
     (query_AxD,) = call(_query_gradient_kernel, tiles, shape.queries, 1, keys_2xG)
     keys_and_values = call(_key_gradient_kernel, shape.keys // KEYS, shape.keys, 2, queries_2xC)
     if len(projections) == 1:
-        gradient = (jnp.concatenate([query_AxD, *keys_and_values], axis=1),)
-    else:
-        gradient = query_AxD, jnp.concatenate(keys_and_values, axis=1)
-    return gradient, None, None
+        return (jnp.concatenate([query_AxD, *keys_and_values], axis=1),), None, None
+    return (query_AxD, jnp.concatenate(keys_and_values, axis=1)), None, None
 
 
 attend.defvjp(_attend_forward, _attend_backward)

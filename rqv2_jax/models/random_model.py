@@ -2,6 +2,7 @@
 
 import functools
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +10,10 @@ import numpy as np
 
 from rqv2_jax.data.packing import Block
 from rqv2_jax.models import bert, exported
-from rqv2_jax.models.hf_config import KEYS
+from rqv2_jax.models.released import KEYS
 
 # BERT base (Devlin et al. 2019), with the four types of ERNIE 2.0 base.
-BASE = {
+BASE: dict[str, Any] = {
     field: default for field, default in KEYS.values() if field not in ("num_layers", "dropout")
 }
 BASE["type_vocab_size"] = 4
@@ -61,8 +62,7 @@ def write(name: str, folder: pathlib.Path) -> None:
 
     params = jax.tree_util.tree_map_with_path(draw, params_like(config))
     exported.save_encoder(folder, folder, config, params)
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    vocabulary = [*special, *WORDS]
-    vocabulary += [f"[unused{i}]" for i in range(config.vocab_size - len(vocabulary))]
-    vocabulary = {token: number for number, token in enumerate(vocabulary)}
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    tokens += [f"[unused{i}]" for i in range(config.vocab_size - len(tokens))]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
     transformers.BertTokenizer(vocab=vocabulary).save_pretrained(folder)

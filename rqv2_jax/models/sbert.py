@@ -124,10 +124,7 @@ class Description:
         return str(said)
 
     def prompts(self) -> dict[str, str]:
-        """Returns the prompts of the sides "query" and "passage".
-
-        Each side has its own, or the default one unless that belongs to the other side.
-        """
+        """Returns each side's prompt: its own, or the default one unless that is the other's."""
         path = self.settings_path
         given = self.settings.get("prompts") or {}
         if not isinstance(given, dict) or not all(isinstance(x, str) for x in given.values()):
@@ -199,7 +196,7 @@ class Description:
         path = folder / "config.json"
         said = {"use_residual": False, "module_output_name": ""}
         said |= read_json(path, optional=True)
-        wanted = {"out_features": 1, "bias": True, "use_residual": False}
+        wanted: dict[str, Any] = {"out_features": 1, "bias": True, "use_residual": False}
         wanted |= {"module_input_name": "sentence_embedding", "module_output_name": "scores"}
         for key, value in wanted.items():
             if said.get(key) != value:

@@ -1,7 +1,8 @@
 """Params from the tensors of Hugging Face BERT or ERNIE folders.
 
 Strict: every tensor is used once or belongs to a head that an encoder has no use for, every param comes
-from the files, every shape is what `config.json` promises, and every number is finite.
+from the files, every shape is what `config.json` promises, and every number is finite. Otherwise all
+functions raise InputError.
 """
 
 import contextlib
@@ -58,11 +59,7 @@ def _opened(path: pathlib.Path) -> Iterator[safe_open]:
 
 
 class _Tensors:
-    """The tensors of a folder by name, without the prefix `bert.` or `ernie.`; floats as float32.
-
-    Raises:
-      InputError: a file cannot be read, a name occurs twice, or a number is NaN or infinite.
-    """
+    """The tensors of a folder by name, without the prefix `bert.` or `ernie.`, in float32."""
 
     def __init__(self, folder: pathlib.Path):
         self.files: dict[str, pathlib.Path] = {}  # by name
@@ -90,11 +87,7 @@ class _Tensors:
         self.files[plain], self.arrays[plain] = path, tensor
 
     def take(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        """Removes a tensor and returns it.
-
-        Raises:
-          InputError: it is missing, or has another shape.
-        """
+        """Removes a tensor of this shape and returns it."""
         if name not in self.arrays:
             raise InputError(
                 f"{self.folder}: tensor {name!r} is missing; is this file of another model?"
@@ -127,11 +120,7 @@ def unused(folder: pathlib.Path, head: Head | None) -> list[str]:
 
 
 def load_encoder(folder: pathlib.Path, config: bert.BertConfig) -> bert.Params:
-    """Returns encoder params in the layout of `bert.Encoder`: float32 numpy, layers on axis 0.
-
-    Raises:
-      InputError: a tensor is missing, misshapen, not finite, or of no part of an encoder.
-    """
+    """Returns encoder params in the layout of `bert.Encoder`: float32 numpy, layers on axis 0."""
     tensors = _Tensors(folder)
     take = tensors.take
     d, f = config.hidden_size, config.intermediate_size
@@ -173,11 +162,7 @@ def load_encoder(folder: pathlib.Path, config: bert.BertConfig) -> bert.Params:
 
 
 def load_head(head: Head, size: int) -> bert.Params:
-    """Returns the params of a re-ranker's score over states of `size`, as `scoring` describes them.
-
-    Raises:
-      InputError: a tensor is missing, misshapen or not finite.
-    """
+    """Returns the params of a re-ranker's score over states of `size`, as in `scoring`."""
     tensors = _Tensors(head.folder)
     params: dict = {
         "kernel": tensors.take(f"{head.prefix}.weight", (1, size))[0],

@@ -30,10 +30,8 @@ def judge(
 ) -> Qrels:
     """Returns qrels of a run, in which every retrieved passage that holds an answer is relevant.
 
-    Args:
-      passages_QxK: passage rows, negative where there is none.
-      answers_Q: the answers of each query.
-      texts: text of every retrieved passage by its row, without its title, as `joined` gives it.
+    `passages_QxK` are rows, negative where there is none; `texts` has each one's text by its row,
+    without the title, as `joined` gives it.
     """
     hits = []
     for query, (passages_K, answers) in enumerate(zip(passages_QxK, answers_Q, strict=True)):

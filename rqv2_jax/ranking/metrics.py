@@ -36,10 +36,8 @@ def sort_run(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns the run `(passages_QxK, scores_QxK)` in rank order, by the module's tie rule.
 
-    Padding comes last, as passage -1 with score -inf; what score it had does not matter.
-
-    Raises:
-      InputError: a score is NaN, or a query has a passage twice.
+    Padding comes last, as passage -1 with score -inf; what score it had does not matter. Raises
+    InputError if a score is NaN, or a query has a passage twice.
     """
     present_QxK = passages_QxK >= 0
     passages_QxK = np.where(present_QxK, passages_QxK, -1)
@@ -76,16 +74,15 @@ def sort_run(
     return _reorder(np.lexsort((-id_order_QxK, -scores_QxK), axis=1), passages_QxK, scores_QxK)
 
 
-def _reorder(order_QxK: np.ndarray, *arrays_QxK: np.ndarray) -> tuple[np.ndarray, ...]:
-    return tuple(np.take_along_axis(array_QxK, order_QxK, axis=1) for array_QxK in arrays_QxK)
+def _reorder(
+    order_QxK: np.ndarray, passages_QxK: np.ndarray, scores_QxK: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    rows_Qx1 = np.arange(len(order_QxK))[:, None]
+    return passages_QxK[rows_Qx1, order_QxK], scores_QxK[rows_Qx1, order_QxK]
 
 
 def relevance_of(passages_QxK: np.ndarray, qrels: Qrels) -> np.ndarray:
-    """Returns relevance_QxK (int, 0 or more); padding and unjudged passages have 0.
-
-    Raises:
-      InputError: the qrels judge a pair twice.
-    """
+    """Returns relevance_QxK (int), 0 for padding and unjudged; InputError if judged twice."""
     query_rows_N, passage_rows_N, relevances_N = qrels
     if not len(query_rows_N):
         return np.zeros(passages_QxK.shape, np.int64)
@@ -106,11 +103,7 @@ def relevance_of(passages_QxK: np.ndarray, qrels: Qrels) -> np.ndarray:
 
 
 def judged_queries(qrels: Qrels) -> np.ndarray:
-    """Returns rows_J, ascending: the queries with a relevant passage, over which metrics are means.
-
-    Raises:
-      InputError: there is none.
-    """
+    """Returns rows_J, ascending: queries with a relevant passage; InputError if there is none."""
     query_rows_N, _, relevances_N = qrels
     rows_J = np.unique(query_rows_N[relevances_N >= 1])
     if not len(rows_J):
@@ -139,11 +132,7 @@ def ideal_dcg(qrels: Qrels, num_queries: int, k: int) -> np.ndarray:
 
 
 def parse_metric(name: str) -> tuple[str, int, int]:
-    """Returns measure, cutoff and least relevance of a name such as `nDCG@10` or `RR(rel=2)@10`.
-
-    Raises:
-      InputError: the name is not known.
-    """
+    """Returns measure, cutoff and least relevance of a name such as `nDCG@10` or `RR(rel=2)@10`."""
     match = re.fullmatch(r"(?:(RR|Success|R)(?:\(rel=([1-9]\d*)\))?|(nDCG))@([1-9]\d*)", name, re.A)
     if not match:
         raise InputError(
@@ -198,7 +187,8 @@ def evaluate(
     metrics that depend on all relevant passages (`R@k`, `nDCG@k`) cannot be measured.
 
     The run is put into rank order first. A judged query without results has 0; queries without a
-    relevant passage are left out (ir-measures counts those that have a judgement as 0).
+    relevant passage are left out (ir-measures counts those that have a judgement as 0). Raises
+    InputError for what cannot be measured, as `sort_run` and `relevance_of` do.
 
     - `RR@k`: 1 / rank of the first relevant passage, 0 if it is beyond k.
     - `Success@k`: 1 if the first k hold a relevant passage, else 0. Often called recall@k.
@@ -206,10 +196,6 @@ def evaluate(
     - `RR(rel=2)@k` and so on: the same where passages are relevant from 2 on. A query whose
       passages are all below has 0, so all metrics are over the same queries.
     - `nDCG@k`: gain is the relevance, the discount log2(rank + 1), the ideal over all judgements.
-
-    Raises:
-      InputError: an unknown name, one that cannot be measured, no relevant passage, a judged query
-        beyond the run, or what `sort_run` and `relevance_of` raise.
     """
     check_measurable(names, qrels[2] if rows_J is None else None)
     rows_J = judged_queries(qrels) if rows_J is None else rows_J

@@ -23,9 +23,7 @@ def paired_test(
     Under the null hypothesis a and b may be swapped for each query, so the sign of each difference
     may be flipped (Smucker, Allan and Carterette 2007). With at most 16 queries that differ all
     flips are counted and p is exact; else p = (1 + count) / (1 + permutations) over random flips.
-
-    Raises:
-      InputError: the two are not finite values of the same queries.
+    Raises InputError unless the two are finite values of the same queries.
     """
     a_Q, b_Q = np.asarray(a_Q, np.float64), np.asarray(b_Q, np.float64)
     finite = np.isfinite(a_Q).all() and np.isfinite(b_Q).all()

@@ -15,7 +15,7 @@ _COLUMNS = {6: (2, None, 4), 3: (1, 2, None), 4: (1, 2, 3)}
 
 
 def write_run(
-    path: str | os.PathLike[str],
+    path: Path,
     query_ids: Sequence[str],
     passage_ids: Sequence[str],
     passages_QxK: np.ndarray,
@@ -25,10 +25,8 @@ def write_run(
     """Writes the run in rank order as lines `qid Q0 docid rank score tag`, ranks from 1.
 
     Scores have the nine digits from which a float32 is restored exactly, so ties neither arise nor
-    vanish. The file is written under a temporary name and renamed when it is complete.
-
-    Raises:
-      InputError: an id or the tag is empty or has white space, or what `sort_run` raises.
+    vanish. The file is written under a temporary name and renamed when it is complete. Raises
+    InputError for an id or a tag that is empty or has white space, and as `sort_run`.
     """
     passages_QxK, scores_QxK = sort_run(passages_QxK, scores_QxK, passage_ids)
     listed_rows = np.unique(passages_QxK[passages_QxK >= 0]).tolist()
@@ -40,7 +38,6 @@ def write_run(
                     f"{path}: {what} {str(name)!r} is empty or has white space, which separates the"
                     " columns of a TREC run file: rename it"
                 )
-    path = Path(path)
     temporary = path.with_name(f"{path.name}.tmp")
     with open(temporary, "w", encoding="utf-8", newline="\n") as file:
         for query_id, passages_K, scores_K in zip(query_ids, passages_QxK, scores_QxK, strict=True):
@@ -52,22 +49,18 @@ def write_run(
     os.replace(temporary, path)
 
 
-def read_run(path: str | os.PathLike[str]) -> dict[str, list[tuple[str, float]]]:
+def read_run(path: Path) -> dict[str, list[tuple[str, float]]]:
     """Returns each query's `(passage id, score)` pairs in the order of a run file, gzipped or not.
 
     Takes TREC's lines `qid Q0 docid rank score tag`, MS MARCO's `qid docid rank`, in which minus the
     rank is the score, and RocketQA's `qid docid rank score`; columns are separated by white space. As
-    float32 the scores are bit for bit those that `write_run` was given.
-
-    Ranks are not read if there are scores, because these rank (`sort_run`). Empty lines are skipped.
-
-    Raises:
-      InputError: a line is none of these or unlike the first, a score or rank is no number, a passage
-        is listed twice for a query, or the file is not UTF-8 or cannot be read.
+    float32 the scores are bit for bit those that `write_run` was given. Ranks are not read if there are
+    scores, because these rank (`sort_run`). Raises InputError for any other line, and for a passage
+    that a query lists twice.
     """
     scores_by_query: dict[str, dict[str, float]] = {}
     width = 0
-    for number, line in files.lines(files.open_file(Path(path))):
+    for number, line in files.lines(files.open_file(path)):
         columns, where = line.split(), f"{path}:{number}"
         width = width or len(columns)
         if len(columns) != width or width not in _COLUMNS:

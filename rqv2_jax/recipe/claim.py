@@ -26,9 +26,7 @@ PLACES = ("model.weights:", "model.reranker.weights:")
 # What "auto" attention becomes depends on the device; both drop out weights.
 ATTENTION = ("model.attention: 'plain' -> 'ragged'", "model.attention: 'ragged' -> 'plain'")
 SOURCES = "sources.txt"
-PACKAGES = (
-    *("jax", "flax", "optax", "orbax-checkpoint", "tensorflow-cpu", "scann", "transformers"),
-)
+PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "tensorflow-cpu", "scann", "transformers")
 
 
 def open_workdir(
@@ -36,12 +34,8 @@ def open_workdir(
 ) -> Run:
     """Opens the run that made a workdir, on the devices at hand; says which stages are not finished.
 
-    Args:
-      data, weights, reranker_weights: new places of what has moved since, of the same content; the
-        last where the re-ranker came from another folder.
-
-    Raises:
-      InputError: the folder is no workdir, or the weights are not those it was made from.
+    `data`, `weights` and, if the re-ranker has others, `reranker_weights` are new places of what has
+    moved. Raises InputError if the folder is no workdir, or was made from other weights.
     """
     path = workdir / "config.json"
     if not path.is_file():
@@ -100,13 +94,7 @@ def _move(
 
 
 def _read_config(path: pathlib.Path) -> tuple[ml_collections.ConfigDict, bool]:
-    """Reads a workdir's config, and says whether an earlier version wrote it, without today's settings.
-
-    These get the values that held then.
-
-    Raises:
-      InputError: it is not what rqv2_jax.main wrote, or a version wrote it that this one cannot follow.
-    """
+    """Reads a workdir's config, and says whether an earlier version, with less in it, wrote it."""
     try:
         config = config_lib.loads(path.read_text())
         added, wrong = config_lib.complete(config)
@@ -142,10 +130,7 @@ def claim(run: Run) -> None:
     """Writes config.json, sources.txt and environment.json; a workdir belongs to one config.
 
     Settings of evaluation may change, and until joint training has begun those of `joint`. So may the
-    places of data and of model folders, while these hold the same.
-
-    Raises:
-      InputError: the workdir was made by another config.
+    places of data and of model folders, while these hold the same. Other changes raise InputError.
     """
     path = run.workdir / "config.json"
     hosts.from_first(lambda: _check_claim(run, path))
@@ -176,7 +161,7 @@ def _check_claim(run: Run, path: pathlib.Path):
         made_by, earlier = _read_config(path)
     _check_head(run, earlier, path)
     joint = run.workdir / "joint"
-    free = FREE if (joint / BEGUN).is_file() else (*FREE, "joint.")
+    free: tuple[str, ...] = FREE if (joint / BEGUN).is_file() else (*FREE, "joint.")
     if _same_sources(run):
         free += PLACES
     changed = [
@@ -214,11 +199,7 @@ def _sources(run: Run) -> str:
 
 
 def _same_sources(run: Run) -> bool:
-    """Says whether the workdir was made from what the model folders hold.
-
-    Raises:
-      InputError: it was made from something else.
-    """
+    """Says whether the workdir is known to be made from these models; InputError for others."""
     path = run.workdir / SOURCES
 
     def read():
@@ -241,9 +222,8 @@ def _same_sources(run: Run) -> bool:
 
 def _commit() -> str:
     """Returns the code's git commit, "" where there is none or no git."""
-    here = {"cwd": pathlib.Path(__file__).parent, "capture_output": True, "text": True}
+    command, here = ["git", "describe", "--always", "--dirty"], pathlib.Path(__file__).parent
     try:
-        command = ["git", "describe", "--always", "--dirty"]
-        return subprocess.run(command, check=False, **here).stdout.strip()
+        return subprocess.run(command, cwd=here, capture_output=True, text=True).stdout.strip()
     except OSError:
         return ""

@@ -1,6 +1,6 @@
 """Two run files on the same qrels: every metric of both, and whether they differ.
 
-Shape suffixes: J queries with a relevant passage, N labels.
+Files that cannot be used raise InputError. Shape suffixes: J queries with a relevant passage, N labels.
 """
 
 import pathlib
@@ -15,11 +15,7 @@ from rqv2_jax.ranking import metrics, significance, trec
 
 
 def read_qrels(path: pathlib.Path) -> dict[tuple[str, str], int]:
-    """Reads the relevance of every judged (query id, passage id), in any format of `files.labels`.
-
-    Raises:
-      InputError: there is no such file, or what `files.labels` raises.
-    """
+    """Reads the relevance of every judged (query id, passage id), as `files.labels` does."""
     return {(q.query_id, q.passage_id): q.relevance for q in files.labels(files.open_file(path))}
 
 
@@ -44,9 +40,6 @@ def compare(
 
     Returns:
       (a row for each metric, number of queries, how many of them a and b name).
-
-    Raises:
-      InputError: a file cannot be used, or a run shares no query with the qrels.
     """
     judged, runs = read_qrels(qrels), [trec.read_run(path) for path in (a, b)]
     query_ids = sorted({query for query, _ in judged})

@@ -42,10 +42,7 @@ class _Mine:
     def retrieve(
         self, rows: dict[str, np.ndarray], vectors: pathlib.Path, retriever: Callable[[], dict]
     ) -> Candidates:
-        """Returns the top passages of the queries in `rows`, by split.
-
-        `retriever()` gives the params; the corpus by them lies in the folder `vectors`.
-        """
+        """Returns top passages by the params `retriever()`; `vectors` is the corpus's folder."""
         config, forward = self.run.config, self.run.forward
 
         def candidates(split: str, depth: int) -> lists_lib.Candidates:
@@ -62,18 +59,15 @@ class _Mine:
 
             path = self.folder / f"{split}.retrieved.npz"
             kept = artifacts.cached(path, self.source, compute)
-            arrays = [kept[name] for name in ("query_rows", "passages", "scores")]
-            return lists_lib.Candidates(*arrays, np.full(arrays[2].shape, np.nan, np.float32))
+            unseen_QxN = np.full(kept["scores"].shape, np.nan, np.float32)
+            ranking = kept["query_rows"], kept["passages"], kept["scores"]
+            return lists_lib.Candidates(*ranking, unseen_QxN)
 
         depths = {"train": config.mine.depth, "dev": config.dev.depth}
         return {split: candidates(split, depths[split]) for split in rows}
 
     def score(self, candidates: Candidates, reranker: Callable[[], dict]) -> Candidates:
-        """Returns the candidates with scores by the params `reranker()`, asked for only if needed.
-
-        Those that `config.mine` says and all of the dev queries get one, the others keep NaN; none does
-        unless joint lists are to be denoised.
-        """
+        """Returns the candidates with the scores that `config` wants; all others keep NaN."""
         config, reranker = self.run.config, functools.cache(reranker)
         if config.joint.denoised_share == 0:
             return candidates
@@ -132,11 +126,7 @@ def warmed_up(run: Run) -> str:
 
 
 def mined(run: Run) -> tuple[tokens.Store, Candidates, collection.Collection]:
-    """Opens the token store, the candidates and the texts of a workdir that has finished mining.
-
-    Raises:
-      InputError: it has not, or the texts have changed since.
-    """
+    """Opens a workdir's token store, candidates and texts; InputError if mining has not ended."""
     lists, share = run.workdir / "lists", run.config.joint.denoised_share
     if not (lists / ("dev.scores" if share > 0 else "dev.retrieved.npz")).exists():
         raise InputError(
@@ -153,10 +143,7 @@ def refresh(
     """Returns new candidates of the same queries by both models as they are at a step.
 
     They are kept in `lists/`. A run that resumes at a later step has no `params` of this one (None),
-    and reads its candidates there.
-
-    Raises:
-      InputError: then they are not there, or damaged.
+    and reads its candidates there; raises InputError if they are gone or damaged.
     """
     folder = run.workdir / "lists" / f"joint.{step:07}"
 
@@ -252,11 +239,7 @@ def _warn_of_missing(mine: ml_collections.ConfigDict, p_U: np.ndarray, lists: li
 
 
 def read_lists(run: Run) -> tuple[tokens.Store, lists_lib.Lists]:
-    """Reads the joint lists of the file the config names, with a token store of their own in `lists/`.
-
-    Raises:
-      InputError: the file cannot be used.
-    """
+    """Reads the joint lists of the config's file, with a token store of their own in `lists/`."""
     settings = run.config.joint
     texts, given = joint_tsv.read(pathlib.Path(settings.lists), settings.list_size)
     folder = run.workdir / "lists" / "given"

@@ -1,6 +1,7 @@
 """Models, tokenizer and inputs of a config, which its model folders fill in where it leaves them open.
 
-The config overrides the folders. What it overrides, and what of a folder is left unused, is a note.
+The config overrides the folders. What it overrides, and what of a folder is left unused, is a note. A
+config or a folder that cannot be used raises InputError.
 """
 
 import pathlib
@@ -14,7 +15,7 @@ from rqv2_jax import config_check
 from rqv2_jax.data import tokenise
 from rqv2_jax.data.inputs import Inputs
 from rqv2_jax.errors import InputError
-from rqv2_jax.models import attention, bert, hf_config, released, sbert, weights
+from rqv2_jax.models import attention, bert, released, sbert, weights
 from rqv2_jax.models import scoring as models_lib
 
 # The scale that sentence-transformers trains cosines with.
@@ -31,11 +32,7 @@ class Opened(NamedTuple):
 
 
 def open_models(config: ml_collections.ConfigDict) -> Opened:
-    """Reads the model folders of a config, and fills in from them what it leaves open.
-
-    Raises:
-      InputError: the config or a folder cannot be used.
-    """
+    """Reads the model folders of a config, and fills in from them what it leaves open."""
     config_check.check(config)
     sources = released.find(config.model.weights, config.model.reranker.weights)
     query, passage, reranker = sources
@@ -76,7 +73,7 @@ def open_models(config: ml_collections.ConfigDict) -> Opened:
     config.model.attention = attention.implementation(config.model.attention, backend, sizes)
     if isinstance(query.head, sbert.Head):
         notes.append(f"{query.folder}: is a re-ranker; the retriever starts from its encoder alone")
-    notes += _left_unused(sources)
+    notes += _left_unused(sources, head)
     models = models_lib.Models(
         retriever=shape,
         reranker=reranker_shape,
@@ -88,11 +85,11 @@ def open_models(config: ml_collections.ConfigDict) -> Opened:
     return Opened(config, sources, models, list(dict.fromkeys(notes)))
 
 
-def _left_unused(sources: released.Sources) -> list[str]:
+def _left_unused(sources: released.Sources, head: sbert.Head | None) -> list[str]:
     """Returns a note for each folder with tensors that neither model reads."""
     notes = []
     for folder in dict.fromkeys(source.folder for source in sources):
-        names = weights.unused(folder, sources.reranker.head)
+        names = weights.unused(folder, head)
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         if names:
             notes.append(f"{folder}: tensors left unused: {', '.join(names[:3])}{more}")
@@ -122,11 +119,7 @@ def _check_inputs(
 
 
 def _open_tokenizer(opened: Opened) -> tokenise.Tokenizer:
-    """Reads the retriever's tokenizer, with the re-ranker's beside it where that is another.
-
-    Raises:
-      InputError: one cannot be used, or a prompt ends inside a word.
-    """
+    """Reads the retriever's tokenizer, with the re-ranker's beside it where that is another."""
     query, passage, reranker = opened.sources
     models, model = opened.models, opened.config.model
     tokenizer = _load_tokenizer(query, models.retriever)
@@ -165,11 +158,7 @@ def _prompt(setting: str) -> str:
 
 
 def open_inputs(config: ml_collections.ConfigDict) -> tuple[Opened, tokenise.Tokenizer, Inputs]:
-    """Opens the models of a config with their tokenizer, and how they read its tokens.
-
-    Raises:
-      InputError: the config or one of them cannot be used.
-    """
+    """Opens the models of a config with their tokenizer, and how they read its tokens."""
     opened = open_models(config)
     tokenizer, data, model = _open_tokenizer(opened), opened.config.data, opened.config.model
     pairs = tokenizer.pairs or tokenizer
@@ -200,7 +189,7 @@ def _read_shape(
     model: ml_collections.ConfigDict, own: ml_collections.ConfigDict, folder: pathlib.Path
 ) -> bert.BertConfig:
     """Returns a folder's encoder; `own` is the part of `config.model` for it; layers are in a loop."""
-    return hf_config.read_config(
+    return released.read_config(
         folder,
         num_layers=own.num_layers,
         dropout=own.dropout,
@@ -217,9 +206,6 @@ def resolve(
     """Returns a copy of the config with what it left to the folders, and notes for people.
 
     Resolving what is resolved changes nothing. Each setting that overrides a folder has a note.
-
-    Raises:
-      InputError: a folder says what is not understood, and the config does not override it.
     """
     resolved, notes = config_lib.loads(config_lib.dumps(config)), []
     query, passage, reranker = sources

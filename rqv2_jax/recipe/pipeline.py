@@ -21,21 +21,15 @@ from rqv2_jax.data.readers import joint_tsv
 from rqv2_jax.errors import InputError
 from rqv2_jax.recipe import evaluation, mining, results
 from rqv2_jax.recipe.claim import claim
-from rqv2_jax.recipe.dev import Dev
 from rqv2_jax.recipe.run import Run, open_run
-from rqv2_jax.recipe.scoreboard import check_metrics
-from rqv2_jax.recipe.stage import train_stage
+from rqv2_jax.recipe.stage import Dev, train_stage
 from rqv2_jax.recipe.texts import open_collection, open_store
 from rqv2_jax.recipe.workdir import alone, begun, finished
 from rqv2_jax.training import train
 
 
 def main(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
-    """Runs every stage that is not finished.
-
-    Raises:
-      InputError: config, data, weights or workdir cannot be used; nothing is lost.
-    """
+    """Runs every stage that is not finished; raises InputError, with nothing lost, if it cannot."""
     run = open_run(config, workdir)
     with alone(workdir):
         claim(run)
@@ -85,11 +79,7 @@ def finish(
 
 
 def prepare(run: Run) -> tokens.Store:
-    """Makes the token store of the collection in `data/`.
-
-    Raises:
-      InputError: it cannot be used, or its test labels cannot give the metrics that are wanted.
-    """
+    """Makes the token store in `data/`; raises InputError if it cannot give what training needs."""
     folder = run.workdir / "data" / "tokens"
 
     def make():
@@ -104,7 +94,7 @@ def prepare(run: Run) -> tokens.Store:
 
     hosts.from_first(make)
     store = open_store(run)
-    check_metrics(run.config.evaluate, store.splits["test"])
+    evaluation.check_metrics(run.config.evaluate, store.splits["test"])
     counts = ", ".join(f"{len(q.ids)} {split}" for split, q in store.splits.items())
     tqdm.tqdm.write(f"  {len(store.passage_ids)} passages; queries: {counts}")
     for line in (*tokens.remarks(folder), *own_texts.remarks(store)):
@@ -172,10 +162,7 @@ def _forget_refreshed(workdir: pathlib.Path):
 def export_lists(run: Run, path: pathlib.Path) -> None:
     """Writes the lists of joint training, as they were drawn, as a joint TSV file.
 
-    Training deals them to batches by length.
-
-    Raises:
-      InputError: there are no candidates yet, or they are not the lists' only source.
+    Training deals them to batches by length. Raises InputError unless all were drawn from candidates.
     """
     for setting in ("lists", "refresh_every"):
         if run.config.joint[setting]:

@@ -29,15 +29,10 @@ def source_of(run: Run, store: tokens.Store, state: str) -> str:
     return f"{run.origin(state=state, model='retriever')} {store.fingerprint}"
 
 
-def cached(path: pathlib.Path, source: str, search: Callable[[], Ranking | None]) -> Ranking | None:
-    """Returns a ranking as `artifacts.cached` keeps it; None, on the first host, for none."""
-
-    def compute():
-        ranking = search()
-        return {} if ranking is None else dict(zip(("passages", "scores"), ranking))
-
-    arrays = artifacts.cached(path, source, compute)
-    return (arrays["passages"], arrays["scores"]) if arrays else None
+def _cached(path: pathlib.Path, source: str, search: Callable[[], Ranking]) -> Ranking:
+    """Returns a ranking as `artifacts.cached` keeps it."""
+    arrays = artifacts.cached(path, source, lambda: dict(zip(("passages", "scores"), search())))
+    return arrays["passages"], arrays["scores"]
 
 
 def retrieve(
@@ -48,11 +43,10 @@ def retrieve(
     *,
     state: str,
     index_name: str,
-) -> Ranking | None:
+) -> Ranking:
     """Returns what the retriever of a state finds for some of the queries, by "exact" or "scann".
 
-    K is `config.evaluate.retrieve_depth`. ScaNN searches on the first of several hosts; the others get
-    None.
+    K is `config.evaluate.retrieve_depth`. By ScaNN only the first of several hosts gets anything.
     """
     settings, stage = run.config.evaluate, run.trained_by(state=state, model="retriever")
     source, towers = source_of(run, store, state), run.params(state=state, model="retriever")
@@ -68,7 +62,7 @@ def retrieve(
         searcher = index.build_scann(shards, settings.scann, depth, folder, source)
         ranking = index.scann_search(searcher, vectors_QxD, depth)
     else:
-        return None
+        return np.empty((0, 0), np.int64), np.empty((0, 0), np.float32)
     # By the tie rule, so that the re-ranker's cut does not depend on the order of the corpus.
     return own_texts.without(*metrics.sort_run(*ranking, store.passage_ids), own_Q)
 
@@ -85,7 +79,7 @@ def retrieve_split(
     def by(name: str, source: str) -> Ranking:
         how = {"state": state, "index_name": name}
         path = run.workdir / "eval" / f"{split}.{stage}.{name}.npz"
-        return cached(path, source, lambda: retrieve(run, store, queries, rows_Q, **how))
+        return _cached(path, source, lambda: retrieve(run, store, queries, rows_Q, **how))
 
     exact = by("exact", source)
     if index_name == "exact":
@@ -119,10 +113,7 @@ def _reading(run: Run) -> tuple:
 
 
 def by_released(run: Run, store: tokens.Store, split: str, rows_Q: np.ndarray) -> Ranking | None:
-    """Returns what the starting retriever finds at its own length and similarity, by exact search.
-
-    None, with a line that says why, where it is left out.
-    """
+    """Returns what the starting retriever finds as released; None, with a line, if left out."""
     queries, settings = store.splits[split], run.config.evaluate
     if _too_large("released", settings.released.most_passages, store):
         return None
@@ -149,7 +140,7 @@ def by_released(run: Run, store: tokens.Store, split: str, rows_Q: np.ndarray) -
 
     asked = f"{source} {queries.fingerprint} {settings.retrieve_depth}"
     path = run.workdir / "eval" / f"{split}.released.npz"
-    return cached(path, artifacts.digest(asked, rows_Q, own_Q), search)
+    return _cached(path, artifacts.digest(asked, rows_Q, own_Q), search)
 
 
 def by_bm25(run: Run, store: tokens.Store, split: str, rows_Q: np.ndarray) -> Ranking | None:
@@ -165,14 +156,14 @@ def by_bm25(run: Run, store: tokens.Store, split: str, rows_Q: np.ndarray) -> Ra
         return None
     own_Q = own_texts.of_rows(queries, rows_Q)
 
-    def search():
+    def search() -> dict[str, np.ndarray]:
         if not hosts.first():
-            return None
+            return {}
         try:
             texts = texts_of(run, store.fingerprint)
         except InputError as e:
             tqdm.tqdm.write(f"  bm25: left out, as the texts cannot be read ({e})")
-            return None
+            return {}
         strings = queries.strings or tuple(query.text for query in texts.queries(split))
         passages = (f"{p.title} {p.text}" if titles else p.text for p in texts.passages())
         depth = own_texts.deeper(settings.retrieve_depth, own_Q)
@@ -183,10 +174,11 @@ def by_bm25(run: Run, store: tokens.Store, split: str, rows_Q: np.ndarray) -> Ra
                 "  bm25: left out, as no query has a word of a passage; words are runs of two letters "
                 "or more, which does not do for languages written without spaces"
             )
-            return None
-        return metrics.sort_run(*ranking, store.passage_ids)
+            return {}
+        return dict(zip(("passages", "scores"), metrics.sort_run(*ranking, store.passage_ids)))
 
     method = json.dumps(bm25.described(settings.bm25), sort_keys=True)
     source = f"{store.fingerprint} {queries.fingerprint} {method} {titles} "
     source = artifacts.digest(source + str(settings.retrieve_depth), rows_Q, own_Q)
-    return cached(run.workdir / "eval" / f"{split}.bm25.npz", source, search)
+    arrays = artifacts.cached(run.workdir / "eval" / f"{split}.bm25.npz", source, search)
+    return (arrays["passages"], arrays["scores"]) if arrays else None

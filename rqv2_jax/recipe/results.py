@@ -45,9 +45,8 @@ def verdict(tests: list[dict]) -> list[str]:
 def advice(run: Run, store: tokens.Store, worse: set, reachable: dict[str, float]) -> list[str]:
     """Returns facts of a run that may be why its models are worse than what they should beat.
 
-    Args:
-      worse: (state, model, index) of those models.
-      reachable: by index, the share of queries with a relevant passage among the re-ranked ones.
+    `worse` has their (state, model, index); `reachable`, by index, the share of queries with a relevant
+    passage among the re-ranked ones.
     """
     models = {model for _, model, _ in worse}
     lines = _truncation(run, store, models) + _training(run, store, worse)
@@ -73,11 +72,11 @@ def cut_by(inputs: Inputs, store: tokens.Store) -> dict[str, float]:
         "passage_length": lambda inputs: inputs.passage_lengths(store, rows_N),
         "pair_length": lambda inputs: inputs.pair_lengths(store, asked, any_N, rows_N),
     }
-    shares = {}
-    for setting, lengths in measures.items():
-        full_N = lengths(dataclasses.replace(inputs, **{setting: 2**30}))
-        shares[setting] = 1 - float(lengths(inputs).sum() / full_N.sum())
-    return shares
+    full = dataclasses.replace(inputs, query_length=2**30, passage_length=2**30, pair_length=2**30)
+    return {
+        setting: 1 - float(lengths(inputs).sum() / lengths(full).sum())
+        for setting, lengths in measures.items()
+    }
 
 
 def _truncation(run: Run, store: tokens.Store, models: set[str]) -> list[str]:
@@ -153,7 +152,7 @@ def _table(rows: list[dict]) -> list[str]:
     columns = {column: [row[column] for row in rows] for column in ("state", "model", "index")}
     widths = {column: max(map(len, (column, *cells))) for column, cells in columns.items()}
     first = sum(widths.values()) + len(widths) - 1
-    parts, left = [[]], WIDTH - first
+    parts, left = [list[str]()], WIDTH - first
     for metric in rows[0]["metrics"]:
         width = 1 + max(6, len(metric))
         if parts[-1] and width > left:

@@ -14,7 +14,7 @@ from rqv2_jax.data import files, tokenise
 from rqv2_jax.data.inputs import Inputs
 from rqv2_jax.errors import InputError
 from rqv2_jax.models import files as model_files
-from rqv2_jax.models import released, weights
+from rqv2_jax.models import released, sbert, weights
 from rqv2_jax.models import scoring as models_lib
 from rqv2_jax.recipe import opening
 from rqv2_jax.recipe.workdir import begun
@@ -56,7 +56,7 @@ class Run:
             return self.sharding.put_params(params)
         config, head = self.models.reranker, self.sources.reranker.head
         encoder = weights.load_encoder(reranker, config)
-        if head is None:
+        if not isinstance(head, sbert.Head):
             params = models_lib.init_reranker(encoder, config, jax.random.key(self.config.seed))
         else:
             params = {"encoder": encoder, "head": weights.load_head(head, config.hidden_size)}
@@ -75,7 +75,7 @@ class Run:
         """Returns the hash of the weight files that all models start from."""
         folders = [source.folder for source in self.sources]
         head = self.sources.reranker.head
-        if head is not None and head.folder not in folders:
+        if isinstance(head, sbert.Head) and head.folder not in folders:
             folders.append(head.folder)
         tensors = [file for folder in folders for file in model_files.tensor_files(folder)]
         return files.content_hash(tensors)
@@ -106,13 +106,11 @@ def open_run(
     """Checks the config, the model folders and the devices; prints, unless `quiet`, what it overrides.
 
     Unless JAX has been given a folder for what it compiles, that becomes `.compiled` beside the
-    workdir, so that a program is compiled only once.
-
-    Raises:
-      InputError: one of them cannot be used.
+    workdir, so that a program is compiled only once. Raises InputError for what cannot be used.
     """
     (config, sources, models, notes), tokenizer, inputs = opening.open_inputs(config)
-    if jax.config.jax_compilation_cache_dir is None:
+    # Options become attributes when they are defined, which mypy does not see.
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         compiled = workdir.resolve().parent / ".compiled"
         jax.config.update("jax_compilation_cache_dir", str(compiled))
     # A rolled loop stacks all activations kept for the gradient; copying them costs a CPU a quarter of

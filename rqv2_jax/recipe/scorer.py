@@ -60,10 +60,8 @@ def open_scorer(
 ) -> Scorer:
     """Opens the models of a workdir in a state: "reranker" (both warmed up) or "joint".
 
-    Weights that have moved since are given as for `open_workdir`.
-
-    Raises:
-      InputError: no workdir, or the state has not been reached.
+    Weights that have moved since are given as for `open_workdir`. Raises InputError as that does, and
+    for a state that has not been reached.
     """
     places = {"weights": weights, "reranker_weights": reranker_weights}
     run = open_workdir(pathlib.Path(workdir), **places)
@@ -74,18 +72,11 @@ def open_scorer(
 def search(
     run: Run, store: tokens.Store, queries: tokens.Queries, *, state: str, index_name: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Searches for queries by both models of a state of a run.
-
-    Args:
-      state: "reranker" (both warmed up) or "joint".
-      index_name: "exact" or "scann".
+    """Searches for queries by both models of a state of a run: "reranker" or "joint".
 
     Returns:
       (passage rows [Q, K], retriever scores [Q, K], re-ranker scores [Q, R]), the best by the
       retriever first; K is `config.evaluate.retrieve_depth`, R `rerank_depth`.
-
-    Raises:
-      InputError: the state has not been reached.
     """
     rows_Q, params = np.arange(len(queries.ids)), run.params(state=state, model="reranker")
     how = {"state": state, "index_name": index_name}

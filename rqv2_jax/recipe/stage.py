@@ -1,4 +1,7 @@
-"""One training stage from its lists to its end: batches, dev scores, checkpoints, TensorBoard."""
+"""One training stage from its lists to its end: batches, dev scores, checkpoints, TensorBoard.
+
+Shape suffixes: Q queries, K passages of a query, N passages of the pool, D vector size.
+"""
 
 import contextlib
 import functools
@@ -7,17 +10,81 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import ml_collections
+import numpy as np
 import tqdm
 
 from rqv2_jax import artifacts, hosts, optional
 from rqv2_jax.data import lists as lists_lib
-from rqv2_jax.data import tokens
+from rqv2_jax.data import own_texts, tokens
 from rqv2_jax.data.batches import BatchLayout, ListBatches
-from rqv2_jax.recipe.dev import DEV_METRIC, Dev
+from rqv2_jax.ranking import metrics
 from rqv2_jax.recipe.run import Run
 from rqv2_jax.recipe.workdir import begin, finish_stage, finished
+from rqv2_jax.retrieval import encode, index, rerank
+from rqv2_jax.retrieval.stream import Forward
 from rqv2_jax.training import stages, train
 from rqv2_jax.training.checkpoint import Checkpoints, best_step
+
+DEV_METRIC = "RR@10"
+
+
+class Dev:
+    """Measures both models on dev queries during training, on a fixed pool of passages.
+
+    The retriever ranks a pool: the positives of the dev queries, their candidates if there are any,
+    and random passages up to `config.dev.pool`. The re-ranker re-ranks each query's candidates.
+    """
+
+    def __init__(
+        self,
+        config: ml_collections.ConfigDict,
+        forward: Forward,
+        store: tokens.Store,
+        candidates: lists_lib.Candidates | None,
+    ):
+        self.forward, self.store, self.queries = forward, store, store.splits["dev"]
+        if candidates is None:
+            rows_Q = lists_lib.subset(len(self.queries.ids), config.dev.queries, config.seed)
+            passages_QxK = np.empty((len(rows_Q), 0), np.int64)
+        else:
+            rows_Q, passages_QxK = candidates.query_rows_Q, candidates.passages_QxN
+        order_Q = np.argsort(rows_Q)
+        self.rows_Q, self.candidates_QxK = rows_Q[order_Q], passages_QxK[order_Q]
+        self.qrels = self.queries.labels_of(self.rows_Q)
+        pool = np.unique(np.append(self.qrels[1][self.qrels[2] > 0], passages_QxK))
+        others = np.setdiff1d(np.arange(len(store.passage_ids)), pool)
+        others = np.random.default_rng(config.seed).permutation(others)
+        fill = max(config.dev.pool - len(pool), 0)
+        self.pool_N = np.sort(np.append(pool, others[:fill]))
+
+    def scores(self, params: dict[str, Any]) -> dict[str, float]:
+        """Returns `DEV_METRIC` of each model whose params these are."""
+        measures = {"retriever": self.retriever, "reranker": self.reranker}
+        return {model: measures[model](tree) for model, tree in params.items()}
+
+    def retriever(self, params: dict[str, Any]) -> float:
+        """Returns RR@10 of the retriever over the pool."""
+        passages_NxD = encode.passages(self.forward, params["passage"], self.store, self.pool_N)
+        queries_QxD = encode.queries(self.forward, params["query"], self.queries.texts, self.rows_Q)
+        own_Q = own_texts.of_rows(self.queries, self.rows_Q)
+        depth = own_texts.deeper(10, own_Q)
+        rows_QxK, scores_QxK = index.exact(queries_QxD, [passages_NxD], depth)
+        return self._score(*own_texts.without(self.pool_N[rows_QxK], scores_QxK, own_Q))
+
+    def reranker(self, params: dict[str, Any]) -> float:
+        """Returns RR@10 of the re-ranker over each query's candidates."""
+        pairs = self.store, self.queries.texts, self.rows_Q, self.candidates_QxK
+        return self._score(self.candidates_QxK, rerank.scores(self.forward, params, *pairs))
+
+    def _score(self, passages_QxK: np.ndarray, scores_QxK: np.ndarray) -> float:
+        if np.isnan(scores_QxK).any():
+            # Training stops at it with a message that names the stage and the step.
+            return np.nan
+        values = metrics.evaluate(
+            passages_QxK, scores_QxK, self.store.passage_ids, self.qrels, [DEV_METRIC]
+        )
+        return float(values[DEV_METRIC].mean())
 
 
 def stage_batches(
@@ -90,25 +157,24 @@ def train_stage(
 ) -> None:
     """Runs one training stage to its end, from its last checkpoint if there is one.
 
+    Raises InputError if it has begun with other lists or params, or its numbers are not finite.
+
     Args:
       origin: names `params`; with the lists it says whether a checkpoint is of this training.
       redraw: `redraw(step, state, number)` gives that many lists for the steps from `step` on, a
         multiple of the stage's `refresh_every`; `state` may be a later one, of a run that resumes.
         None if all steps are made of `lists`.
-
-    Raises:
-      InputError: it has begun with other lists or params, or its numbers are not finite.
     """
     settings, stage = run.config[name], stages.make_stage(run.config, run.models, name)
     folder, steps = run.workdir / name, len(lists.query_rows_L) // settings.batch
     trained_on = f"{origin} {store.fingerprint}"
     trained_on = artifacts.digest(trained_on, lists.query_rows_L, lists.passages_LxP)
-    done = finished(folder)
-    batches = None if done else stage_batches(run, store, name, stage, lists)
-    begin(folder, trained_on)
-    if done:
+    if finished(folder):
+        begin(folder, trained_on)
         tqdm.tqdm.write(f"  done; best on dev at step {best_step(folder)} of {steps}")
         return
+    batches = stage_batches(run, store, name, stage, lists)
+    begin(folder, trained_on)
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(folder)))
         optimizer = train.make_optimizer(run.config.optimizer, settings, steps, stage.rates)
@@ -121,7 +187,7 @@ def train_stage(
         start = int(state.step) // every * every if int(state.step) < steps else steps
         for first in range(start, steps, every):
             stop = min(first + every, steps)
-            if first > 0:
+            if redraw and first > 0:
                 lists = redraw(first, state, (stop - first) * settings.batch)
                 batches = stage_batches(run, store, name, stage, lists)
 

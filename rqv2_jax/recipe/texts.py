@@ -41,11 +41,7 @@ def _load(module: str):
 
 
 def open_store(run: Run) -> tokens.Store:
-    """Opens the token store of a workdir, made again if it is damaged; queries' own texts are marked.
-
-    Raises:
-      InputError: there is none; or it is damaged, and its texts have changed or are gone.
-    """
+    """Opens a workdir's token store, queries' own texts marked; made again if it is damaged."""
     folder = run.workdir / "data" / "tokens"
 
     def mend():
@@ -61,11 +57,7 @@ def open_store(run: Run) -> tokens.Store:
 
 
 def texts_of(run: Run, fingerprint: str) -> collection.Collection:
-    """Returns the texts and labels that a token store of this fingerprint was made from ("": any).
-
-    Raises:
-      InputError: they have changed since, or are gone.
-    """
+    """Returns the texts of a store's fingerprint ("": any); InputError if they changed or are gone."""
     path = run.config.data.path
     embedded = run.config.data.dataset == "docstrings"
     if path and not embedded and not pathlib.Path(path).exists():
@@ -87,10 +79,8 @@ def with_topics(
 ) -> tuple[tokens.Store, str]:
     """Returns the store with a further split, and its name: queries and labels of files.
 
-    The split is named after the topics file. Its queries are those with a relevant passage.
-
-    Raises:
-      InputError: a file cannot be used, or the labels name what the corpus or the topics lack.
+    The split is named after the topics file. Its queries are those with a relevant passage. Raises
+    InputError for labels of what the corpus or the topics lack, and for files that cannot be used.
     """
     name = stem(topics_file)
     if name in store.splits:

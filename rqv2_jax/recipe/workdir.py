@@ -26,9 +26,7 @@ def alone(workdir: pathlib.Path) -> Iterator[None]:
     """Keeps every other process from working in a workdir, which is made if it is not there.
 
     The lock ends with its process, however that ends. File systems without locks keep nobody out.
-
-    Raises:
-      InputError: another process works in it, or it cannot be made.
+    Raises InputError if another process works in it, or it cannot be made.
     """
     lock = hosts.from_first(lambda: _lock(workdir))
     try:
@@ -66,11 +64,7 @@ def begun(folder: pathlib.Path) -> list[str]:
 
 
 def begin(folder: pathlib.Path, trained_on: str) -> None:
-    """Marks a stage as begun, or checks that it goes on with what it began with.
-
-    Raises:
-      InputError: it has begun with something else.
-    """
+    """Marks a stage as begun; raises InputError if it has begun with something else."""
     mark = begun(folder)
     if not mark:
         artifacts.write_text(folder / BEGUN, f"{trained_on} {uuid.uuid4().hex}\n")

@@ -22,10 +22,8 @@ def search(
     """Returns the `depth` passages of each query with the highest BM25 scores, best first.
 
     Words are runs of two or more letters, digits or underscores, lower-cased and stemmed; there are no
-    stop words. The passages are read once, and only their words are held in memory.
-
-    Args:
-      settings: `config.evaluate.bm25`.
+    stop words. The passages are read once, and only their words are held in memory. `settings` is
+    `config.evaluate.bm25`.
 
     Returns:
       (rows [Q, K] int64, scores [Q, K] float32); row -1 and score -inf where fewer passages

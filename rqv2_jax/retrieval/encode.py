@@ -40,10 +40,7 @@ def queries(forward: Forward, tower: Params, texts: Texts, rows_N: np.ndarray) -
 def passages(
     forward: Forward, tower: Params, store: Store, rows_N: np.ndarray, bar: tqdm.tqdm | None = None
 ) -> np.ndarray:
-    """Returns the vectors [N, D] of some passages, by the passage tower's params.
-
-    Progress goes to `bar` if there is one, else to a new bar.
-    """
+    """Returns the vectors [N, D] of some passages; progress goes to `bar`, if given, or a new one."""
     new = _passage_bar(total=len(rows_N)) if bar is None else contextlib.nullcontext(bar)
     with new as shown:
         return forward.run(

@@ -15,8 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tqdm
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from rqv2_jax import artifacts, hosts, optional
@@ -51,7 +50,7 @@ def _merge(
 def _on_devices(devices: tuple[jax.Device, ...]) -> tuple[Callable, NamedSharding, NamedSharding]:
     """Returns `_merge` with queries split over devices, and the shardings of queries and passages."""
     mesh = Mesh(np.array(devices), ("queries",))
-    split, everywhere = P("queries"), P()
+    split, everywhere = PartitionSpec("queries"), PartitionSpec()
     merge = jax.shard_map(
         _merge,
         mesh=mesh,
@@ -81,11 +80,7 @@ def exact(queries_QxD: np.ndarray, shards: list[np.ndarray], depth: int) -> Rank
 
     Works tile by tile, so no array of queries times passages ever exists. Every passage is read once,
     while the queries stay on the devices, split over all of this host. Several hosts share the
-    queries, and all get the results of all.
-
-    Args:
-      queries_QxD: query vectors.
-      shards: the passages' vectors [n, D], in row order.
+    queries, and all get the results of all. `shards` are the passages' vectors [n, D], in row order.
 
     Returns:
       (rows [Q, K] int64, scores [Q, K] float32).
@@ -170,10 +165,7 @@ def build_scann(
 def scann_search(
     searcher: Any, queries_QxD: np.ndarray, depth: int, leaves: int | None = None
 ) -> Ranked:
-    """Searches as `exact`, approximately; row -1 and score -inf where ScaNN finds fewer passages.
-
-    Searches `leaves` leaves, or as many as the searcher was built for.
-    """
+    """Does what `exact` does, in `leaves` leaves if given; row -1 and score -inf for none."""
     rows_QxK, scores_QxK = searcher.search_batched_parallel(
         queries_QxD, final_num_neighbors=depth, leaves_to_search=leaves
     )

@@ -19,10 +19,7 @@ def scores(
     query_rows_Q: np.ndarray,
     passages_QxK: np.ndarray,
 ) -> np.ndarray:
-    """Returns the re-ranker's logit of every candidate [Q, K], float32.
-
-    `passages_QxK` are row numbers; a negative one is padding, whose score is 0.
-    """
+    """Returns the re-ranker's logit of every candidate [Q, K], float32; 0 of negative rows."""
     real_QxK = passages_QxK >= 0
     if not real_QxK.any():
         return np.zeros(passages_QxK.shape, np.float32)
@@ -52,14 +49,9 @@ def layout(forward: Forward, store: Store, texts: Texts) -> Layout:
 
 
 def merge(top_QxR: np.ndarray, retriever_QxK: np.ndarray) -> np.ndarray:
-    """Returns scores that rank the first R candidates by the re-ranker, and the others below them.
+    """Returns scores [Q, K] that rank the first R candidates by the re-ranker, the others below them.
 
-    Args:
-      top_QxR: re-ranker scores of the first R candidates.
-      retriever_QxK: the retriever's scores of all K candidates, best first.
-
-    Returns:
-      float32 [Q, K]; the tail keeps the retriever's order and its ties.
+    `retriever_QxK` are the retriever's scores, best first; the tail keeps their order and their ties.
     """
     depth = top_QxR.shape[1]
     tail = retriever_QxK[:, depth:]

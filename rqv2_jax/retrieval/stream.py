@@ -73,13 +73,12 @@ class Forward:
 
         Args:
           fn: `vectors` or `reranker_scores`.
-          lengths_N: the length of each sequence in tokens.
           layout: from `layout`.
           build: makes the sequences of some numbers.
           bar: progress, counted in sequences.
         """
         local_shards = self.sharding.own_parts(self.sharding.shards)
-        results, order, waiting = [], [], None
+        results, order, waiting = [], [], list[tuple[jax.Array, np.ndarray]]()
 
         def fetch(output: jax.Array, real_N: np.ndarray) -> None:
             results.append(np.asarray(output)[real_N])
@@ -90,12 +89,12 @@ class Forward:
             packed = packing.stack([packing.pack(part, shapes) for part in parts])
             output = fn(params, self.sharding.put_batch(packed))
             # The devices work on this batch while the host fetches the one before.
-            if waiting is not None:
-                fetch(*waiting)
+            for before in waiting:
+                fetch(*before)
             numbers_N = numbers_SxR.reshape(-1)
-            waiting = output, numbers_N >= 0
+            waiting = [(output, numbers_N >= 0)]
             order.append(numbers_N[numbers_N >= 0])
-        fetch(*waiting)
+        fetch(*waiting[0])
         joined = np.concatenate(results)
         ordered = np.empty_like(joined)
         ordered[np.concatenate(order)] = joined

@@ -33,10 +33,8 @@ class Checkpoints:
     def restore_last(self, state: Tree) -> Tree:
         """Returns the last saved state in the shapes and shardings of `state`, or else `state` itself.
 
-        If it is damaged, a line says so, and all of the stage's checkpoints are deleted.
-
-        Raises:
-          InputError: the checkpoint has other shapes.
+        If it is damaged, a line says so, and all of the stage's checkpoints are deleted. Raises
+        InputError if it has other shapes.
         """
         step = hosts.from_first(self._last.latest_step)
         if step is None:
@@ -110,11 +108,7 @@ class Checkpoints:
 
 
 def best_step(folder: pathlib.Path) -> int:
-    """Returns the step of a stage's best params.
-
-    Raises:
-      InputError: the stage has none.
-    """
+    """Returns the step of a stage's best params; raises InputError if it has none."""
     steps = hosts.from_first(
         lambda: sorted(int(p.name) for p in (folder / "best").glob("*") if p.name.isdigit())
     )
@@ -124,11 +118,7 @@ def best_step(folder: pathlib.Path) -> int:
 
 
 def restore_best(folder: pathlib.Path, model: str, params: Tree) -> Tree:
-    """Returns a stage's best params of one model, in the shapes and shardings of `params`.
-
-    Raises:
-      InputError: the stage has none, or they have other shapes.
-    """
+    """Returns a model's best params of a stage, shaped and placed as `params`; else InputError."""
     path = folder.resolve() / "best" / str(best_step(folder)) / model
     try:
         with ocp.StandardCheckpointer() as checkpointer:

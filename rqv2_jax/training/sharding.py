@@ -9,7 +9,7 @@ may be those of several hosts, each of which makes its own devices' parts of eve
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -43,10 +43,7 @@ class Sharding:
         return NamedSharding(self.mesh, P(AXES))
 
     def put_params(self, params: Tree) -> Tree:
-        """Puts params (or any state) on the devices, each leaf split over `fsdp` where it divides.
-
-        On several hosts every process must give the same values.
-        """
+        """Puts params or a state on the devices, split over `fsdp`; every host gives the same."""
         shardings = self.of_params(params)
         if self.batch.is_fully_addressable:
             return jax.device_put(params, shardings)
@@ -58,24 +55,12 @@ class Sharding:
 
     def put_batch(self, batch: Tree) -> Tree:
         """Puts a batch on the devices; every leaf holds the parts that `own_parts` names."""
-        if self.batch.is_fully_addressable:
-            return jax.device_put(batch, self.batch)
-
-        def put(leaf: np.ndarray) -> jax.Array:
-            parts = len(leaf) * self.shards // len(self.batch.addressable_devices)
-            local = self.own_parts(parts)
-            return jax.make_array_from_callback(
-                (parts, *leaf.shape[1:]),
-                self.batch,
-                lambda index: leaf[np.searchsorted(local, range(parts)[index[0]])],
-            )
-
-        return jax.tree.map(put, batch)
+        return jax.make_array_from_process_local_data(self.batch, batch)
 
     def own_parts(self, parts: int) -> list[int]:
         """Returns the parts of a batch that lie on this process's devices, in ascending order."""
-        slices = self.batch.addressable_devices_indices_map((parts,)).values()
-        return sorted(part for (local,) in slices for part in range(parts)[local])
+        places, own = self.batch.devices_indices_map((parts,)), self.batch.addressable_devices
+        return sorted(part for device in own for part in range(parts)[places[device][0]])
 
     def _spec(self, leaf: Any) -> P:
         parts = self.mesh.shape["fsdp"]
@@ -189,8 +174,7 @@ def _put(leaf: Any, sharding: NamedSharding) -> jax.Array:
 def make(data: int, fsdp: int) -> Sharding:
     """Returns a mesh over the first `data * fsdp` devices; on several hosts it must use all.
 
-    Raises:
-      InputError: there are not that many devices, or a host would be left out.
+    Raises InputError if there are not that many devices, or a host would be left out.
     """
     devices = jax.devices()
     if jax.process_count() > 1 and data * fsdp != len(devices):
@@ -206,7 +190,7 @@ def make(data: int, fsdp: int) -> Sharding:
     return over(devices[: data * fsdp], data, fsdp)
 
 
-def over(devices: Iterable[jax.Device], data: int, fsdp: int) -> Sharding:
+def over(devices: Sequence[jax.Device], data: int, fsdp: int) -> Sharding:
     """Returns a mesh over these `data * fsdp` devices."""
     types = (AxisType.Auto,) * 2
     return Sharding(jax.make_mesh((data, fsdp), AXES, axis_types=types, devices=devices))

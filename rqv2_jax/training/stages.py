@@ -27,10 +27,7 @@ Loss = tuple[Array, dict[str, Array]]
 def _vectors(
     models: Models, params: Params, batch: Batch, query_key: Array, passage_key: Array
 ) -> tuple[Array, Array]:
-    """Returns the batch's queries [B, D], scaled, and passages [B*P, D] by the two towers.
-
-    The scale is in the queries, so that it counts in every loss term.
-    """
+    """Returns queries [B, D], scaled so that it counts in every term, and passages [B*P, D]."""
     queries_BxD = models.scale * models.vectors(params["query"], batch["queries"], query_key)
     return queries_BxD, models.vectors(params["passage"], batch["passages"], passage_key)
 

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from rqv2_jax.models.bert import Params
 from rqv2_jax.training.sharding import Sharding
 
 Terms = dict[str, Any]  # of a loss, by name
-Optimizer = optax.GradientTransformation
+Optimizer: TypeAlias = optax.GradientTransformation
 
 
 class TrainState(NamedTuple):
@@ -81,8 +81,7 @@ def train_step(
 ) -> tuple[TrainState, Terms]:
     """Makes one update. The dropout key of step s is a function of (dropout_key, s) alone.
 
-    Returns:
-      The next state, and the loss terms with the norm of the gradient before clipping.
+    Returns the next state, and the loss terms with the norm of the gradient before clipping.
     """
     key = jax.random.fold_in(dropout_key, state.step)
     (_, terms), grads = grad_fn(state.params, batch, key)
@@ -120,13 +119,12 @@ def check_finite(stage: str, step: int, terms: Mapping[str, Any]) -> None:
 class _Log:
     """The terms of steps on their way from the devices to the log.
 
-    A step's terms are read after the next step was dispatched, so the host never waits for the step it
-    has just started, and is never more than one step ahead.
+    A step's terms are read once the next is dispatched: the host is one step ahead, and never waits.
     """
 
     def __init__(self, stage: ConfigDict, name: str, log: Callable[[int, dict[str, float]], None]):
         self.stage, self.name, self.log = stage, name, log
-        self.started, self.step, self.window = time.monotonic(), 0, []
+        self.started, self.step, self.window = time.monotonic(), 0, list[Terms]()
 
     def add(self, step: int, terms: Terms) -> None:
         """Takes a dispatched step's terms; checks the step before, and logs if it was time to."""
@@ -167,16 +165,13 @@ def train(
     """Runs from the step of `state` to `total_steps`: evaluate, save, draw a batch, step.
 
     With `stop`, it saves there and returns; another call goes on from that state. Before anything is
-    saved, the terms of all steps are checked.
+    saved, the terms of all steps are checked: one that is not finite raises InputError.
 
     Args:
       step_fn: from `make_step`.
       batches: `batches(first_step)` gives the device batches from that step on.
       stage: the stage's settings (`log_every`, `evaluate_every`, `save_every`, `batch`).
       name: of the stage; shown on the progress bar.
-
-    Raises:
-      InputError: a term is not finite; nothing has been saved since.
     """
     first, stop = int(state.step), total_steps if stop is None else stop
     if first >= stop:

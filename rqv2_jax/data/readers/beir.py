@@ -68,7 +68,7 @@ def _with_dev(splits: dict[str, _Split]) -> tuple[dict[str, _Split], tuple[str, 
     made = {name: dataclasses.replace(train, held_out=name == "dev") for name in ("train", "dev")}
     remark = "dev is held out from the training queries, for there are no labels of its own"
     if "dev" in splits:
-        remark = f"test is {test.labels.name}; {remark}"
+        remark = f"test is {splits['dev'].labels.name}; {remark}"
     return made | ({"test": test} if test else {}), (remark,)
 
 

@@ -130,11 +130,7 @@ def _manual(dl_manager: tfds.download.DownloadManager, config: Format) -> Path:
 
 
 def fetched(name: str) -> collection.Collection:
-    """Returns the collection of a format, fetched and prepared unless it has been.
-
-    Raises:
-      InputError: it cannot be fetched, or is not what was published.
-    """
+    """Returns the collection of a format, fetched and prepared unless it has been."""
     builder = PassageRanking(config=name)
     try:
         prepared.prepare(builder)

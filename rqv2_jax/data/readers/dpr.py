@@ -24,7 +24,7 @@ from rqv2_jax.data.collection import Collection, Passage, Qrel, Query, of_split
 from rqv2_jax.errors import InputError
 
 
-def dpr(path: str) -> Collection:
+def dpr(path: str | Path) -> Collection:
     """Returns the collection in a folder of DPR's files."""
     folder = files.open_folder(path, "DPR")
     passages = files.required(folder, "DPR", "psgs_w100.tsv")
@@ -79,7 +79,7 @@ def _rows(file: Path, count: int, what: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def _passages(file: Path) -> Iterator[Passage]:
-    seen = set()
+    seen: set[str] = set()
     for source, (key, text, title) in _rows(file, 3, "id, text and title"):
         if not seen and (key, text, title) == ("id", "text", "title"):
             continue

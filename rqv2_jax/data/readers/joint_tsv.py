@@ -46,7 +46,7 @@ def _rows(path: Path, list_size: int, left: collection.Left) -> Iterator[tuple[i
                 "config.joint.list_size to the size of the file's lists"
             )
         if query.strip():
-            yield place, *columns[:3]
+            yield place, columns[0], columns[1], columns[2]
         elif place == 0:
             left.add("lists have no query; left out", source)
         place = (place + 1) % list_size
@@ -62,9 +62,6 @@ def read(path: Path, list_size: int) -> tuple[collection.Collection, Lists]:
 
     The row numbers of the lists are those of the collection's order. The same title and para are one
     passage and the same text one query, in all lists. Texts are streamed, their hashes kept.
-
-    Raises:
-      InputError: the file is not there or empty, or a line or a list is malformed.
     """
     if not path.is_file():
         raise InputError(f"{path}: no such file; give the path of a joint TSV file")

@@ -31,7 +31,7 @@ class _Split:
     held_out: bool | None = None
 
 
-def msmarco(path: str) -> Collection:
+def msmarco(path: str | Path) -> Collection:
     """Returns MS MARCO's passages; test is `dev.small`, the papers' 6,980 dev queries."""
     folder = files.open_folder(path, "MS MARCO")
     file = functools.partial(files.required, folder, "MS MARCO")
@@ -40,7 +40,7 @@ def msmarco(path: str) -> Collection:
     return _collection(folder, file("collection.tsv"), *train, test)
 
 
-def rocketqa(path: str) -> Collection:
+def rocketqa(path: str | Path) -> Collection:
     """Returns the collection in a folder of RocketQA's `corpus/`: marco, or nq, judged by answers.
 
     Test is `test.query.txt` with `test.answers.txt` where there is one, else `dev.query.txt`.
@@ -152,10 +152,9 @@ def _qrels(split: _Split) -> Iterator[Qrel]:
 
 def _answers(file: Path) -> dict[str, tuple[str, ...]]:
     """Returns the answers of each query that has one."""
-    answers_of = {}
+    answers_of: dict[str, tuple[str, ...]] = {}
     for _, line in files.lines(file):
         key, *answers = line.split("\t")
-        answers = tuple(answer for answer in answers if answer.strip())
-        if answers:
-            answers_of[key.strip()] = answers
+        if kept := tuple(answer for answer in answers if answer.strip()):
+            answers_of[key.strip()] = kept
     return answers_of

@@ -40,26 +40,27 @@ class _Split:
     def queries(self) -> Iterator[tuple[Query, tuple[str, ...], str]]:
         """Yields (query, docids of its positives, `path:line`) of every line."""
         for source, key, value in taken(files.objects(self.file, "query_id"), self.held_out):
-            yield _query(source, key, value), _positives(source, value), source
+            field = "query_text" if "query_text" in value else "query"
+            text = files.text_of(source, value, "query", field)
+            yield Query(key, text, _answers(source, value)), _positives(source, value), source
 
 
-def tevatron(path: str) -> Collection:
+def tevatron(path: str | Path) -> Collection:
     """Returns the collection in a folder of Tevatron's files."""
     folder = files.open_folder(path, "Tevatron")
     corpus = files.required(folder, "Tevatron", "corpus.jsonl")
     train = files.required(folder, "Tevatron", "train.jsonl", "*-train.jsonl")
     find = functools.partial(files.find_file, folder)
     dev, test = (find(f"{name}.jsonl", f"*-{name}.jsonl") for name in ("dev", "test"))
-    if not (dev or test):
+    if not (last := test or dev):
         raise InputError(f"{folder}: neither dev.jsonl nor test.jsonl; add the queries to test on")
-    name = "test" if test else "dev"
+    name, remarks = "test" if test else "dev", tuple[str, ...]()
     if dev and test:
         splits = {"train": _Split(train), "dev": _Split(dev, find("qrels.dev.tsv"))}
-        remarks = ()
     else:
         splits = {"train": _Split(train, held_out=False), "dev": _Split(train, held_out=True)}
         remarks = (f"test is {name}; dev is every {HELD_OUT}th of the training queries, held out",)
-    splits["test"] = _tested(test or dev, find(f"qrels.{name}.tsv"))
+    splits["test"] = _tested(last, find(f"qrels.{name}.tsv"))
     read = [corpus, *(f for split in splits.values() for f in (split.file, split.labels) if f)]
     of = functools.partial(of_split, folder, splits)
     return Collection(
@@ -80,11 +81,6 @@ def _tested(file: Path, labelled: Path | None) -> _Split:
     source, _, value = next(files.objects(file, "query_id"), ("", "", {}))
     has_labels = labelled is not None or bool(_positives(source, value))
     return _Split(file, labelled, by_answers=not has_labels and bool(_answers(source, value)))
-
-
-def _query(source: str, key: str, value: dict) -> Query:
-    field = "query_text" if "query_text" in value else "query"
-    return Query(key, files.text_of(source, value, "query", field), _answers(source, value))
 
 
 def _answers(source: str, value: dict) -> tuple[str, ...]:

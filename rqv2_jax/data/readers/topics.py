@@ -28,11 +28,7 @@ _FIELDS = {"_id": ("text",), "query_id": ("query_text", "query", "text")}
 
 
 def topics(file: Path) -> Iterator[Query]:
-    """Yields the queries of a file, in its order.
-
-    Raises:
-      InputError: there is no such file, or a line or a topic is malformed.
-    """
+    """Yields the queries of a file, in its order."""
     _, first = next(files.lines(files.open_file(file)), (0, ""))
     if first.lstrip().lower().startswith("<top>"):
         rows = _trec(file)
@@ -69,7 +65,7 @@ def _json(file: Path, first: str) -> Iterator[tuple[str, str, str]]:
 
 def _trec(file: Path) -> Iterator[tuple[str, str, str]]:
     """Yields (`path:line`, number, title) of every topic."""
-    start, fields, field = 0, {}, ""
+    start, fields, field = 0, dict[str, list[str]](), ""
     for number, line in files.lines(file):
         match = _TAG.match(line.strip())
         tag, text = (match[1].lower(), match[2]) if match else ("", line)
