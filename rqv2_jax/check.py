@@ -50,10 +50,10 @@ def main() -> None:
 def _denoising() -> None:
     from rqv2_jax import artifacts
     from rqv2_jax.data import denoise
-    from rqv2_jax.tools import denoising
+    from rqv2_jax.tools import outputs
 
     with program.opened() as run:
-        report, samples = denoising.denoise_report(run, _LABELS.value, _SAMPLES.value)
+        report, samples = outputs.denoise_report(run, _LABELS.value, _SAMPLES.value)
         path = run.workdir / "eval" / "denoise.json"
         artifacts.write_text(path, json.dumps({**report, "samples": samples}, indent=1) + "\n")
     print(denoise.render(report))

@@ -289,7 +289,7 @@ def complete(config: ConfigDict) -> tuple[list[str], list[str]]:
 
 def flat(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
     """Returns every setting by its dotted name."""
-    settings = {}
+    settings: dict[str, Any] = {}
     for key, value in config.items():
         group = isinstance(value, ConfigDict | dict)
         settings |= flat(value, f"{prefix}{key}.") if group else {f"{prefix}{key}": value}

@@ -1,16 +1,17 @@
-"""Chips, GPUs and topologies: the devices that steps are compiled or counted for."""
+"""Chips, GPUs and topologies that steps are compiled or counted for, and measurements of this one."""
 
 import dataclasses
 import importlib.util
 import os
 import re
+import resource
 import time
 from collections.abc import Callable
 
 import jax
 import numpy as np
 
-from rqv2_jax.errors import InputError
+from rqv2_jax.errors import InputError, one_line
 
 GIB = 2**30
 
@@ -44,13 +45,7 @@ class Machine:
     flops: float
     bandwidth: float
     links: float
-    counted: bool = False
-
-
-def chip(device: jax.Device) -> str | None:
-    """Returns the name in `GPUS` of a device, None if it has none there."""
-    names = re.split(r"[\s-]+", device.device_kind.lower())
-    return next((name for name in names if name in GPUS), None)
+    counted: bool = dataclasses.field(default=False, kw_only=True)
 
 
 def machine(topology: str) -> Machine:
@@ -85,8 +80,9 @@ def machine(topology: str) -> Machine:
             raise InputError(
                 "--topology: libtpu is not installed; pip install -r requirements-tpu.txt"
             ) from None
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"--topology {topology}: libtpu does not know it ({reason})") from None
+        raise InputError(
+            f"--topology {topology}: libtpu does not know it ({one_line(error)})"
+        ) from None
     memory, *rates = CHIPS[kind]
     return Machine(topology, devices, USABLE * memory, *rates)
 
@@ -119,3 +115,42 @@ def seconds(work: Callable, times: int) -> list[float]:
         work()
         taken.append(time.perf_counter() - started)
     return taken
+
+
+def in_turn(
+    ours: Callable, theirs: Callable | None, rounds: int
+) -> tuple[list[float], list[float]]:
+    """Returns the seconds of every round of ours, and of theirs if there is one.
+
+    Each has had a round before, to compile in or to find its memory.
+    """
+    our_seconds, their_seconds = [], []
+    for _ in range(rounds):
+        our_seconds += seconds(ours, 1)
+        if theirs is not None:
+            their_seconds += seconds(theirs, 1)
+    return our_seconds, their_seconds
+
+
+def against(name: str, what: str, theirs: list[float], ours: list[float]) -> dict:
+    """Returns the median of a rival's seconds, and how many times ours it is."""
+    median = float(np.median(theirs))
+    return {f"{name}_{what}": median, f"{name}_ratio": median / float(np.median(ours))}
+
+
+def peak_memory() -> float:
+    """Returns the most GiB that the device has held if it counts them, else this whole process."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats is not None:
+        return stats["peak_bytes_in_use"] / GIB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+
+
+def shares_of_peak(dtype: str, rate: float) -> dict:
+    """Returns a device's FLOPs a second over the measured peak, and over the maker's if known."""
+    best, names = peak(dtype), re.split(r"[\s-]+", jax.devices()[0].device_kind.lower())
+    shares = {"peak_gflop_per_second": best / 1e9, "share_of_peak": rate / best}
+    chip = next((name for name in names if name in GPUS), None)
+    if chip is not None and dtype == "bfloat16":
+        shares["share_of_makers_peak"] = rate / GPUS[chip][1]
+    return shares
