@@ -40,10 +40,10 @@ def main() -> None:
         if flags.FLAGS[name].present:
             raise InputError(f"--{name} goes with --workdir; leave it out")
 
-    from rqv2_jax.tools import doctor, doctor_findings
+    from rqv2_jax.tools import doctor, doctor_checks
 
     report = doctor.examine_config(_CONFIG.value)
-    print(doctor_findings.render(report))
+    print(doctor_checks.render(report))
     sys.exit(0 if report.usable() else 1)
 
 

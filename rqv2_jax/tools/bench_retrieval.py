@@ -191,7 +191,7 @@ def search(
     searches = {"as configured": partial(approximate, None)}
     if vectors >= settings.brute_force_below:
         searches |= {f"{n} leaves": partial(approximate, n) for n in (8, 32, 64, 128)}
-    candidates = [("ScaNN", built, searches)]
+    candidates: list[tuple[str, float, dict]] = [("ScaNN", built, searches)]
     if versus:
         candidates += rivals.faiss_indexes(passages_NxD, queries_QxD, depth)
     for name, built, searches in candidates:

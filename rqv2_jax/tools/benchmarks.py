@@ -196,9 +196,14 @@ def _kernel_agreement(cpu: jax.Device, device: jax.Device, dtype: str) -> dict:
     there, here = (value_and_gradient(*jax.device_put((qkv, sequence_N), d)) for d in (device, cpu))
     again = value_and_gradient(*jax.device_put((qkv, sequence_N), device))
     value, gradient = map(_error, there, here)
-    line = {"benchmark": "agree", "what": "attention kernel with dropout", "dtype": dtype}
-    line |= {"value_error": value, "gradient_error": gradient}
-    return line | {"repeats_bit_by_bit": all(map(np.array_equal, there, again))}
+    return {
+        "benchmark": "agree",
+        "what": "attention kernel with dropout",
+        "dtype": dtype,
+        "value_error": value,
+        "gradient_error": gradient,
+        "repeats_bit_by_bit": all(map(np.array_equal, there, again)),
+    }
 
 
 def _profile(run: Run, texts: Texts, steps: int) -> dict:

@@ -45,7 +45,7 @@ def draw_training(workdir: pathlib.Path, path: pathlib.Path) -> None:
         raise InputError(
             f"{workdir}: has no events of joint training; run rqv2_jax.main on it first"
         )
-    panels = {
+    panels: dict[str, list[str]] = {
         "RR@10 on dev": [name for name in values if name.startswith("dev/")],
         "entropy over a list, in nats": [name for name in values if name.endswith("_entropy")],
         "loss": [name for name in ("loss", "kl", "supervised", "in_batch") if name in values],

@@ -229,10 +229,9 @@ def _packed(
     def numbers(*shape: int) -> Any:
         return jax.ShapeDtypeStruct((parts, *shape), jnp.int32, sharding=sharding)
 
-    blocks: Any = tuple(
-        packing.Block(*[numbers(shape.rows, shape.width)] * 4, numbers(shape.rows, shape.slots))
-        for shape in shapes
-    )
+    tokens = [numbers(shape.rows, shape.width) for shape in shapes]
+    first = [numbers(shape.rows, shape.slots) for shape in shapes]
+    blocks = tuple(packing.Block(x, x, x, x, slots) for x, slots in zip(tokens, first))
     return packing.Packed(blocks, numbers(sequences))
 
 

@@ -187,7 +187,7 @@ class SentenceTransformers:
             device=device(),
             config_kwargs={"num_hidden_layers": model.reranker.num_layers},
         )
-        self.batches: dict[str, dict[str, int]] = {"encode": {}, "rerank": {}}
+        self.batches: dict[str, dict[str, Any]] = {"encode": {}, "rerank": {}}
         if run.config.model.dtype == "bfloat16":
             self.encoder.bfloat16()
             self.scorer.model.bfloat16()
