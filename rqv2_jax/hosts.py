@@ -35,10 +35,8 @@ def start() -> None:
 
     TPU slices and Slurm tell JAX all it needs. Elsewhere it stands in the environment variables
     JAX_COORDINATOR_ADDRESS (`host:port` of the first process), JAX_NUM_PROCESSES and JAX_PROCESS_ID
-    (from 0). All processes but the first print nothing but errors from here on.
-
-    Raises:
-      InputError: there are no such variables, or the others cannot be reached.
+    (from 0). All processes but the first print nothing but errors from here on. Raises InputError if
+    there are no such variables, or the others cannot be reached.
     """
     try:
         count, number = (

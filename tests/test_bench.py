@@ -8,7 +8,7 @@ import pytest
 from rqv2_jax import config as config_lib
 from rqv2_jax.data.batches import KINDS
 from rqv2_jax.errors import InputError
-from rqv2_jax.recipe import workdir
+from rqv2_jax.recipe.run import open_run
 from rqv2_jax.tools import bench_joint, bench_retrieval, workload
 
 
@@ -19,7 +19,7 @@ def run(tmp_path_factory):
     config.data.update({"dataset": "docstrings", "passage_length": 128, "pair_length": 160})
     config.model.update({"dropout": 0.0, "pooling": "mean"})
     config.joint.update({"batch": 4, "list_size": 4, "accumulate": 2})
-    return workdir.open_run(config, tmp_path_factory.mktemp("bench") / "workdir")
+    return open_run(config, tmp_path_factory.mktemp("bench") / "workdir")
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_the_joint_step_and_its_rival_do_the_same_work(run, texts, teacher, make
         own.model.reranker.update({"weights": str(folder), "num_layers": 1})
     # Large enough that the third loss tells whether both were updated alike.
     own.joint.learning_rate = 3e-3
-    opened = workdir.open_run(own, run.workdir)
+    opened = open_run(own, run.workdir)
     if teacher is not None:
         # It has a tokenizer of its own.
         texts = workload.read(opened, "msmarco", 256, 64)
@@ -74,7 +74,7 @@ def test_what_cannot_be_compared_is_one_line(run, texts, changes, versus, messag
     own = config_lib.loads(config_lib.dumps(run.config))
     own.update_from_flattened_dict(changes)
     with pytest.raises(InputError, match=message):
-        list(bench_joint.joint(workdir.open_run(own, run.workdir), texts, 2, versus=versus))
+        list(bench_joint.joint(open_run(own, run.workdir), texts, 2, versus=versus))
 
 
 def test_model_flops_are_those_of_real_tokens(run, texts):

@@ -45,8 +45,7 @@ class Options(NamedTuple):
 def measure(config: ConfigDict, chosen: tuple[str, ...], options: Options) -> Iterator[dict]:
     """Yields the lines of the chosen benchmarks, with what they were measured on.
 
-    Raises:
-      InputError: the config cannot be used, or not for what is compared.
+    Raises InputError if the config cannot be used, or not for what is compared.
     """
     with tempfile.TemporaryDirectory() as folder:
         if options.shape is not None:

@@ -1,8 +1,7 @@
 """The data doctor: reads everything a config will use and says what is wrong with it.
 
-Every stream is read to its end, or to its first error. 8-byte hashes of its ids and texts are kept,
-and a random sample of the texts themselves. Two texts are the same where only case and white space
-differ; titles count where `data.titles` says so.
+Every stream is read to its end, or to its first error. Two texts are the same where only case and
+white space differ; titles count where `data.titles` says so.
 
 An error is what a run would stop at, or what would make its results meaningless; a warning is what it
 would bear, and what is left out of it. A note is what there is to know.

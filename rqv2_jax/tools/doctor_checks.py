@@ -1,6 +1,6 @@
 """What the doctor keeps of the streams it reads, the checks of that, and the report as text.
 
-A stream is read once. Hashes of its ids and texts are kept, and a sample.
+Of a stream 8-byte hashes of its ids and texts are kept, and a random sample of the texts themselves.
 
 Shape suffixes: N items of a stream, M ids looked up or known pairs, D repeats, L lists, P passages of
 a list.

@@ -124,15 +124,13 @@ def _cost(computations: dict[str, _Body], name: str, known: dict[str, Cost]) -> 
     total, body = Cost(), computations[name]
     for instruction in body.values():
         called = _CALLED.findall(instruction.rest)
-        if instruction.op == "while":
-            count = _trips(computations, instruction)
-            total.add(_cost(computations, called[0], known), count)
+        if instruction.op in ("while", "call"):
+            times = _trips(computations, instruction) if instruction.op == "while" else 1
+            total.add(_cost(computations, called[0], known), times)
         elif instruction.op == "conditional":
             branches = re.findall(r"[\w.\-]+", "".join(_BRANCHES.findall(instruction.rest)))
             costs = [_cost(computations, branch, known) for branch in branches]
             total.add(max(costs, key=lambda c: c.flops, default=Cost()), 1)
-        elif instruction.op == "call":
-            total.add(_cost(computations, called[0], known), 1)
         elif instruction.op == "fusion":
             total.flops += _cost(computations, called[0], known).flops
         elif instruction.op == "dot":
@@ -180,16 +178,17 @@ def _convolution_flops(body: _Body, instruction: _Instruction) -> float:
     lhs_labels, rhs_labels, out_labels = labels[0]
     lhs, rhs = (_dims(body[name].shape) for name in instruction.operands[:2])
     out = _dims(instruction.shape)
-    settings = re.search(r"window=\{([^}]*)\}", instruction.rest)
-    window = dict(re.findall(r"(\w+)=([\dx_\-]+)", settings[1])) if settings else {}
+    spatial = sorted(c for c in out_labels if c.isdigit())
+    window = dict.fromkeys(("stride", "lhs_dilate", "rhs_dilate"), "x".join("1" for _ in spatial))
+    window["pad"] = "x".join("0_0" for _ in spatial)
+    settings = "".join(re.findall(r"window=\{([^}]*)\}", instruction.rest))
+    window |= re.findall(r"(\w+)=([\dx_\-]+)", settings)
     products = 1
-    for i, label in enumerate(sorted(c for c in out_labels if c.isdigit())):
-
-        def setting(name: str, default: str, i: int = i) -> str:
-            return window[name].split("x")[i] if name in window else default
-
-        stride, spread = int(setting("stride", "1")), int(setting("lhs_dilate", "1"))
-        step, low = int(setting("rhs_dilate", "1")), int(setting("pad", "0_0").split("_")[0])
+    for i, label in enumerate(spatial):
+        stride, spread, step = (
+            int(window[name].split("x")[i]) for name in ("stride", "lhs_dilate", "rhs_dilate")
+        )
+        low = int(window["pad"].split("x")[i].split("_")[0])
         length = (lhs[lhs_labels.index(label)] - 1) * spread + 1
         outputs = np.arange(out[out_labels.index(label)]) * stride
         at = np.add.outer(outputs, np.arange(rhs[rhs_labels.index(label)]) * step) - low

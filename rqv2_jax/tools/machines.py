@@ -51,8 +51,7 @@ class Machine:
 def machine(topology: str) -> Machine:
     """Returns the devices of a topology such as `v5e:4x8`, `h100:8` or `cpu:8`.
 
-    Raises:
-      InputError: the name or the shape is not known, or libtpu is not installed.
+    Raises InputError if the name or the shape is not known, or libtpu is not installed.
     """
     kind, _, shape = topology.partition(":")
     number = re.fullmatch(r"[1-9]\d*", shape)
@@ -63,8 +62,10 @@ def machine(topology: str) -> Machine:
     if kind == "cpu" and number:
         count = int(shape)
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        flops, bandwidth = _measure()
-        each = (x / count for x in (memory, flops, bandwidth, bandwidth))
+        large = np.ones(2**26, np.float32)
+        copied_in = min(seconds(lambda: np.copyto(np.empty_like(large), large), 4))
+        bandwidth = 2 * large.nbytes / copied_in
+        each = (x / count for x in (memory, peak("float32"), bandwidth, bandwidth))
         return Machine(topology, jax.devices()[:count], *each)
     if kind not in CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
         raise InputError(
@@ -85,13 +86,6 @@ def machine(topology: str) -> Machine:
         ) from None
     memory, *rates = CHIPS[kind]
     return Machine(topology, devices, USABLE * memory, *rates)
-
-
-def _measure() -> tuple[float, float]:
-    """Measures this machine's products (FLOPs) and copies (bytes) a second, best of a few."""
-    large = np.ones(2**26, np.float32)
-    copy = min(seconds(lambda: np.copyto(np.empty_like(large), large), 4))
-    return peak("float32"), 2 * large.nbytes / copy
 
 
 def peak(dtype: str) -> float:

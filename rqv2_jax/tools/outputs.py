@@ -23,16 +23,13 @@ from rqv2_jax.recipe.run import Run
 from rqv2_jax.recipe.texts import rows_of, texts_of
 from rqv2_jax.retrieval import rerank
 
-# Of a printed passage: characters at most, and the width and indent of its lines.
-CHARACTERS, WIDTH, INDENT = 280, 100, " " * 6
 NO_LABELS_3x0 = np.zeros((3, 0), np.int64)
 
 
 def show(run: Run, store: tokens.Store, question: str, state: str, index: str, shown: int) -> str:
     """Returns the best passages of a question, `shown` at most, as text for people.
 
-    Raises:
-      InputError: the texts have changed since the workdir was made, or what `scorer.search` raises.
+    Raises InputError if the texts have changed since the workdir was made, and as `scorer.search` does.
     """
     asked = tokens.Queries(run.tokenizer.texts([question]), ["question"], NO_LABELS_3x0)
     passages_1xK, retriever_1xK, reranker_1xR = scorer.search(
@@ -46,9 +43,8 @@ def show(run: Run, store: tokens.Store, question: str, state: str, index: str, s
     for rank, (number, row) in enumerate(zip(order, rows), start=1):
         reranker = f"{reranker_1xR[0, number]:.3f}" if number < reranker_1xR.shape[1] else ""
         head = f"{rank:4}  {reranker:>9}  {retriever_1xK[0, number]:9.3f}  {store.passage_ids[row]}"
-        text = textwrap.shorten(texts[row], CHARACTERS, placeholder=" ...")
-        text = textwrap.fill(text, WIDTH, initial_indent=INDENT, subsequent_indent=INDENT)
-        lines += [head, text]
+        text = textwrap.fill(textwrap.shorten(texts[row], 280, placeholder=" ..."), 94)
+        lines += [head, textwrap.indent(text, " " * 6)]
     return "\n".join(lines)
 
 
@@ -57,8 +53,7 @@ def write_run(
 ) -> list[str]:
     """Writes the hits of each query of the file `asked` as a TREC run file; returns lines on it.
 
-    Raises:
-      InputError: the file cannot be read or holds no query, or what `scorer.search` raises.
+    Raises InputError if the file cannot be read or holds no query, and as `scorer.search` does.
     """
     left = collection.Left()
     given = topics.asked(topics.topics(asked), left)
@@ -106,12 +101,9 @@ def write_models(run: Run, state: str, path: pathlib.Path) -> str:
 def denoise_report(run: Run, labels: str, samples: int) -> tuple[dict, list[dict]]:
     """Returns what denoising keeps and drops, by threshold, and some untrusted candidates as text.
 
-    Args:
-      labels: qrels folder with more complete training labels, or "" where there are none; labels of
-        queries that were not trained on are left out.
-
-    Raises:
-      InputError: the candidates have not been scored, or there are no such labels.
+    `labels` is the qrels folder with more complete training labels, or "" where there are none; labels
+    of queries that were not trained on are left out. Raises InputError if the candidates have not been
+    scored, or there are no such labels.
     """
     config = run.config
     if config.joint.denoised_share == 0:
@@ -139,14 +131,10 @@ def denoise_report(run: Run, labels: str, samples: int) -> tuple[dict, list[dict
     labelled = dict(positives_2xN.T[::-1].tolist())
     passages = texts.shown({row for query, row, _ in shown for row in (row, labelled[query])})
     queries = [query.text for query in texts.queries("train")]
+    keys = ("query", "labelled", "candidate", "probability")
     return report, [
-        {
-            "query": queries[query],
-            "labelled": passages[labelled[query]],
-            "candidate": passages[passage],
-            "probability": p,
-        }
-        for query, passage, p in shown
+        dict(zip(keys, (queries[query], passages[labelled[query]], passages[row], p)))
+        for query, row, p in shown
     ]
 
 

@@ -49,17 +49,15 @@ class Joint:
         model, head = run.config.model, run.initial("reranker")["head"]
         towers = [self._encoder(source.folder, model) for source in run.sources[:2]]
         towers.append(self._encoder(run.sources.reranker.folder, model.reranker))
-        self.pooler = self._linear(head["pooler"]) if run.models.head == "pooler" else None
-        self.head = self._linear(head)
-        self.dropout = torch.nn.Dropout(model.reranker.dropout)
-        modules = {"retriever": towers[:2], "reranker": [towers[2], self.head]}
-        if self.pooler is not None:
-            modules["reranker"].insert(1, self.pooler)
+        pooled = run.models.head == "pooler"
+        pooler = [self._linear(head["pooler"]), torch.nn.Tanh()] if pooled else []
+        dropout = torch.nn.Dropout(model.reranker.dropout)
+        self.head = torch.nn.Sequential(*pooler, dropout, self._linear(head))
         rate, optimizer = self.settings.learning_rate, run.config.optimizer
-        rates = {"retriever": rate, "reranker": rate * self.settings.reranker_rate}
+        reranker_rate = rate * self.settings.reranker_rate
         groups = [
-            {"params": [p for module in modules[name] for p in module.parameters()], "lr": rate}
-            for name, rate in rates.items()
+            {"params": [param for module in modules for param in module.parameters()], "lr": rate}
+            for modules, rate in ((towers[:2], rate), ([towers[2], self.head], reranker_rate))
         ]
         self.params = [param for group in groups for param in group["params"]]
         self.optimizer = torch.optim.AdamW(
@@ -123,12 +121,6 @@ class Joint:
             return self.torch.nn.functional.normalize(vectors_NxD)
         return vectors_NxD
 
-    def _scores(self, padded: list) -> Any:
-        first_NxD = self._states(self.reranker, padded)[:, 0]
-        if self.pooler is not None:
-            first_NxD = self.pooler(first_NxD).tanh()
-        return self.head(self.dropout(first_NxD)).float()
-
     def step(self, padded: dict) -> float:
         """Takes one step on a batch whose positives come first; returns its loss."""
         with self.torch.autocast(self.device, self.torch.bfloat16, enabled=self.half):
@@ -136,7 +128,8 @@ class Joint:
             passages_BxPxD = self._vectors(self.passage, padded["passages"]).reshape(
                 len(queries_BxD), -1, queries_BxD.shape[1]
             )
-            scores_BxP = self._scores(padded["pairs"]).reshape(passages_BxPxD.shape[:2])
+            first_NxD = self._states(self.reranker, padded["pairs"])[:, 0]
+            scores_BxP = self.head(first_NxD).float().reshape(passages_BxPxD.shape[:2])
         total = self._loss((queries_BxD[:, None] * passages_BxPxD).sum(-1), scores_BxP)
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()
@@ -161,10 +154,7 @@ class Joint:
 
 
 class SentenceTransformers:
-    """Encoding and re-ranking by sentence-transformers from the same weights, in the same precision.
-
-    Its batches have their default size on a CPU, and on a GPU the best of `GPU_BATCHES`.
-    """
+    """Encoding and re-ranking by sentence-transformers from the same weights, in the same precision."""
 
     def __init__(self, run: Run):
         from sentence_transformers import CrossEncoder, SentenceTransformer
@@ -221,10 +211,8 @@ class SentenceTransformers:
         )
         hits = semantic_search(queries_QxD, passages_NxD, top_k=depth, score_function=dot_score)
         rows_QxK = np.array([[hit["corpus_id"] for hit in of_query] for of_query in hits])
-        first_QxR = rows_QxK[:, :scored_depth]
-        self.scorer.predict(
-            [(q, passages[row]) for q, rows in zip(queries, first_QxR) for row in rows]
-        )
+        first = zip(queries, rows_QxK[:, :scored_depth])
+        self.scorer.predict([(query, passages[row]) for query, rows in first for row in rows])
         return rows_QxK
 
 
