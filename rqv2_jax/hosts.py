@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
-# The only private name of JAX here, see `_coordination`.
+# JAX's one private name here: it lets processes wait for hours, collectives give up after a while.
 from jax._src import distributed
 from jax.experimental import multihost_utils
 
@@ -56,10 +56,7 @@ def start() -> None:
 
 
 def _coordination():
-    """Returns the client of JAX's coordination service, which lets processes wait for hours.
-
-    JAX has no public name for it, and collectives on devices give up after a while.
-    """
+    """Returns the client of JAX's coordination service."""
     return distributed.global_state.client
 
 

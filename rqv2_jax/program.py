@@ -61,10 +61,7 @@ def define_workdir(help_text: str = "A workdir that rqv2_jax.main has finished."
 
 @contextlib.contextmanager
 def opened() -> Iterator[Any]:
-    """Gives the `Run` of `define_workdir`'s flags, and keeps other processes out of it.
-
-    Raises InputError if it cannot be opened or another process works in it.
-    """
+    """Gives the `Run` of `define_workdir`'s flags, and keeps other processes out of it."""
     from rqv2_jax.recipe.claim import open_workdir
     from rqv2_jax.recipe.workdir import alone
 

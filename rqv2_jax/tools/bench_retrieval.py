@@ -152,11 +152,8 @@ def _clustered(vectors: int, queries: int, size: int) -> list[np.ndarray]:
 def exact(vectors: int, size: int, queries: int, depth: int, rounds: int, versus: bool) -> dict:
     """Measures exact search over random vectors in this host's memory, beside torch's topk."""
     passages_NxD, queries_QxD = _clustered(vectors, queries, size)
-
-    def ours() -> np.ndarray:
-        return index.exact(queries_QxD, [passages_NxD], depth)[0]
-
-    theirs, common, rows_QxK = None, {}, ours()
+    ours = partial(index.exact, queries_QxD, [passages_NxD], depth)
+    theirs, common, (rows_QxK, _) = None, {}, ours()
     if versus:
         theirs = rivals.exact_search(passages_NxD, queries_QxD, depth)
         common = {"found_in_common": index.recall(theirs(), rows_QxK)}

@@ -43,10 +43,7 @@ class Options(NamedTuple):
 
 
 def measure(config: ConfigDict, chosen: tuple[str, ...], options: Options) -> Iterator[dict]:
-    """Yields the lines of the chosen benchmarks, with what they were measured on.
-
-    Raises InputError if the config cannot be used, or not for what is compared.
-    """
+    """Yields the lines of the chosen benchmarks, with what they were measured on."""
     with tempfile.TemporaryDirectory() as folder:
         if options.shape is not None:
             _, config.model.num_layers = random_model.SHAPES[options.shape]
@@ -153,10 +150,7 @@ def _error(array: np.ndarray, exact: np.ndarray) -> float:
 
 
 def _agreement(run: Run, texts: Texts) -> list[dict]:
-    """Compares the device with the CPU: scores and gradients, in float32 and bfloat16, relative errors.
-
-    float32 products at their full precision; the CPU by plain attention.
-    """
+    """Compares scores and gradients with the CPU's in float32 at full precision, by plain attention."""
     cpu, device = jax.local_devices(backend="cpu")[0], jax.devices()[0]
     own = run.models.retriever.attention
     with jax.default_matmul_precision("highest"):
@@ -206,10 +200,7 @@ def _kernel_agreement(cpu: jax.Device, device: jax.Device, dtype: str) -> dict:
 
 
 def _profile(run: Run, texts: Texts, steps: int) -> dict:
-    """Traces one of a number of joint steps; returns the operations that take longest.
-
-    Their milliseconds are sums over a step, of all streams of a device.
-    """
+    """Returns a joint step's longest operations: their milliseconds over all streams of a device."""
     batches = bench_joint.joint_batches(run, texts, steps)
     joint = bench_joint.Joint(run, run.config, batches, steps)
     batch = joint.prepare(0)

@@ -81,14 +81,11 @@ class Hashes:
 
 
 class Split(NamedTuple):
-    """The queries of a split's file, those of them that take part, and the positives, one in each row.
-
-    `complete` says whether all were read without an error.
-    """
+    """The queries of a split's file, those that take part, and the positives, one in each row."""
 
     file: Hashes
     queries: Hashes
-    complete: bool
+    complete: bool  # read without an error
     query_rows_N: np.ndarray
     passage_texts_N: np.ndarray
 
@@ -205,10 +202,8 @@ def share(part: int, whole: int, what: str) -> str:
 
 
 def batches(config: ConfigDict, num_lists: dict[str, int]) -> Iterator[Finding]:
-    """Yields a finding for each stage whose lists are known to be too few for a single step.
-
-    Denoised positives, which the re-ranker finds, may head more lists of joint training.
-    """
+    """Yields a finding for each stage whose lists are known to be too few for a single step."""
+    # Positives that the re-ranker finds may head more lists of joint training.
     hybrid = config.joint.denoised_share > 0 and not config.joint.lists
     for stage, count in num_lists.items():
         settings = config[stage]

@@ -28,16 +28,12 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 
 @dataclasses.dataclass
 class Cost:
-    """The cost of one run of a program on one device.
-
-    `bytes` go between the device's main memory and its cores. `collectives` counts how often each
-    kind runs, `collective_bytes` the size of what they give.
-    """
+    """The cost of one run of a program on one device."""
 
     flops: float = 0.0
-    bytes: float = 0.0
-    collectives: Counter = dataclasses.field(default_factory=Counter)
-    collective_bytes: Counter = dataclasses.field(default_factory=Counter)
+    bytes: float = 0.0  # between the device's main memory and its cores
+    collectives: Counter = dataclasses.field(default_factory=Counter)  # runs of each kind
+    collective_bytes: Counter = dataclasses.field(default_factory=Counter)  # what they give
 
     def add(self, other: "Cost", times: int) -> None:
         """Adds the cost of what runs that many times."""
@@ -62,10 +58,7 @@ _Body = dict[str, _Instruction]
 
 
 def cost(text: str) -> Cost:
-    """Returns the cost of a program from the text of its compiled module (`compiled.as_text()`).
-
-    Raises ValueError if it does not say how often a loop runs.
-    """
+    """Returns the cost of a compiled module's text; raises ValueError if a loop has no known count."""
     return _cost(*_parse(text), {})
 
 

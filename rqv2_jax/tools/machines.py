@@ -34,10 +34,7 @@ USABLE = 0.98  # of a chip's memory; the rest is the runtime's
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """Devices to compile for; rates are per device and second, `memory` in bytes.
-
-    Nothing can be compiled for GPUs that are not there; `counted` says that formulas count their steps.
-    """
+    """Devices to compile for; rates are per device and second, `memory` in bytes."""
 
     topology: str
     devices: list
@@ -45,14 +42,12 @@ class Machine:
     flops: float
     bandwidth: float
     links: float
+    # Nothing can be compiled for GPUs that are not there: formulas count their steps.
     counted: bool = dataclasses.field(default=False, kw_only=True)
 
 
 def machine(topology: str) -> Machine:
-    """Returns the devices of a topology such as `v5e:4x8`, `h100:8` or `cpu:8`.
-
-    Raises InputError if the name or the shape is not known, or libtpu is not installed.
-    """
+    """Returns the devices of a topology such as `v5e:4x8`, `h100:8` or `cpu:8`."""
     kind, _, shape = topology.partition(":")
     number = re.fullmatch(r"[1-9]\d*", shape)
     if kind in GPUS and number:
@@ -114,10 +109,7 @@ def seconds(work: Callable, times: int) -> list[float]:
 def in_turn(
     ours: Callable, theirs: Callable | None, rounds: int
 ) -> tuple[list[float], list[float]]:
-    """Returns the seconds of every round of ours, and of theirs if there is one.
-
-    Each has had a round before, to compile in or to find its memory.
-    """
+    """Returns the seconds of rounds of ours and, by turns, of theirs; each has had one round before."""
     our_seconds, their_seconds = [], []
     for _ in range(rounds):
         our_seconds += seconds(ours, 1)

@@ -27,10 +27,7 @@ NO_LABELS_3x0 = np.zeros((3, 0), np.int64)
 
 
 def show(run: Run, store: tokens.Store, question: str, state: str, index: str, shown: int) -> str:
-    """Returns the best passages of a question, `shown` at most, as text for people.
-
-    Raises InputError if the texts have changed since the workdir was made, and as `scorer.search` does.
-    """
+    """Returns the best passages of a question, `shown` at most, as text for people."""
     asked = tokens.Queries(run.tokenizer.texts([question]), ["question"], NO_LABELS_3x0)
     passages_1xK, retriever_1xK, reranker_1xR = scorer.search(
         run, store, asked, state=state, index_name=index
@@ -51,10 +48,7 @@ def show(run: Run, store: tokens.Store, question: str, state: str, index: str, s
 def write_run(
     run: Run, store: tokens.Store, asked: pathlib.Path, to: pathlib.Path, state: str, index: str
 ) -> list[str]:
-    """Writes the hits of each query of the file `asked` as a TREC run file; returns lines on it.
-
-    Raises InputError if the file cannot be read or holds no query, and as `scorer.search` does.
-    """
+    """Writes the hits of each query of the file `asked` as a TREC run file; returns lines on it."""
     left = collection.Left()
     given = topics.asked(topics.topics(asked), left)
     if not given:
@@ -73,10 +67,7 @@ def write_run(
 
 
 def write_models(run: Run, state: str, path: pathlib.Path) -> str:
-    """Writes both towers and the re-ranker of a state as folders for transformers.
-
-    Returns a line that says how passages are read. Raises InputError if the state is not reached.
-    """
+    """Writes a state's models as folders for transformers; returns a line on how passages are read."""
     models, data = run.models, run.config.data
     retriever, reranker = (
         run.params(state=state, model=model) for model in ("retriever", "reranker")

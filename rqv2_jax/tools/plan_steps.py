@@ -33,18 +33,14 @@ Compiled = tuple[int, hlo.Cost, float]
 
 
 class Step(NamedTuple):
-    """One step on one device, compiled or counted.
-
-    `tokens` are those computed, `formula` the FLOPs of a plain encoder on the real tokens alone,
-    `gradients` and `memory` in bytes: each per device.
-    """
+    """One step, compiled or counted; all but `items` is per device, sizes in bytes."""
 
     name: str
     remat: str
     accumulate: int
-    tokens: int
+    tokens: int  # those computed
     items: int  # lists or sequences of one step, over all devices
-    formula: float
+    formula: float  # FLOPs of a plain encoder on the real tokens alone
     gradients: int
     memory: int
     cost: hlo.Cost
@@ -83,11 +79,7 @@ class Target:
         return (memory, hlo.cost(compiled.as_text() or ""), seconds) if fits else None
 
     def count(self, least: float, formula: float, trained: dict, what: str) -> Compiled:
-        """Counts a step that needs `least` bytes or more: model FLOPs, and the weights' bytes.
-
-        It reads and writes the `trained` params with Adam's two moments, and reduces their gradients
-        over the devices.
-        """
+        """Counts a step of `least` bytes or more; it reads and writes `trained` with Adam's moments."""
         size = _bytes(trained)
         cost = hlo.Cost(flops=formula, bytes=7.0 * size)
         if self.mesh.shards > 1 and trained:
@@ -100,10 +92,7 @@ class Target:
 def train_step(
     config: ConfigDict, models: Models, name: str, drawn: Lengths, target: Target
 ) -> Step | None:
-    """Compiles or counts the step of a training stage; returns None if it does not fit.
-
-    `drawn` are the lengths of the lists' sequences, from `workload.draw_lengths`.
-    """
+    """Compiles or counts the step of a training stage; returns None if it does not fit."""
     settings, stage, mesh = config[name], stages.make_stage(config, models, name), target.mesh
     slots_SxB = batches_lib.slots(settings.batch, mesh.shards, stage.accumulate)
     kinds = [kind for model in stage.models for kind in batches_lib.READS[model]]
@@ -146,10 +135,7 @@ def train_step(
 def forward_step(
     config: ConfigDict, models: Models, name: str, drawn: Lengths, target: Target
 ) -> Step:
-    """Compiles or counts the step "encode" or "re-rank", of as many tokens at once as fit.
-
-    Raises InputError if not even one sequence fits.
-    """
+    """Compiles or counts the step "encode" or "re-rank", of as many tokens at once as fit."""
     mesh = target.mesh
     if name == "encode":
         fn, kind, longest = models.vectors, "passages", config.data.passage_length

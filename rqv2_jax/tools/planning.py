@@ -81,10 +81,7 @@ def make(config: ConfigDict, machine: Machine, lengths: str, report: Callable[[s
 def open_models(
     config: ConfigDict, machine: Machine, report: Callable[[str], None]
 ) -> tuple[ConfigDict, Models]:
-    """Returns the resolved config and the models' shapes as the machine computes them.
-
-    Without the weights the shape is that of BERT base.
-    """
+    """Returns the resolved config and the models' shapes, those of BERT base without the weights."""
     asked = config.model.attention
     try:
         opened = opening.open_models(config)
@@ -196,10 +193,7 @@ def sizes(config: ConfigDict, queries: int | None, passages: int | None) -> tupl
 def render_run(
     config: ConfigDict, plan: Plan, machine: Machine, queries: int, passages: int
 ) -> str:
-    """Returns the least time of every stage, and disk and memory, as tables in Markdown.
-
-    `queries` and `passages` are the numbers to train on and to search.
-    """
+    """Returns the least time of every stage, and disk and memory, as tables in Markdown."""
     mined = min(queries, config.mine.queries)
     scored = min(mined, config.mine.scored_queries) if config.joint.denoised_share else 0
     work = [

@@ -217,10 +217,7 @@ class SentenceTransformers:
 
 
 def exact_search(passages_NxD: np.ndarray, queries_QxD: np.ndarray, depth: int) -> Callable:
-    """Returns a search of all passages by torch's product and topk, on the GPU if there is one.
-
-    The passages are sent as they are searched, a part at a time, as ours are.
-    """
+    """Returns a search by torch's product and topk, of passages that are sent a part at a time."""
     import torch
 
     passages, queries = torch.from_numpy(passages_NxD), torch.from_numpy(queries_QxD)

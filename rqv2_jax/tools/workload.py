@@ -88,10 +88,7 @@ class Texts(NamedTuple):
 
 
 def read(run: Run, lengths: str, passages: int, queries: int) -> Texts:
-    """Returns the first texts of the config's collection; or made up ones.
-
-    `lengths` are "data", "msmarco" (as long as MS MARCO's) or "full" (all that the config admits).
-    """
+    """Returns the first texts of the collection, or made up ones if `lengths` are not "data"."""
     if lengths == "data":
         with tempfile.TemporaryDirectory() as folder:
             collection = open_collection(run.config.data, pathlib.Path(folder))
