@@ -544,9 +544,9 @@ def test_lengths_and_truncation_by_hand():
     assert title == ("title", 1.0, (0, 1, 2, 2, 2), None, 0, 0)
     # [CLS] title [SEP] text [SEP]: 5, 10, 6.
     assert passage_row == ("passage", 7.0, (5, 6, 10, 10, 10), 8, 1 / 3, 2 / 21)
-    # [CLS] query [SEP] title text [SEP]: 3 + {2, 4} + {2, 7, 3}; a query keeps 3 words.
+    # [CLS] query [SEP] title text [SEP]: 3 + {2, 4} + {2, 7, 3}; query_length is not for pairs.
     wholes = np.array([3 + q + p for q in (2, 4) for p in (2, 7, 3)])
-    kept = np.array([min(3 + q + p, 10) for q in (2, 3) for p in (2, 7, 3)])
+    kept = np.minimum(wholes, 10)
     assert (pair.name, pair.limit, pair.quantiles[0], pair.quantiles[-1]) == ("pair", 10, 7, 14)
     assert pair.mean == pytest.approx(wholes.mean(), abs=0.1)
     assert pair.cut == pytest.approx((wholes > kept).mean(), abs=0.02)
