@@ -20,7 +20,7 @@ from rqv2_jax import program
 from rqv2_jax.errors import InputError
 
 _CONFIG = program.define_config()
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of everything these runs write.")
+flags.DEFINE_string("workdir", None, "Folder of everything these runs write.")
 _SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds of joint training, from 0.", lower_bound=1)
 _ROWS = flags.DEFINE_list("rows", None, "Only these rows and full; all if not given.")
 _SIZES = flags.DEFINE_list(
@@ -33,7 +33,7 @@ def main() -> None:
     from rqv2_jax.recipe.workdir import alone
     from rqv2_jax.tools import ablation_study
 
-    config, workdir, seeds = _CONFIG.value, pathlib.Path(_WORKDIR.value), _SEEDS.value
+    config, workdir, seeds = _CONFIG.value, pathlib.Path(flags.FLAGS.workdir), _SEEDS.value
     try:
         sizes = None if _SIZES.value is None else [int(size) for size in _SIZES.value]
     except ValueError as e:

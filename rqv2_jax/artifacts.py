@@ -55,7 +55,8 @@ def kept(folder: pathlib.Path, make: Callable[[], Any]) -> Any:
 
     File sizes are recorded beside the folder. If one has changed since, the folder is emptied first.
     """
-    path, sizes = folder.with_name(f"{folder.name}.sizes.json"), {}
+    path = folder.with_name(f"{folder.name}.sizes.json")
+    sizes: dict[str, int] = {}
     if hosts.first() and folder.is_dir() and path.is_file():
         sizes = readable(path, lambda: json.loads(path.read_text())) or {}
 
@@ -80,7 +81,7 @@ def digest(source: str, *arrays: np.ndarray) -> str:
     """Returns a hash of a name and arrays, to name what is made from them."""
     hashed = hashlib.sha256(source.encode())
     for array in arrays:
-        hashed.update(np.ascontiguousarray(array))
+        hashed.update(np.ascontiguousarray(array).data)
     return hashed.hexdigest()
 
 
@@ -96,7 +97,7 @@ def write(path: pathlib.Path, save: Callable[[pathlib.Path], None]) -> None:
     hosts.from_first(save_and_rename)
 
 
-def write_arrays(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
+def write_arrays(path: pathlib.Path, arrays: dict[str, Any]) -> None:
     """Writes an .npz file."""
     write(path, lambda partial: np.savez(partial, **arrays))
 

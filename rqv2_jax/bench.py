@@ -58,7 +58,7 @@ def main(benchmark: str = "") -> None:
     from rqv2_jax.tools import benchmarks, figures
 
     names = benchmarks.Options._fields
-    options = benchmarks.Options(**{name: flags.FLAGS[name].value for name in names})
+    options = benchmarks.Options(**{name: getattr(flags.FLAGS, name) for name in names})
     chosen, lines = BENCHMARKS if benchmark == "all" else (benchmark,), []
     for line in benchmarks.measure(_CONFIG.value, chosen, options):
         lines.append(line)

@@ -40,20 +40,20 @@ def main() -> None:
         if flags.FLAGS[name].present:
             raise InputError(f"--{name} goes with --workdir; leave it out")
 
-    from rqv2_jax.tools import doctor, doctor_findings
+    from rqv2_jax.tools import doctor, doctor_checks
 
     report = doctor.examine_config(_CONFIG.value)
-    print(doctor_findings.render(report))
+    print(doctor_checks.render(report))
     sys.exit(0 if report.usable() else 1)
 
 
 def _denoising() -> None:
     from rqv2_jax import artifacts
     from rqv2_jax.data import denoise
-    from rqv2_jax.tools import denoising
+    from rqv2_jax.tools import outputs
 
     with program.opened() as run:
-        report, samples = denoising.denoise_report(run, _LABELS.value, _SAMPLES.value)
+        report, samples = outputs.denoise_report(run, _LABELS.value, _SAMPLES.value)
         path = run.workdir / "eval" / "denoise.json"
         artifacts.write_text(path, json.dumps({**report, "samples": samples}, indent=1) + "\n")
     print(denoise.render(report))

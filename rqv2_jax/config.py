@@ -185,23 +185,16 @@ def default() -> ConfigDict:
 
 
 def paper(config: ConfigDict) -> None:
-    """Changes a config to the size of the paper's runs on published data (Ren et al. 2021, 4.1).
-
-    What the paper leaves open is marked.
-    """
+    """Changes a config to the size of the paper's runs on published data (Ren et al. 2021, 4.1)."""
     config.data.update({"query_length": 32, "passage_length": 128, "pair_length": 160})
     config.model.update({"weights": "ernie-2.0-base-en", "dtype": "bfloat16"})
     config.retriever.batch = 4096
-    # Open: list size and batch of the re-ranker's warm-up.
+    # The paper leaves open the list size and the batch of the re-ranker's warm-up.
     config.reranker.update({"batch": 96, "list_size": 8, "epochs": 2.0})
 
 
 def apply_preset(config: ConfigDict, name: str) -> None:
-    """Changes a config by one of the presets that the configs of published data share.
-
-    Raises:
-      ValueError: there is none of that name.
-    """
+    """Changes a config by one of the presets that the configs of published data share."""
     if name in LOSSES:
         config.joint.loss.update(LOSSES[name])
     elif name == "warmstart":
@@ -254,9 +247,8 @@ def two_cores(config: ConfigDict) -> None:
 def complete(config: ConfigDict) -> tuple[list[str], list[str]]:
     """Gives the config of an older workdir the settings it lacks, with the values that held then.
 
-    Returns:
-      The settings it lacked; and a clause for each that it still lacks, because no such value is
-      known, or that is no setting any more.
+    Returns the settings it lacked; and a clause for each that it still lacks, because no such value is
+    known, or that is no setting any more.
     """
     known, given = flat(default()), flat(config)
     if given.get("packing.row_width") == 0:
@@ -289,7 +281,7 @@ def complete(config: ConfigDict) -> tuple[list[str], list[str]]:
 
 def flat(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
     """Returns every setting by its dotted name."""
-    settings = {}
+    settings: dict[str, Any] = {}
     for key, value in config.items():
         group = isinstance(value, ConfigDict | dict)
         settings |= flat(value, f"{prefix}{key}.") if group else {f"{prefix}{key}": value}

@@ -24,17 +24,16 @@ from absl import flags
 from rqv2_jax import program
 from rqv2_jax.errors import InputError
 
-INDEXES = ("exact", "scann")
-# Names of results that a file of candidates cannot give its own.
-RESERVED = (*INDEXES, "bm25")
+# Results of these names are not those of a file of candidates.
+RESERVED = ("exact", "scann", "bm25")
 
 program.define_workdir()
 _SPLIT = flags.DEFINE_enum("split", "test", ["train", "dev", "test"], "Which queries.")
-_INDEX = flags.DEFINE_enum("index", "exact", INDEXES, "How passages are searched.")
+_INDEX = flags.DEFINE_enum("index", "exact", ["exact", "scann"], "How passages are searched.")
 _COMPARE = flags.DEFINE_bool("compare", False, "Compare the two run files given as arguments.")
-_TOPICS = flags.DEFINE_string("topics", None, "With --qrels: file of queries, in place of a split.")
-_CANDIDATES = flags.DEFINE_string("candidates", None, "TREC run file to re-rank.")
-_QRELS = flags.DEFINE_string("qrels", None, "With --topics or --compare: file of relevance labels.")
+flags.DEFINE_string("topics", None, "With --qrels: file of queries, in place of a split.")
+flags.DEFINE_string("candidates", None, "TREC run file to re-rank.")
+flags.DEFINE_string("qrels", None, "With --topics or --compare: file of relevance labels.")
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the processes of the other hosts.")
 _RERANK_DEPTH = flags.DEFINE_integer(
     "rerank_depth", None, "Passages re-ranked; else config.evaluate.rerank_depth.", 1
@@ -46,22 +45,23 @@ _MIN_RELEVANCE = flags.DEFINE_integer(
 
 def main(*files: str) -> None:
     """Prints the table of the split, or of the comparison."""
+    topics, qrels, candidates = flags.FLAGS.topics, flags.FLAGS.qrels, flags.FLAGS.candidates
     if _COMPARE.value:
-        if len(files) != 2 or _QRELS.value is None:
+        if len(files) != 2 or qrels is None:
             raise InputError(
                 "--compare takes two run files and --qrels FILE; --help shows an example"
             )
-        _compare(*files)
+        _compare(*files, qrels)
         return
     if files:
         raise InputError(f"unexpected argument {files[0]!r}; --help shows an example")
     if flags.FLAGS.workdir is None:
         raise InputError("--workdir is missing; --help shows an example")
-    if (_TOPICS.value is None) != (_QRELS.value is None):
+    if (topics is None) != (qrels is None):
         raise InputError("--topics and --qrels go together; --help shows an example")
-    if _TOPICS.value and flags.FLAGS["split"].present:
+    if topics and flags.FLAGS["split"].present:
         raise InputError("--topics takes the place of --split; give one of the two")
-    if _CANDIDATES.value and flags.FLAGS["index"].present:
+    if candidates and flags.FLAGS["index"].present:
         raise InputError("--candidates takes the place of --index; give one of the two")
 
     from rqv2_jax import hosts
@@ -73,15 +73,14 @@ def main(*files: str) -> None:
 
     with program.opened() as run:
         store, split = open_store(run), _SPLIT.value
-        if _TOPICS.value:
-            topics = pathlib.Path(_TOPICS.value), pathlib.Path(_QRELS.value)
-            store, split = with_topics(run, store, *topics)
+        if topics:
+            store, split = with_topics(run, store, pathlib.Path(topics), pathlib.Path(qrels))
         if _MIN_RELEVANCE.value:
             run.config.evaluate.min_relevance = _MIN_RELEVANCE.value
         if _RERANK_DEPTH.value:
             run.config.evaluate.rerank_depth = _RERANK_DEPTH.value
-        if _CANDIDATES.value:
-            path = pathlib.Path(_CANDIDATES.value)
+        if candidates:
+            path = pathlib.Path(candidates)
             name = stem(path)
             if name in RESERVED:
                 raise InputError(f"{path}: results are named after the file; rename it")
@@ -91,7 +90,7 @@ def main(*files: str) -> None:
         print(results.render(report))
 
 
-def _compare(a: str, b: str) -> None:
+def _compare(a: str, b: str, qrels: str) -> None:
     from rqv2_jax import config as config_lib
     from rqv2_jax.recipe import compare
 
@@ -99,7 +98,7 @@ def _compare(a: str, b: str) -> None:
     rows, queries, named = compare.compare(
         pathlib.Path(a),
         pathlib.Path(b),
-        pathlib.Path(_QRELS.value),
+        pathlib.Path(qrels),
         names=defaults.evaluate.metrics,
         min_relevance=_MIN_RELEVANCE.value or defaults.evaluate.min_relevance,
         permutations=defaults.evaluate.permutations,

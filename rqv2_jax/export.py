@@ -25,7 +25,7 @@ from rqv2_jax.errors import InputError
 
 program.define_workdir()
 _FORMAT = flags.DEFINE_enum("format", None, ["huggingface", "joint-tsv"], "What to write.")
-_TO = flags.DEFINE_string("to", None, "The folder or file; a file is gzipped if it ends in .gz.")
+flags.DEFINE_string("to", None, "The folder or file; a file is gzipped if it ends in .gz.")
 _STATE = flags.DEFINE_enum(
     "state", "joint", ["reranker", "joint"], "huggingface: both models warmed up, or joint."
 )
@@ -34,14 +34,15 @@ _STATE = flags.DEFINE_enum(
 def main() -> None:
     """Writes the folder or file, and prints its name."""
     from rqv2_jax.recipe import pipeline
-    from rqv2_jax.tools import exporting
+    from rqv2_jax.tools import outputs
 
-    if _FORMAT.value == "huggingface" and pathlib.Path(_TO.value).exists():
-        raise InputError(f"--to {_TO.value}: exists; name a folder that does not")
-    path = program.file_to_write("to")
+    path = pathlib.Path(flags.FLAGS.to)
+    if _FORMAT.value == "huggingface" and path.exists():
+        raise InputError(f"--to {path}: exists; name a folder that does not")
+    program.file_to_write("to")
     with program.opened() as run:
         if _FORMAT.value == "huggingface":
-            print(exporting.write_models(run, _STATE.value, path))
+            print(outputs.write_models(run, _STATE.value, path))
         else:
             pipeline.export_lists(run, path)
             print(f"lists: {path}")

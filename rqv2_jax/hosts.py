@@ -1,4 +1,4 @@
-"""Runs on several hosts: the only room that knows of processes, one of which runs on each host.
+"""Runs on several hosts: the only module that knows of processes, one of which runs on each host.
 
 All run the same program and take the same decisions, so that every computation on the mesh is
 started by all. They share one workdir, on a file system that all see, into which only the first
@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
-# The only private name of JAX here, see `_coordination`.
+# JAX's one private name here: it lets processes wait for hours, collectives give up after a while.
 from jax._src import distributed
 from jax.experimental import multihost_utils
 
@@ -35,10 +35,8 @@ def start() -> None:
 
     TPU slices and Slurm tell JAX all it needs. Elsewhere it stands in the environment variables
     JAX_COORDINATOR_ADDRESS (`host:port` of the first process), JAX_NUM_PROCESSES and JAX_PROCESS_ID
-    (from 0). All processes but the first print nothing but errors from here on.
-
-    Raises:
-      InputError: there are no such variables, or the others cannot be reached.
+    (from 0). All processes but the first print nothing but errors from here on. Raises InputError if
+    there are no such variables, or the others cannot be reached.
     """
     try:
         count, number = (
@@ -58,26 +56,20 @@ def start() -> None:
 
 
 def _coordination():
-    """Returns the client of JAX's coordination service, which lets processes wait for hours.
-
-    JAX has no public name for it, and collectives on devices give up after a while. Used of it are
-    `key_value_set`, `blocking_key_value_get` and `wait_at_barrier`.
-    """
+    """Returns the client of JAX's coordination service."""
     return distributed.global_state.client
 
 
 def first() -> bool:
-    """Whether this process is the one that writes."""
+    """Says whether this process is the one that writes."""
     return jax.process_index() == 0
 
 
 def from_first(compute: Callable[[], Any]) -> Any:
-    """What `compute()` returns in the first process, which alone calls it; the others wait for that.
+    """Returns what `compute()` returns in the first process, which alone calls it; the others wait.
 
-    Returns only what JSON holds; must not be nested.
-
-    Raises:
-      InputError: it failed in the first process, which raises what `compute` raises.
+    The result must be one that JSON holds. Calls must not be nested. If `compute` raises in the first
+    process, the others raise InputError.
     """
     if jax.process_count() == 1:
         return compute()
@@ -114,13 +106,13 @@ def barrier() -> None:
 
 
 def share(count: int) -> range:
-    """Which of `count` numbers this process takes; equally many for each, so some may be too high."""
+    """Returns which of `count` numbers this process takes; some may be too high, for equal shares."""
     processes = jax.process_count()
     return range(jax.process_index(), -(-count // processes) * processes, processes)
 
 
 def join(results: list[np.ndarray]) -> np.ndarray:
-    """What all processes computed for the numbers of their `share`, stacked in the numbers' order."""
+    """Stacks what all processes computed for the numbers of their `share`, in the numbers' order."""
     own = np.stack(results)
     if jax.process_count() == 1:
         return own

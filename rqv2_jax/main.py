@@ -16,7 +16,7 @@ from absl import flags
 from rqv2_jax import program
 
 _CONFIG = program.define_config()
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of everything this run writes.")
+flags.DEFINE_string("workdir", None, "Folder of everything this run writes.")
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the processes of the other hosts.")
 
 
@@ -29,7 +29,7 @@ def main() -> None:
         hosts.start()
     from rqv2_jax.recipe import pipeline
 
-    pipeline.main(_CONFIG.value, pathlib.Path(_WORKDIR.value))
+    pipeline.main(_CONFIG.value, pathlib.Path(flags.FLAGS.workdir))
 
 
 if __name__ == "__main__":

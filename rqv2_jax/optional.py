@@ -11,14 +11,7 @@ from rqv2_jax.errors import InputError
 
 
 def load(name: str, work: str) -> types.ModuleType:
-    """Returns the module `name`.
-
-    Args:
-      work: the work that needs it, for the error message.
-
-    Raises:
-      InputError: the module, or a package that it imports, is not installed.
-    """
+    """Returns the module `name`; raises InputError if a package is missing that `work` needs."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as e:

@@ -18,7 +18,7 @@ from absl import flags
 from rqv2_jax import program
 
 _CONFIG = program.define_config()
-_TOPOLOGY = flags.DEFINE_string(
+flags.DEFINE_string(
     "topology", None, "v4, v5e, v5p or v6e with a shape; h100, h200, a100, l4 or cpu with a number."
 )
 flags.DEFINE_string("overlay", None, "File for the chosen settings, for --flagfile.")
@@ -32,7 +32,7 @@ _PASSAGES = flags.DEFINE_integer("passages", None, "Passages; known for publishe
 def main() -> None:
     """Prints the plan."""
     overlay = program.file_to_write("overlay")
-    config, topology, lengths = _CONFIG.value, _TOPOLOGY.value, _LENGTHS.value
+    config, topology, lengths = _CONFIG.value, flags.FLAGS.topology, _LENGTHS.value
     shape = topology.partition(":")[2]
     if shape.isdecimal():
         # Read when jax is first imported.

@@ -32,12 +32,10 @@ def config_file(name: str) -> str:
 
     A shipped file is named as `nq.py` or `configs/nq.py`. A file that the user has comes first.
     """
-    package = pathlib.Path(__file__).parent
     # Inside the package where it is installed, beside it in a clone.
-    inside = package / "configs"
-    shipped = (inside if inside.is_dir() else package.parent / "configs") / name.removeprefix(
-        "configs/"
-    )
+    folder = pathlib.Path(__file__).with_name("configs")
+    folder = folder if folder.is_dir() else folder.parent.with_name("configs")
+    shipped = folder / name.removeprefix("configs/")
     return str(shipped) if not os.path.exists(name) and shipped.is_file() else name
 
 
@@ -63,15 +61,11 @@ def define_workdir(help_text: str = "A workdir that rqv2_jax.main has finished."
 
 @contextlib.contextmanager
 def opened() -> Iterator[Any]:
-    """Gives the `Run` of `define_workdir`'s flags, and keeps other processes out of it.
-
-    Raises:
-      InputError: it cannot be opened, or another process works in it.
-    """
+    """Gives the `Run` of `define_workdir`'s flags, and keeps other processes out of it."""
     from rqv2_jax.recipe.claim import open_workdir
     from rqv2_jax.recipe.workdir import alone
 
-    moved = {name: flags.FLAGS[name].value for name in ("data", "weights", "reranker_weights")}
+    moved = {name: getattr(flags.FLAGS, name) for name in ("data", "weights", "reranker_weights")}
     run = open_workdir(pathlib.Path(flags.FLAGS.workdir), **moved)
     with alone(run.workdir):
         yield run
@@ -86,13 +80,9 @@ def run(
 ) -> None:
     """Parses the flags and runs `main`.
 
-    Exits 2 on bad flags, 1 on an InputError and on a full disk, 130 on Ctrl-C.
-
-    Args:
-      doc: the program's docstring, printed by --help and with an example in it.
-      required: names of flags that must be given.
-      one_of: names of flags of which exactly one must be given.
-      arguments: most arguments beside the flags; `main` gets them.
+    Exits 2 on bad flags, 1 on an InputError and on a full disk, 130 on Ctrl-C. --help prints `doc`. All
+    of the `required` flags must be given, and exactly one of `one_of`. `main` gets the arguments beside
+    the flags, `arguments` at most.
     """
     # TensorFlow's greeting would bury what the program has to say.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -148,14 +138,11 @@ def _parse(required: tuple[str, ...], arguments: int, one_of: tuple[str, ...]) -
 
 
 def file_to_write(flag: str) -> pathlib.Path | None:
-    """Returns the file that a flag names, None if it names none.
-
-    Raises:
-      InputError: the file's folder is not there, or it is a folder itself.
-    """
-    if not flags.FLAGS[flag].value:
+    """Returns the file that a flag names, None if it names none; raises InputError on a folder."""
+    given = getattr(flags.FLAGS, flag)
+    if not given:
         return None
-    path = pathlib.Path(flags.FLAGS[flag].value)
+    path = pathlib.Path(given)
     if not path.parent.is_dir():
         raise InputError(f"--{flag} {path}: there is no folder {path.parent}; make it first")
     if path.is_dir():
@@ -165,9 +152,7 @@ def file_to_write(flag: str) -> pathlib.Path | None:
 
 def _from_config_file(error: Exception) -> Exception | str:
     """Returns a config file's own error, with its line, for a flag error that holds a traceback."""
-    if "Traceback" not in str(error):
-        return error
-    inner = error
+    inner: BaseException | None = error if "Traceback" in str(error) else None
     while inner is not None:
         # What the file calls may have raised it; the mend is in the file.
         frames = traceback.extract_tb(inner.__traceback__)

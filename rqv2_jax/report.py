@@ -13,14 +13,14 @@ from absl import flags
 
 from rqv2_jax import program
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "A workdir, or the folder of rqv2_jax.ablations.")
+flags.DEFINE_string("workdir", None, "A workdir, or the folder of rqv2_jax.ablations.")
 
 
 def main() -> None:
     """Draws whatever the folder has, and prints the files' names."""
     from rqv2_jax.tools import figures
 
-    figures.draw(pathlib.Path(_WORKDIR.value))
+    figures.draw(pathlib.Path(flags.FLAGS.workdir))
 
 
 if __name__ == "__main__":

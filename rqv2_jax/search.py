@@ -19,8 +19,8 @@ from rqv2_jax import program
 from rqv2_jax.errors import InputError
 
 program.define_workdir()
-_TOPICS = flags.DEFINE_string("topics", None, "With --to: file of queries, in place of a question.")
-_TO = flags.DEFINE_string("to", None, "With --topics: the run file to write.")
+flags.DEFINE_string("topics", None, "With --to: file of queries, in place of a question.")
+flags.DEFINE_string("to", None, "With --topics: the run file to write.")
 _STATE = flags.DEFINE_enum(
     "state", "joint", ["reranker", "joint"], "Models: both warmed up, or joint."
 )
@@ -30,25 +30,24 @@ _SHOWN = flags.DEFINE_integer("shown", 10, "Passages printed for a question, at 
 
 def main(*question: str) -> None:
     """Prints the best passages for the question, or writes the run of the topics."""
-    if (_TOPICS.value is None) != (_TO.value is None):
+    topics = flags.FLAGS.topics
+    if (topics is None) != (flags.FLAGS.to is None):
         raise InputError("--topics and --to go together; --help shows an example")
-    if (_TOPICS.value is None) != bool(question):
+    if (topics is None) != bool(question):
         raise InputError("give a question or --topics FILE, not both; --help shows an example")
     if question and not question[0].strip():
         raise InputError("the question is empty; --help shows an example")
-    to, state, index = program.file_to_write("to"), _STATE.value, _INDEX.value
+    to, how = program.file_to_write("to"), (_STATE.value, _INDEX.value)
 
     from rqv2_jax.recipe.texts import open_store
-    from rqv2_jax.tools import searching
+    from rqv2_jax.tools import outputs
 
     with program.opened() as run:
         store = open_store(run)
-        if question:
-            print(searching.show(run, store, question[0], state, index, _SHOWN.value))
+        if to is None:
+            print(outputs.show(run, store, question[0], *how, _SHOWN.value))
         else:
-            topics = pathlib.Path(_TOPICS.value)
-            for line in searching.write_run(run, store, topics, to, state=state, index=index):
-                print(line)
+            print(*outputs.write_run(run, store, pathlib.Path(topics), to, *how), sep="\n")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from rqv2_jax import config as config_lib
 from rqv2_jax.data.batches import KINDS
 from rqv2_jax.errors import InputError
 from rqv2_jax.recipe.run import open_run
-from rqv2_jax.tools import bench_common, bench_joint, bench_retrieval, workload
+from rqv2_jax.tools import bench_joint, bench_retrieval, workload
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def texts(run):
-    return bench_common.read(run, "msmarco", 256, 64)
+    return workload.read(run, "msmarco", 256, 64)
 
 
 def test_made_up_texts_are_as_long_as_those_of_msmarco(run, texts):
@@ -49,7 +49,7 @@ def test_the_joint_step_and_its_rival_do_the_same_work(run, texts, teacher, make
     opened = open_run(own, run.workdir)
     if teacher is not None:
         # It has a tokenizer of its own.
-        texts = bench_common.read(opened, "msmarco", 256, 64)
+        texts = workload.read(opened, "msmarco", 256, 64)
     (found,) = bench_joint.joint(opened, texts, 2, versus=True)
     assert found["losses"] == pytest.approx(found["torch_losses"], rel=1e-3)
     assert found["torch_ratio"] == pytest.approx(
@@ -96,8 +96,8 @@ def test_model_flops_are_those_of_real_tokens(run, texts):
     for kind, lengths_N in ragged.items():
         found = workload.training_flops(static, run.models, "joint", kind, lengths_N)
         assert found == pytest.approx(flops[kind] / (3 if kind == "pairs" else 1))
-    lengths_N = np.array([7, 9])
-    assert workload.forward_flops(run.models.retriever, 1, lengths_N).shape == (2,)
+    each = [workload.forward_flops(run.models.retriever, np.array([n])) for n in (7, 9)]
+    assert workload.forward_flops(run.models.retriever, np.array([7, 9])) == sum(each)
 
 
 def test_encoding_re_ranking_mining_and_inputs(run, texts):

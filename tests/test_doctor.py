@@ -17,7 +17,7 @@ from rqv2_jax.data.inputs import Inputs
 from rqv2_jax.data.readers import beir, dpr, tables
 from rqv2_jax.data.tokenise import Tokenizer
 from rqv2_jax.errors import InputError
-from rqv2_jax.tools import doctor, doctor_findings, doctor_streams
+from rqv2_jax.tools import doctor, doctor_checks
 
 # A token for each word.
 WORDS = Tokenizer(lambda texts: [[5] * len(text.split()) for text in texts], "words", 9, 1, 2)
@@ -537,21 +537,21 @@ def test_lengths_and_truncation_by_hand():
     inputs = inputs_of(config_of(), query_length=5, passage_length=8, pair_length=10)
     queries = ["a b", "a b c d"]
     passages = [("t", "a"), ("t t", "a b c d e"), ("", "a b c")]
-    query_row, title, passage_row, pair = doctor_streams.measure(
+    query_row, title, passage_row, pair = doctor_checks.measure(
         WORDS, inputs, queries, passages, seed=0
     )
     assert query_row == ("query", 5.0, (4, 4, 6, 6, 6), 5, 1 / 2, 1 / 10)
     assert title == ("title", 1.0, (0, 1, 2, 2, 2), None, 0, 0)
     # [CLS] title [SEP] text [SEP]: 5, 10, 6.
     assert passage_row == ("passage", 7.0, (5, 6, 10, 10, 10), 8, 1 / 3, 2 / 21)
-    # [CLS] query [SEP] title text [SEP]: 3 + {2, 4} + {2, 7, 3}; query_length does not count.
+    # [CLS] query [SEP] title text [SEP]: 3 + {2, 4} + {2, 7, 3}; query_length is not for pairs.
     wholes = np.array([3 + q + p for q in (2, 4) for p in (2, 7, 3)])
     kept = np.minimum(wholes, 10)
     assert (pair.name, pair.limit, pair.quantiles[0], pair.quantiles[-1]) == ("pair", 10, 7, 14)
     assert pair.mean == pytest.approx(wholes.mean(), abs=0.1)
     assert pair.cut == pytest.approx((wholes > kept).mean(), abs=0.02)
     assert pair.lost == pytest.approx((wholes - kept).sum() / wholes.sum(), abs=0.02)
-    without = doctor_streams.measure(
+    without = doctor_checks.measure(
         WORDS, inputs_of(config_of(), titles=False), queries, passages, 0
     )
     assert [row.name for row in without] == ["query", "passage", "pair"]
@@ -579,17 +579,17 @@ def test_much_truncation_is_a_warning(tmp_path, changes, where):
 
 
 def test_a_sample_is_fair(monkeypatch):
-    monkeypatch.setattr(doctor_streams, "SAMPLED", 5)
+    monkeypatch.setattr(doctor_checks, "SAMPLED", 5)
     counts = np.zeros(20)
     for seed in range(2000):
-        sample = doctor_streams.Sample(seed)
+        sample = doctor_checks.Sample(seed)
         for item in range(20):
             sample.add(item)
         assert len(set(sample.items)) == 5
         counts[sample.items] += 1
     # Each is drawn in a quarter of the cases; the standard deviation is 19.
     np.testing.assert_allclose(counts, 500, atol=5 * 19.4)
-    few = doctor_streams.Sample(0)
+    few = doctor_checks.Sample(0)
     for item in range(4):
         few.add(item)
     assert few.items == [0, 1, 2, 3]
@@ -597,7 +597,7 @@ def test_a_sample_is_fair(monkeypatch):
 
 @given(st.lists(st.integers(0, 8)), st.lists(st.integers(0, 12)))
 def test_hashes_find_rows_and_repeats(texts, wanted):
-    hashes = doctor_streams.Hashes()
+    hashes = doctor_checks.Hashes()
     for row, text in enumerate(texts):
         hashes.add(str(row), str(text))
     expected = [int(key) if key < len(texts) else -1 for key in wanted]
@@ -609,7 +609,7 @@ def test_hashes_find_rows_and_repeats(texts, wanted):
         if text in last:
             repeats.append((row, last[text]))
         last[text] = row
-    assert list(map(tuple, doctor_streams.repeats(hashes.texts_N).T.tolist())) == repeats
+    assert list(map(tuple, doctor_checks.repeats(hashes.texts_N).T.tolist())) == repeats
 
 
 @given(
@@ -626,7 +626,7 @@ def test_lists_are_counted_as_by_hand(tmp_path_factory, lists, at_once):
     lines = [line for number, rows in lists for line in given_list(number, *rows)]
     folder = write(folder, {"lists.tsv": lines})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(doctor_findings, "LISTS_AT_ONCE", at_once)
+        patch.setattr(doctor_checks, "LISTS_AT_ONCE", at_once)
         report = examine(folder, lists=True, **{"joint.list_size": 3})
     known = {(i, i) for i in range(12)} | {(number, rows[0]) for number, rows in lists}
     repeated = sum(len(set(rows)) < 3 for _, rows in lists)
@@ -640,10 +640,8 @@ def test_lists_are_counted_as_by_hand(tmp_path_factory, lists, at_once):
 
 def test_the_report_ends_with_the_verdict():
     def report(*kinds):
-        found = [
-            doctor_findings.Finding(kind, f"stream {i}", "what") for i, kind in enumerate(kinds)
-        ]
-        return doctor_findings.Report("name", [], (0, 0), [], found)
+        found = [doctor_checks.Finding(kind, f"stream {i}", "what") for i, kind in enumerate(kinds)]
+        return doctor_checks.Report("name", [], (0, 0), [], found)
 
     for kinds, verdict in (
         ((), "ok"),
@@ -653,14 +651,14 @@ def test_the_report_ends_with_the_verdict():
         (("warning", "error"), "not usable: 1 error"),
         (("error", "note", "error"), "not usable: 2 errors"),
     ):
-        lines = doctor_findings.render(report(*kinds)).splitlines()
+        lines = doctor_checks.render(report(*kinds)).splitlines()
         assert lines[-1] == report(*kinds).verdict() == verdict
         shown = [line.split()[0] for line in lines if ": what" in line]
         assert shown == sorted(kinds, key=["error", "warning", "note"].index)
 
 
 def test_the_table_is_aligned(tmp_path):
-    lines = doctor_findings.render(examine(write(tmp_path))).splitlines()
+    lines = doctor_checks.render(examine(write(tmp_path))).splitlines()
     table = lines[lines.index("") :]
     head = next(line for line in table if line.startswith("tokens"))
     rows = [line for line in table if line.startswith(("query ", "title ", "passage ", "pair "))]
@@ -677,7 +675,7 @@ def test_no_devices_are_needed_and_nothing_is_written(tmp_path, bert_folder):
     config.mesh.data = 4096
     for usable in (True, False):
         report = doctor.examine_config(config)
-        last = doctor_findings.render(report).splitlines()[-1]
+        last = doctor_checks.render(report).splitlines()[-1]
         assert report.usable() == usable
         assert last == ("ok" if usable else "not usable: 1 error")
         with (tmp_path / "data" / "qrels" / "test.tsv").open("a") as file:

@@ -18,7 +18,7 @@ from rqv2_jax.recipe import pipeline
 from rqv2_jax.recipe import scorer as score
 from rqv2_jax.recipe.claim import open_workdir
 from rqv2_jax.recipe.run import open_run
-from rqv2_jax.tools import denoising
+from rqv2_jax.tools import outputs
 
 
 def test_denoise_report_of_a_workdir(finished):
@@ -122,7 +122,7 @@ def test_report_and_export_need_what_they_read(finished, tmp_path):
         assert "\n" not in str(e.value)
 
     def report(run):
-        denoising.denoise_report(run, "", 1)
+        outputs.denoise_report(run, "", 1)
 
     def export(run):
         pipeline.export_lists(run, tmp_path / "lists.tsv")

@@ -26,7 +26,7 @@ for name in {HEAVY}:
 from rqv2_jax.data import batches
 from rqv2_jax.recipe import pipeline, workdir
 from rqv2_jax.retrieval import encode, index, rerank
-from rqv2_jax.tools import accelerator_checks, benchmarks
+from rqv2_jax.tools import benchmarks
 from rqv2_jax.training import train
 assert "torch" not in sys.modules
 """

@@ -173,7 +173,7 @@ def test_with_room_nothing_is_computed_again(roomy, config):
     assert joint.tokens == 4 * 16 + 12 * 16 + 12 * 32
     shape = models_of(config).retriever
     assert joint.formula == 3 * sum(
-        workload.forward_flops(shape, *rows) for rows in ((4, 16), (12, 16), (12, 32))
+        workload.forward_flops(shape, np.full(*x)) for x in ((4, 16), (12, 16), (12, 32))
     )
     # Less than the formula: the last layer goes on with the first tokens alone.
     assert 0.5 < joint.cost.flops / joint.formula < 1
@@ -196,7 +196,7 @@ def test_formula_counts_the_products_of_a_plain_encoder(config):
 
     tokens = jax.ShapeDtypeStruct((ROWS, WIDTH), jnp.int32)
     text = jax.jit(encode).lower(params, tokens).compile().as_text()
-    assert hlo.cost(text).flops == workload.forward_flops(shape, ROWS, WIDTH)
+    assert hlo.cost(text).flops == workload.forward_flops(shape, np.full(ROWS, WIDTH))
 
 
 def test_with_less_room_the_cheapest_way_that_fits_is_taken(roomy, config):
@@ -223,8 +223,8 @@ def test_each_model_is_planned_with_its_own_shape(config, make_bert):
     models = models_of(own)
     drawn = workload.draw_lengths(own, "full", 8, 3)
     step = plan_steps.train_step(own, models, "joint", drawn, target_of(1e12, print))
-    small = sum(workload.forward_flops(models.retriever, *rows) for rows in ((4, 16), (12, 16)))
-    assert step.formula == 3 * (small + workload.forward_flops(models.reranker, 12, 32))
+    small = workload.forward_flops(models.retriever, np.full(16, 16))
+    assert step.formula == 3 * (small + workload.forward_flops(models.reranker, np.full(12, 32)))
     size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))  # noqa: E731
     expected = 2 * size(
         weights.load_encoder(model_files.find_folder(own.model.weights), models.retriever)
@@ -250,10 +250,10 @@ def test_lengths_like_msmarcos_cost_little_more_than_their_tokens(config):
     # Of both devices, by step.
     real = sum(x.sum() for x in drawn.values()) / workload.DRAWN_STEPS
     assert real < 2 * step.tokens < 1.3 * real
-    products = sum(workload.forward_flops(shape, 1, x).sum() for x in drawn.values())
+    products = sum(workload.forward_flops(shape, x) for x in drawn.values())
     assert 2 * step.formula == pytest.approx(3 * products / workload.DRAWN_STEPS)
     encode = plan_steps.forward_step(own, models, "encode", drawn, target_of(1e12, print))
-    each = workload.forward_flops(shape, 1, drawn["passages"]).mean()
+    each = workload.forward_flops(shape, drawn["passages"]) / drawn["passages"].size
     assert encode.formula == pytest.approx(encode.items / 2 * each, rel=0.05)
     assert encode.tokens < 1.15 * 79 * encode.items / 2
 

@@ -7,6 +7,7 @@ import json
 import pathlib
 import shutil
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -41,18 +42,15 @@ def rows(config: ConfigDict, sizes: Sequence[int] | None = None) -> dict[str, di
     `sizes` are those of lists; half and twice that of `full` if there are none.
     """
     joint = config.joint
-
-    def preset(name: str) -> dict:
-        return {f"joint.loss.{key}": value for key, value in config_lib.LOSSES[name].items()}
-
-    through = not joint.loss.teacher_gradient
-    warmer = 2 * joint.loss.temperature
-    changes = {
+    through, warmer = not joint.loss.teacher_gradient, 2 * joint.loss.temperature
+    changes: dict[str, dict[str, Any]] = {
         "static distillation": {"joint.train_reranker": False},
         "pointwise re-ranker": {"joint.loss.reranker_loss": "pointwise"},
         "without denoised lists": {"joint.denoised_share": 0.0},
-        "preset paper": preset("paper"),
-        "preset official_code": preset("official_code"),
+        **{
+            f"preset {name}": {f"joint.loss.{key}": value for key, value in loss.items()}
+            for name, loss in config_lib.LOSSES.items()
+        },
         f"teacher gradient {'on' if through else 'off'}": {"joint.loss.teacher_gradient": through},
         f"temperature {warmer:g}": {"joint.loss.temperature": warmer},
         "one learning rate": {"joint.reranker_rate": 1.0},
@@ -64,12 +62,11 @@ def rows(config: ConfigDict, sizes: Sequence[int] | None = None) -> dict[str, di
     around = (size for size in (joint.list_size // 2, joint.list_size * 2) if size >= 2)
     for size in around if sizes is None else sizes:
         changes[f"list size {size}"] = {"joint.list_size": size}
-    kept = {
+    return {"full": {}} | {
         name: change
         for name, change in changes.items()
         if config_lib.differences(_changed(config, change), config)
     }
-    return {"full": {}, **kept}
 
 
 def _changed(config: ConfigDict, change: dict, steps: int = 1) -> ConfigDict:
@@ -116,10 +113,8 @@ def run_all(
     """Runs the warm start, then every row (`only` some and `full`) by every seed.
 
     Yields after each seed what all rows have measured so far. Every row trains on as many lists as
-    `full`. `sizes` are those of `rows`.
-
-    Raises:
-      InputError: a row is not known, the config cannot be ablated, or what `pipeline.main` raises.
+    `full`. `sizes` are those of `rows`. Raises InputError if a row is not known or the config cannot be
+    ablated, and as `pipeline.main` does.
     """
     changes = _chosen(config, only, sizes)
     warm = open_run(config, workdir / "warm")
@@ -159,7 +154,7 @@ def run_all(
 
 def _measured(folder: pathlib.Path) -> dict:
     """Returns the step that a finished row kept and its metrics; deletes its optimizer's state."""
-    values = {}
+    values: dict[str, np.ndarray] = {}
     for part in ("test", f"test.{WARM}"):
         with np.load(folder / "eval" / f"{part}.per_query.npz") as file:
             values |= dict(file)
@@ -187,31 +182,28 @@ def summarise(measured: list[dict], *, permutations: int) -> list[dict]:
     for model, candidates, metric in MEASURES:
         key = f"joint.{model}.{candidates}.{metric}"
         values = {"warm start": first[f"{warm[model]}.{model}.exact.{metric}"][None]}
-        values |= {
-            n: np.stack([m["values"][key] for m in measured if m["row"] == n]) for n in names
-        }
-        part = []
+        for name in names:
+            values[name] = np.stack([m["values"][key] for m in measured if m["row"] == name])
+        compared = []
         for name, values_SxQ in values.items():
-            row = {"row": name, "model": model, "candidates": candidates, "metric": metric}
             means_S = values_SxQ.mean(axis=1)
-            row |= {"queries": values_SxQ.shape[1], "mean": float(means_S.mean())}
-            row |= {"seeds": len(means_S), "spread": None, "kept_steps": kept.get(name, [])}
-            if len(means_S) > 1:
-                row["spread"] = float(means_S.std(ddof=1))
+            spread = float(means_S.std(ddof=1)) if len(means_S) > 1 else None
+            row: dict[str, Any] = {"row": name, "model": model, "candidates": candidates}
+            row |= {"metric": metric, "queries": values_SxQ.shape[1], "mean": float(means_S.mean())}
+            row |= {"seeds": len(means_S), "spread": spread, "kept_steps": kept.get(name, [])}
             if name != "full":
                 row |= _compared(values_SxQ, values["full"], permutations)
-            part.append(row)
-        compared = [row for row in part if "p_value" in row]
+                compared.append(row)
+            rows.append(row)
         for row, p in zip(compared, significance.holm([row["p_value"] for row in compared])):
             row["p_value"] = p
-        rows += part
     return rows
 
 
 def _compared(values_SxQ: np.ndarray, full_SxQ: np.ndarray, permutations: int) -> dict:
     """Returns the differences of a row to `full` and their tests, not corrected."""
     difference_S = values_SxQ.mean(axis=1) - full_SxQ.mean(axis=1)
-    row = {"differences": difference_S.tolist()}
+    row: dict[str, Any] = {"differences": difference_S.tolist()}
     # Equal differences differ by rounding, of which a t-test would make much.
     if np.ptp(difference_S) > 1e-9:
         row["seeds_p_value"] = float(stats.ttest_1samp(difference_S, 0).pvalue)
@@ -224,10 +216,9 @@ def _compared(values_SxQ: np.ndarray, full_SxQ: np.ndarray, permutations: int) -
 def render(summary: list[dict]) -> str:
     """Returns the rows as tables in Markdown."""
     lines = []
-    for measure in MEASURES:
-        model, candidates, metric = measure
-        keys = ("model", "candidates", "metric")
-        part = [row for row in summary if tuple(row[key] for key in keys) == measure]
+    for model, candidates, metric in MEASURES:
+        measure = {"model": model, "candidates": candidates, "metric": metric}
+        part = [row for row in summary if measure.items() <= row.items()]
         given = " on the warm start's candidates" if candidates == WARM else ""
         lines += [
             f"{model}{given}, {metric}, {part[0]['queries']} test queries",
@@ -259,7 +250,6 @@ def write(
 
     A table of the same rows by more seeds, which a run that resumes has yet to reach, stays meanwhile.
     """
-    table = ""
     for done, measured in enumerate(measurements, 1):
         summary = summarise(measured, permutations=permutations)
         table = render(summary)
@@ -272,9 +262,7 @@ def write(
 
 def _knows_more(path: pathlib.Path, summary: list[dict]) -> bool:
     """Says whether the table in a file holds the same rows by more seeds."""
-    known = None
-    if path.is_file():
-        known = readable(path, lambda: json.loads(path.read_text()))
+    known = readable(path, lambda: json.loads(path.read_text())) if path.is_file() else None
     if known is None:
         return False
     names, others = ({row["row"]: row["seeds"] for row in x} for x in (summary, known))

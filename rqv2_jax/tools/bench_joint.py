@@ -3,6 +3,8 @@
 Shape suffixes: L lists, P passages of a list, N sequences.
 """
 
+import collections
+import dataclasses
 import os
 import time
 from collections.abc import Iterator
@@ -14,15 +16,15 @@ import tqdm
 from ml_collections import ConfigDict
 
 from rqv2_jax import config as config_lib
-from rqv2_jax.data import lists as lists_lib
 from rqv2_jax.data import packing
 from rqv2_jax.data.batches import KINDS, ListBatches
+from rqv2_jax.data.lists import Lists, Provenance
 from rqv2_jax.errors import InputError
-from rqv2_jax.models import bert, random_model
+from rqv2_jax.models import random_model
 from rqv2_jax.recipe.run import Run
 from rqv2_jax.recipe.stage import stage_batches
-from rqv2_jax.tools import bench_common, hlo, machines, plan_steps, rivals, workload
-from rqv2_jax.tools.bench_common import Texts
+from rqv2_jax.tools import hlo, machines, plan_steps, rivals, workload
+from rqv2_jax.tools.workload import Texts
 from rqv2_jax.training import stages, train
 
 # Steps in a row that are timed before it is the rival's turn.
@@ -31,47 +33,34 @@ TURN = 3
 UTILISATION = 0.4
 
 
-def _lists(texts: Texts, count: int, size: int) -> lists_lib.Lists:
-    """Draws lists of random passages."""
-    if size > len(texts.passages):
-        raise InputError(
-            f"config.joint.list_size is {size}, but there are {len(texts.passages)} passages; raise "
-            "--passages or lower it"
-        )
-    rng = np.random.default_rng(1)
-    passages_LxP = np.stack(
-        [rng.choice(len(texts.passages), size, replace=False) for _ in range(count)]
-    )
-    provenance_LxP = np.full(passages_LxP.shape, lists_lib.Provenance.UNDENOISED_NEGATIVE)
-    provenance_LxP[:, 0] = lists_lib.Provenance.LABELLED_POSITIVE
-    return lists_lib.Lists(np.arange(count) % len(texts.queries), passages_LxP, provenance_LxP)
-
-
 def joint_batches(run: Run, texts: Texts, steps: int) -> ListBatches:
     """Returns the batches of so many joint steps, of lists of random passages."""
     joint, stage = run.config.joint, stages.make_stage(run.config, run.models, "joint")
-    lists = _lists(texts, steps * joint.batch, joint.list_size)
+    count, size, passages = steps * joint.batch, joint.list_size, len(texts.passages)
+    if size > passages:
+        raise InputError(
+            f"config.joint.list_size is {size}, but there are {passages} passages; raise --passages or "
+            "lower it"
+        )
+    rng = np.random.default_rng(1)
+    passages_LxP = np.stack([rng.choice(passages, size, replace=False) for _ in range(count)])
+    provenance_LxP = np.full(passages_LxP.shape, Provenance.UNDENOISED_NEGATIVE)
+    provenance_LxP[:, 0] = Provenance.LABELLED_POSITIVE
+    lists = Lists(np.arange(count) % len(texts.queries), passages_LxP, provenance_LxP)
     return stage_batches(run, texts.store, "joint", stage, lists)
-
-
-def _compiled_over_model(run: Run, compiled: jax.stages.Compiled, formula: float) -> float | None:
-    """Returns compiled over model FLOPs; None on GPUs and for their kernel, whose text hides them."""
-    if jax.default_backend() == "gpu" or run.models.flat:
-        return None
-    return run.sharding.shards * hlo.cost(compiled.as_text()).flops / formula
 
 
 def _take_turns(
     takers: dict[str, "Joint | rivals.Joint"], total: int, turn: int
-) -> tuple[dict, dict, dict]:
+) -> tuple[dict[str, list[float]], dict[str, list[float]], dict[str, float]]:
     """Returns the seconds and the losses of each taker's steps, `turn` in a row by turns.
 
     Batches are made before the clock starts, as training makes them ahead. The first step of a turn is
     not counted: it takes back memory that the other has had in between, which can cost as much as the
     step itself. The very first step compiles; its seconds are returned apart.
     """
-    seconds, losses = ({name: [] for name in takers} for _ in range(2))
-    first_seconds = {}
+    seconds, losses = collections.defaultdict(list), collections.defaultdict(list)
+    first_seconds: dict[str, float] = {}
     with tqdm.tqdm(desc="joint", total=total * len(takers), unit="step") as bar:
         for first in range(0, total, turn):
             for name, taker in takers.items():
@@ -98,7 +87,7 @@ class Joint:
         )
         self.key = jax.random.key(config.seed)
         self.restart()
-        step_fn = train.make_step(self.stage.loss_fn, self.optimizer, run.sharding)
+        step_fn: Any = train.make_step(self.stage.loss_fn, self.optimizer, run.sharding)
         example = run.sharding.put_batch(batches.make(0))
         started = time.perf_counter()
         self.compiled = step_fn.lower(self.state, example, self.key).compile()
@@ -123,10 +112,8 @@ class Joint:
 def joint(run: Run, texts: Texts, steps: int, versus: bool) -> Iterator[dict]:
     """Measures steps of joint training on lists of random passages, at a constant learning rate.
 
-    Yields one result, or one for each rival, which takes the same steps, some in a row by turns.
-
-    Raises:
-      InputError: there are too few passages, or the rival cannot train as the config says.
+    Yields one result, or one for each rival, which takes the same steps, some in a row by turns. Raises
+    InputError if there are too few passages or the rival cannot train as the config says.
     """
     config = config_lib.loads(config_lib.dumps(run.config))
     settings = config.joint
@@ -143,8 +130,15 @@ def joint(run: Run, texts: Texts, steps: int, versus: bool) -> Iterator[dict]:
     batches = joint_batches(run, texts, total)
     sequences = [{kind: batches.ragged(kind, step) for kind in KINDS} for step in range(total)]
     ours = Joint(run, config, batches, total)
-    for name, make in (rivals.joint(run, sequences) if versus else {None: None}).items():
-        takers = {"ours": ours} if name is None else {"ours": ours, name: make()}
+    # XLA's text hides what GPUs and the kernel for them compute.
+    compiled_flop = None
+    if jax.default_backend() != "gpu" and not run.models.flat:
+        compiled_flop = run.sharding.shards * hlo.cost(ours.compiled.as_text() or "").flops
+    names = ("torch", "torch_compiled") if rivals.device() == "cuda" else ("torch",)
+    for name in names if versus else ("",):
+        takers: dict[str, Joint | rivals.Joint] = {"ours": ours}
+        if name:
+            takers[name] = rivals.Joint(run, sequences, compiled=name == "torch_compiled")
         ours.restart()
         taken, losses, first_seconds = _take_turns(takers, total, turn)
         line = _work_of_a_step(run, batches, sequences, float(np.median(taken["ours"])))
@@ -153,13 +147,13 @@ def joint(run: Run, texts: Texts, steps: int, versus: bool) -> Iterator[dict]:
             "step_seconds_slowest": max(taken["ours"]),
             "compile_seconds": ours.compile_seconds,
             "step_memory_gib": plan_steps.program_memory(ours.compiled) / machines.GIB,
-            "peak_memory_gib": bench_common.peak_memory(),
-            "compiled_over_model_flop": _compiled_over_model(run, ours.compiled, model_flop),
+            "peak_memory_gib": machines.peak_memory(),
+            "compiled_over_model_flop": compiled_flop and compiled_flop / model_flop,
             "losses": losses["ours"],
         }
-        if name is not None:
+        if name:
             line |= {"rival": name}
-            line |= bench_common.against(name, "step_seconds", taken[name], taken["ours"])
+            line |= machines.against(name, "step_seconds", taken[name], taken["ours"])
             line |= {f"{name}_first_step_seconds": first_seconds[name]}
             line |= {f"{name}_losses": losses[name]}
         yield line
@@ -190,7 +184,7 @@ def _work_of_a_step(
         "computed_over_real_tokens": computed / real,
         "padded_over_real_tokens": padded / real,
         "model_gflop": flops / 1e9,
-        **bench_common.shares_of_peak(run, flops / seconds),
+        **machines.shares_of_peak(run.config.model.dtype, flops / seconds / run.sharding.shards),
         "parts": shards // run.sharding.shards,
     }
 
@@ -204,18 +198,11 @@ def inputs(run: Run, texts: Texts, steps: int, step_seconds: float | None) -> di
     for _ in range(steps):
         next(stream)
     rate = steps * run.config.joint.batch / (time.perf_counter() - started)
-    base = bert.BertConfig(
-        **random_model.BASE,
-        num_layers=12,
-        dropout=0.1,
-        dtype="bfloat16",
-        remat="none",
-        attention="plain",
-        unrolled=False,
-    )
+    base: dict[str, Any] = random_model.BASE | {"num_layers": 12}
+    encoder = dataclasses.replace(run.models.retriever, **base)
     # A query, 128 passages and as many pairs, at their full lengths.
-    sizes = ((1, 32), (128, 128), (128, 160))
-    flops = 3 * sum(workload.forward_flops(base, *size) for size in sizes)
+    lengths_N = np.repeat((32, 128, 160), (1, 128, 128))
+    flops = 3 * workload.forward_flops(encoder, lengths_N)
     wanted = 32 * UTILISATION * machines.CHIPS["v5e"][1] / flops
     cores = len(os.sched_getaffinity(0))
     line = {

@@ -1,14 +1,14 @@
 """The speed of encoding, re-ranking, mining and search, beside rivals'.
 
-Shape suffixes: N sequences or passages, M passages and queries, S batches of a shape, R rows,
-Q queries, K depth, D vector size.
+Shape suffixes: N sequences or passages, M passages and queries, S shards, R rows, Q queries,
+K depth, D vector size.
 """
 
 import pathlib
 import tempfile
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -17,8 +17,8 @@ from rqv2_jax.data import packing
 from rqv2_jax.models.bert import BertConfig
 from rqv2_jax.recipe.run import Run
 from rqv2_jax.retrieval import encode, index, rerank, stream
-from rqv2_jax.tools import bench_common, machines, rivals, workload
-from rqv2_jax.tools.bench_common import Texts
+from rqv2_jax.tools import machines, rivals, workload
+from rqv2_jax.tools.workload import Texts
 
 # Dimensions in which the vectors differ; the others hold noise.
 INTRINSIC = 24
@@ -26,118 +26,108 @@ INTRINSIC = 24
 RECALLS = (0.9, 0.95, 0.99)
 
 
-class _Work(NamedTuple):
-    """Sequences that an encoder reads in batches, by us and, if there is one, by a rival."""
-
-    name: str
-    encoder: BertConfig
-    lengths_N: np.ndarray
-    layout: stream.Layout
-    ours: Callable
-    theirs: Callable | None
-
-
 def encode_and_rerank(run: Run, texts: Texts, rounds: int, versus: bool) -> list[dict]:
     """Measures passages to vectors, and pairs to scores; tokenising is part of either."""
-    towers, scorer = run.initial("retriever"), run.initial("reranker")
+    towers, scorer, models = run.initial("retriever"), run.initial("reranker"), run.models
     forward, store, asking = run.forward, texts.store, texts.store.splits["train"].texts
     rows_N = np.arange(len(texts.passages))
     query_rows_N = rows_N % len(texts.queries)
     pair_rows = asking, query_rows_N, rows_N[:, None]
-    passages = [_joined(passage) for passage in texts.passages]
-    pairs = [(texts.queries[row], passage) for row, passage in zip(query_rows_N, passages)]
-    rival = rivals.SentenceTransformers(run) if versus else None
-    if versus and rivals.device() == "cuda":
-        rival.tune(passages, pairs)
-    encoding = _Work(
-        "encode",
-        run.models.retriever,
-        run.inputs.passage_lengths(store, rows_N),
-        encode.layout(forward, store),
-        lambda: encode.passages(forward, towers["passage"], store, rows_N),
-        (lambda: rival.encode(passages)) if versus else None,
-    )
-    reranking = _Work(
-        "re-rank",
-        run.models.reranker,
-        run.inputs.pair_lengths(store, asking, query_rows_N, rows_N),
-        rerank.layout(forward, store, asking),
-        lambda: rerank.scores(forward, scorer, store, *pair_rows),
-        (lambda: rival.rerank(pairs)) if versus else None,
-    )
-    return [_measured(run, work, rounds, texts.tokenised_in) for work in (encoding, reranking)]
+    encoding = partial(encode.passages, forward, towers["passage"], store, rows_N)
+    reranking = partial(rerank.scores, forward, scorer, store, *pair_rows)
+    encode_rival = rerank_rival = None
+    if versus:
+        passages = _joined(texts)
+        pairs = [(texts.queries[row], passage) for row, passage in zip(query_rows_N, passages)]
+        rival = rivals.SentenceTransformers(run)
+        if rivals.device() == "cuda":
+            rival.tune(passages, pairs)
+        encode_rival, rerank_rival = partial(rival.encode, passages), partial(rival.rerank, pairs)
+    measured = partial(_measured, run, rounds, texts.tokenised_in)
+    lengths_N, layout = run.inputs.passage_lengths(store, rows_N), encode.layout(forward, store)
+    encoded = measured(models.retriever, lengths_N, layout, encoding, encode_rival)
+    lengths_N = run.inputs.pair_lengths(store, asking, query_rows_N, rows_N)
+    layout = rerank.layout(forward, store, asking)
+    reranked = measured(models.reranker, lengths_N, layout, reranking, rerank_rival)
+    return [{"benchmark": "encode"} | encoded, {"benchmark": "re-rank"} | reranked]
 
 
-def _measured(run: Run, work: _Work, rounds: int, tokenised_in: float) -> dict:
-    first_seconds = machines.seconds(work.ours, 1)[0]
-    ours, theirs = bench_common.in_turn(work.ours, work.theirs, rounds)
-    ours = [tokenised_in + seconds for seconds in ours]
-    seconds, count = float(np.median(ours)), len(work.lengths_N)
-    real = float(work.lengths_N.sum())
-    rate = float(workload.forward_flops(work.encoder, 1, work.lengths_N).sum()) / seconds
+def _measured(
+    run: Run,
+    rounds: int,
+    tokenised_in: float,
+    encoder: BertConfig,
+    lengths_N: np.ndarray,
+    layout: stream.Layout,
+    ours: Callable,
+    theirs: Callable | None,
+) -> dict:
+    """Measures an encoder on sequences that it reads in batches, and a rival if there is one."""
+    first_seconds = machines.seconds(ours, 1)[0]
+    if theirs is not None:
+        theirs()
+    our_seconds, their_seconds = machines.in_turn(ours, theirs, rounds)
+    our_seconds = [tokenised_in + seconds for seconds in our_seconds]
+    seconds, real = float(np.median(our_seconds)), float(lengths_N.sum())
+    rate, shards = workload.forward_flops(encoder, lengths_N) / seconds, run.sharding.shards
     computed = sum(
         len(numbers_SxR) * packing.size(shapes)
-        for numbers_SxR, shapes in stream.schedule(work.lengths_N, work.layout, run.sharding.shards)
+        for numbers_SxR, shapes in stream.schedule(lengths_N, layout, shards)
     )
     line = {
-        "benchmark": work.name,
-        "sequences": count,
-        "sequences_per_second": count / seconds,
+        "sequences": len(lengths_N),
+        "sequences_per_second": len(lengths_N) / seconds,
         "tokenising_share": tokenised_in / seconds,
         "real_tokens_per_second": real / seconds,
         "computed_over_real_tokens": computed / real,
         "model_gflop_per_second": rate / 1e9,
-        **bench_common.shares_of_peak(run, rate),
+        **machines.shares_of_peak(run.config.model.dtype, rate / shards),
         "first_round_seconds": first_seconds,
-        "peak_memory_gib": bench_common.peak_memory(),
+        "peak_memory_gib": machines.peak_memory(),
     }
-    if theirs:
-        line |= bench_common.against("sentence_transformers", "seconds", theirs, ours)
+    if theirs is not None:
+        line |= machines.against("sentence_transformers", "seconds", their_seconds, our_seconds)
     return line
 
 
-def _joined(passage: tuple[str, str]) -> str:
-    return " ".join(part for part in passage if part)
+def _joined(texts: Texts) -> list[str]:
+    return [" ".join(part for part in passage if part) for passage in texts.passages]
 
 
 def mine(run: Run, texts: Texts, rounds: int, versus: bool) -> dict:
     """Measures candidates from texts: tokenising, encoding, search, scoring the first of each query."""
     towers, scorer = run.initial("retriever"), run.initial("reranker")
     asking, forward, settings = texts.store.splits["train"].texts, run.forward, run.config.mine
-    query_rows_Q = np.arange(len(texts.queries))
-    ours_QxK = theirs_QxK = None
+    query_rows_Q, rows_N = np.arange(len(texts.queries)), np.arange(len(texts.passages))
 
-    def ours() -> None:
-        nonlocal ours_QxK
-        passages_NxD = encode.passages(
-            forward, towers["passage"], texts.store, np.arange(len(texts.passages))
-        )
+    def ours() -> np.ndarray:
+        passages_NxD = encode.passages(forward, towers["passage"], texts.store, rows_N)
         queries_QxD = encode.queries(forward, towers["query"], asking, query_rows_Q)
-        ours_QxK, _ = index.exact(queries_QxD, [passages_NxD], settings.depth)
-        first_QxK = ours_QxK[:, : settings.scored_depth]
+        rows_QxK, _ = index.exact(queries_QxD, [passages_NxD], settings.depth)
+        first_QxK = rows_QxK[:, : settings.scored_depth]
         rerank.scores(forward, scorer, texts.store, asking, query_rows_Q, first_QxK)
+        return rows_QxK
 
-    def theirs() -> None:
-        nonlocal theirs_QxK
-        theirs_QxK = rival.mine(texts.queries, passages, settings.depth, settings.scored_depth)
-
-    rival = rivals.SentenceTransformers(run) if versus else None
-    passages = [_joined(passage) for passage in texts.passages]
-    ours()
-    our_seconds, their_seconds = bench_common.in_turn(ours, theirs if versus else None, rounds)
+    theirs, common = None, {}
+    ours_QxK = ours()
+    if versus:
+        depths = settings.depth, settings.scored_depth
+        rival = rivals.SentenceTransformers(run)
+        theirs = partial(rival.mine, texts.queries, _joined(texts), *depths)
+        common = {"candidates_in_common": index.recall(ours_QxK, theirs())}
+    our_seconds, their_seconds = machines.in_turn(ours, theirs, rounds)
     our_seconds = [texts.tokenised_in + seconds for seconds in our_seconds]
     line = {
         "benchmark": "mine",
-        "passages": len(passages),
+        "passages": len(rows_N),
         "queries": len(texts.queries),
-        "scored_pairs": len(texts.queries) * min(settings.scored_depth, len(passages)),
+        "scored_pairs": len(texts.queries) * min(settings.scored_depth, len(rows_N)),
         "seconds": float(np.median(our_seconds)),
-        "peak_memory_gib": bench_common.peak_memory(),
+        "peak_memory_gib": machines.peak_memory(),
     }
-    if rival is not None:
-        line |= bench_common.against("sentence_transformers", "seconds", their_seconds, our_seconds)
-        line["candidates_in_common"] = index.recall(ours_QxK, theirs_QxK)
-    return line
+    if versus:
+        line |= machines.against("sentence_transformers", "seconds", their_seconds, our_seconds)
+    return line | common
 
 
 def _clustered(vectors: int, queries: int, size: int) -> list[np.ndarray]:
@@ -162,29 +152,24 @@ def _clustered(vectors: int, queries: int, size: int) -> list[np.ndarray]:
 def exact(vectors: int, size: int, queries: int, depth: int, rounds: int, versus: bool) -> dict:
     """Measures exact search over random vectors in this host's memory, beside torch's topk."""
     passages_NxD, queries_QxD = _clustered(vectors, queries, size)
-
-    def ours() -> np.ndarray:
-        return index.exact(queries_QxD, [passages_NxD], depth)[0]
-
-    rows_QxK = ours()
-    line = {"benchmark": "exact", "vectors": vectors, "dimensions": size, "depth": depth}
-    theirs = rivals.exact_search(passages_NxD, queries_QxD, depth) if versus else None
-    our_seconds, their_seconds = bench_common.in_turn(ours, theirs, rounds)
+    ours = partial(index.exact, queries_QxD, [passages_NxD], depth)
+    theirs, common, (rows_QxK, _) = None, {}, ours()
+    if versus:
+        theirs = rivals.exact_search(passages_NxD, queries_QxD, depth)
+        common = {"found_in_common": index.recall(theirs(), rows_QxK)}
+    our_seconds, their_seconds = machines.in_turn(ours, theirs, rounds)
     seconds, read = float(np.median(our_seconds)), passages_NxD.nbytes
+    line = {"benchmark": "exact", "vectors": vectors, "dimensions": size, "depth": depth}
     line |= {"queries": queries, "seconds": seconds, "gb_per_second": read / seconds / 1e9}
     if versus:
-        line |= bench_common.against("torch", "seconds", their_seconds, our_seconds)
-        line["found_in_common"] = index.recall(theirs(), rows_QxK)
-    return line
+        line |= machines.against("torch", "seconds", their_seconds, our_seconds)
+    return line | common
 
 
 def search(
     vectors: int, size: int, queries: int, depth: int, settings: ConfigDict, versus: bool
 ) -> list[dict]:
-    """Measures exact search, ScaNN and rivals on random vectors, queries drawn as passages are.
-
-    `settings` are `config.evaluate.scann`.
-    """
+    """Measures exact search, ScaNN as `settings` say and rivals on random vectors and queries."""
     passages_NxD, queries_QxD = _clustered(vectors, queries, size)
     index.exact(queries_QxD, [passages_NxD[: index.PASSAGES_PER_TILE]], depth)
     started = time.perf_counter()
@@ -200,10 +185,10 @@ def search(
     def approximate(leaves: int | None) -> np.ndarray:
         return index.scann_search(searcher, queries_QxD, depth, leaves)[0]
 
-    searches = {"as configured": lambda: approximate(None)}
+    searches = {"as configured": partial(approximate, None)}
     if vectors >= settings.brute_force_below:
-        searches |= {f"{n} leaves": lambda n=n: approximate(n) for n in (8, 32, 64, 128)}
-    candidates = [("ScaNN", built, searches)]
+        searches |= {f"{n} leaves": partial(approximate, n) for n in (8, 32, 64, 128)}
+    candidates: list[tuple[str, float, dict]] = [("ScaNN", built, searches)]
     if versus:
         candidates += rivals.faiss_indexes(passages_NxD, queries_QxD, depth)
     for name, built, searches in candidates:
@@ -223,9 +208,10 @@ def search(
 
 def _fastest(lines: list[dict], depth: int, least: float) -> dict:
     """Returns each index's most queries a second at this recall or more, None if it never has it."""
-    rates: dict = {line["index"]: None for line in lines if line["index"] != "exact"}
-    for line in lines:
-        # Exact search has no recall and is not compared.
-        if line["index"] in rates and line[f"recall@{depth}"] >= least:
+    # Exact search has no recall and is not compared.
+    compared = [line for line in lines if line["index"] != "exact"]
+    rates: dict[str, float | None] = {line["index"]: None for line in compared}
+    for line in compared:
+        if line[f"recall@{depth}"] >= least:
             rates[line["index"]] = max(rates[line["index"]] or 0.0, line["queries_per_second"])
     return {"queries_per_second_by_index": rates}

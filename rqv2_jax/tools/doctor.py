@@ -1,8 +1,7 @@
 """The data doctor: reads everything a config will use and says what is wrong with it.
 
-Every stream is read to its end, or to its first error. 8-byte hashes of its ids and texts are kept,
-and a random sample of the texts themselves. Two texts are the same where only case and white space
-differ; titles count where `data.titles` says so.
+Every stream is read to its end, or to its first error. Two texts are the same where only case and
+white space differ; titles count where `data.titles` says so.
 
 An error is what a run would stop at, or what would make its results meaningless; a warning is what it
 would bear, and what is left out of it. A note is what there is to know.
@@ -31,20 +30,15 @@ from rqv2_jax.errors import InputError
 from rqv2_jax.ranking import metrics
 from rqv2_jax.recipe import opening
 from rqv2_jax.recipe.texts import open_collection
-from rqv2_jax.tools import doctor_findings
-from rqv2_jax.tools.doctor_findings import Finding, Report, share
-from rqv2_jax.tools.doctor_streams import Hashes, Sample, Split, ids_of, measure, pair, repeats
+from rqv2_jax.tools import doctor_checks
+from rqv2_jax.tools.doctor_checks import Finding, Hashes, Report, Sample, Split, ids_of, share
 
 # Share of a split's queries; if training knows more, positives included, the split measures memory.
 MOSTLY = 0.5
 
 
 def examine_config(config: ConfigDict) -> Report:
-    """Examines what a config will use, after printing the notes on its models; needs no devices.
-
-    Raises:
-      InputError: the config or its models cannot be used.
-    """
+    """Examines what a config will use, after printing the notes on its models; needs no devices."""
     opened, tokenizer, inputs = opening.open_inputs(config)
     for note in opened.notes:
         print(f"model: {note}")
@@ -63,22 +57,19 @@ def examine(
 
     Whatever raises `InputError` on the way, `open_texts` included, becomes a finding.
     """
-    doctor = _Doctor(config, inputs.titles, open_texts)
-    texts = doctor.texts
+    doctor = _Doctor(config, inputs.titles)
+    texts = doctor.attempt("collection", open_texts)
     if texts is not None:
-        doctor.passages()
-        for split in texts.splits:
-            doctor.split(split)
-        doctor.between_splits()
+        doctor.examine(texts)
     if config.joint.lists:
         doctor.lists()
-    findings = [*doctor.findings, *doctor_findings.batches(config, doctor.num_lists)]
+    findings = [*doctor.findings, *doctor_checks.batches(config, doctor.num_lists)]
     passages, queries = doctor.passage_sample.items, doctor.query_sample.items
     lengths = []
     if passages and queries:
-        lengths = measure(tokenizer, inputs, queries, passages, config.seed)
-        findings += doctor_findings.truncation(lengths)
-        findings += doctor_findings.unknown_tokens(tokenizer, passages, queries)
+        lengths = doctor_checks.measure(tokenizer, inputs, queries, passages, config.seed)
+        findings += doctor_checks.truncation(lengths)
+        findings += doctor_checks.unknown_tokens(tokenizer, passages, queries)
     name = config.data.dataset if texts is None else texts.name
     return Report(name, doctor.streams, (len(passages), len(queries)), lengths, findings)
 
@@ -86,7 +77,9 @@ def examine(
 class _Doctor:
     """The streams read so far, and the findings in them."""
 
-    def __init__(self, config: ConfigDict, titles: bool, open_texts: Callable):
+    texts: collection.Collection
+
+    def __init__(self, config: ConfigDict, titles: bool):
         self.config, self.titles = config, titles
         self.streams: list[tuple[str, int, str]] = []
         self.findings: list[Finding] = []
@@ -97,10 +90,16 @@ class _Doctor:
         self.splits: dict[str, Split] = {}
         self.num_lists: dict[str, int] = {}
         self.passage_sample, self.query_sample = Sample(config.seed), Sample(config.seed)
-        self.texts: collection.Collection | None = self.attempt("collection", open_texts)
 
     def report(self, kind: str, where: str, what: str) -> None:
         self.findings.append(Finding(kind, where, what))
+
+    def examine(self, texts: collection.Collection) -> None:
+        self.texts = texts
+        self.passages()
+        for split in texts.splits:
+            self.split(split)
+        self.between_splits()
 
     def attempt(self, where: str, action: Callable) -> Any:
         """Returns what `action` returns; None, and reports an error, if it raises InputError."""
@@ -145,9 +144,8 @@ class _Doctor:
         remark = f"{titled:,} with a title ({titled / max(len(self.corpus), 1):.1%})"
         self.add_stream("passages", len(self.corpus), remark, self.corpus_complete)
         if self.corpus_complete and not len(self.corpus):
-            self.report(
-                "error", "passages", f"{texts.name}: the corpus is empty; give at least one passage"
-            )
+            what = f"{texts.name}: the corpus is empty; give at least one passage"
+            self.report("error", "passages", what)
         self.warn("passages", left)
         mend = "keep one, or copies of a positive become its negatives"
         self.repeats("passages", self.corpus, texts.passages, mend)
@@ -196,18 +194,13 @@ class _Doctor:
             remark = f"{relevant_N.sum():,} positive"
             self.add_stream(f"{split} qrels", len(relevant_N), remark, judged)
         if split == "test" and judged:
-            self.check_metrics(None if answered else relevance_N)
+            settings = self.config.evaluate
+            names = metrics.at_relevance(settings.metrics, settings.min_relevance)
+            labels_N = None if answered else relevance_N
+            self.attempt("config", lambda: metrics.check_measurable(names, labels_N))
         kept_N = (query_rows_N >= 0) & (passage_rows_N >= 0) & relevant_N
-        passage_texts_N = self.corpus.texts_N[passage_rows_N[kept_N]]
-        self.splits[split] = Split(
-            file, queries, judged and complete, query_rows_N[kept_N], passage_texts_N
-        )
-
-    def check_metrics(self, relevance_N: np.ndarray | None) -> None:
-        """Reports a metric that the labels of test, None for answers, cannot measure."""
-        settings = self.config.evaluate
-        names = metrics.at_relevance(settings.metrics, settings.min_relevance)
-        self.attempt("config", lambda: metrics.check_measurable(names, relevance_N))
+        positives = query_rows_N[kept_N], self.corpus.texts_N[passage_rows_N[kept_N]]
+        self.splits[split] = Split(file, queries, judged and complete, *positives)
 
     def count_lists(self, query_rows_N: np.ndarray, queries: int) -> None:
         """Counts the lists of each stage from the queries of the positives, -1 for unknown ones."""
@@ -218,24 +211,19 @@ class _Doctor:
             self.num_lists["joint"] = lists
 
     def repeats(self, where: str, hashes: Hashes, stream: Callable, mend: str) -> None:
-        repeats_2xD = repeats(hashes.texts_N)
+        repeats_2xD = doctor_checks.repeats(hashes.texts_N)
         if repeats_2xD.size:
             later, earlier = ids_of(stream(), repeats_2xD[:, 0].tolist())
             part = share(repeats_2xD.shape[1], len(hashes), where.split()[-1])
-            what = (
-                f"{part} have the text of an earlier one, first {later} that of {earlier}; {mend}"
-            )
-            self.report("warning", where, what)
+            text = f"have the text of an earlier one, first {later} that of {earlier}"
+            self.report("warning", where, f"{part} {text}; {mend}")
 
     def warn(self, where: str, left: collection.Left) -> None:
         for line in left.lines():
             self.report("warning", where, line)
 
     def unknown(self, split: str, *wrong: np.ndarray) -> None:
-        """Reports labels of unknown passages or queries as the run itself would.
-
-        `wrong` says which labels have an unknown passage, and which positives an unknown query.
-        """
+        """Reports labels of unknown passages, and positives of unknown queries, as the run would."""
         left = collection.Left()
 
         def check(wrong_N: np.ndarray, is_passage: bool) -> None:
@@ -264,8 +252,8 @@ class _Doctor:
 
     def between_splits(self) -> None:
         """Reports what the splits miss, and the queries and positives that they share."""
-        left, texts = collection.Left(), self.texts
-        for remark in texts.remarks:
+        left = collection.Left()
+        for remark in self.texts.remarks:
             self.report("note", "collection", remark)
         for key in sorted(self.unasked):
             left.add("queries have no text; left out", repr(key))
@@ -273,7 +261,8 @@ class _Doctor:
         missing = {"train", "dev", "test"} - self.splits.keys()
         if missing:
             names = ", ".join(sorted(missing))
-            self.report("error", "collection", f"{texts.name}: has no qrels for {names}; add them")
+            what = f"{self.texts.name}: has no qrels for {names}; add them"
+            self.report("error", "collection", what)
         if all(split.complete for split in self.splits.values()):
             files, selected = (
                 np.unique(np.concatenate([hashes.ids_N for hashes in kind]))
@@ -310,7 +299,7 @@ class _Doctor:
 
     def lists(self) -> None:
         path, size = Path(self.config.joint.lists), self.config.joint.list_size
-        read = self.attempt("joint lists", lambda: joint_tsv.read(path, size))
+        read = self.attempt("joint lists", partial(joint_tsv.read, path, size))
         if read is None:
             return
         given, lists = read
@@ -325,10 +314,10 @@ class _Doctor:
         remark = f"of {size}: {len(queries):,} queries, {len(corpus):,} passages"
         self.add_stream("joint lists", count, remark, True)
         query_texts_L = queries.texts_N[lists.query_rows_L]
-        heads_L = pair(query_texts_L, corpus.texts_N[lists.passages_LxP[:, 0]])
+        heads_L = doctor_checks.pair(query_texts_L, corpus.texts_N[lists.passages_LxP[:, 0]])
         known = np.concatenate([heads_L, *(split.pairs_N() for split in self.splits.values())])
         given_lists = query_texts_L, corpus.texts_N, lists.passages_LxP
-        self.findings += doctor_findings.lists(path, *given_lists, known)
+        self.findings += doctor_checks.lists(path, *given_lists, known)
         if self.corpus_complete:
             foreign = (~np.isin(corpus.texts_N, self.corpus.texts_N)).sum()
             if foreign:

@@ -3,10 +3,8 @@
 import json
 import pathlib
 import re
-from collections.abc import Iterator
 from typing import Any
 
-from rqv2_jax import optional
 from rqv2_jax.errors import InputError
 
 
@@ -15,37 +13,27 @@ def curves(stage: pathlib.Path) -> dict[str, list[tuple[int, float]]]:
 
     Steps that an interrupted run had to take again count once, with what was recorded last.
     """
-    tf = optional.tensorflow("reading TensorBoard's events")
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+    from tensorboard.util.tensor_util import make_ndarray
+
     scalars: dict[str, dict[int, float]] = {}
-
-    def records(path: pathlib.Path) -> Iterator[bytes]:
-        try:
-            yield from tf.data.TFRecordDataset(str(path)).as_numpy_iterator()
-        except tf.errors.DataLossError:
-            # The last record of a run that was killed, or is still writing.
-            return
-
     for path in sorted(stage.glob("events.out.tfevents.*")):
-        for record in records(path):
-            event = tf.compat.v1.Event.FromString(record)
+        # Ends before a last record that is cut short, where a run was killed or is still writing.
+        for event in EventFileLoader(str(path)).Load():
             for value in event.summary.value:
-                scalar = float(tf.make_ndarray(value.tensor))
+                scalar = float(make_ndarray(value.tensor))
                 scalars.setdefault(value.tag, {})[event.step] = scalar
     return {name: sorted(values.items()) for name, values in scalars.items()}
 
 
 def draw_training(workdir: pathlib.Path, path: pathlib.Path) -> None:
-    """Draws joint training in three panels: dev scores, entropies, loss terms, over the steps.
-
-    Raises:
-      InputError: there are no events of joint training.
-    """
+    """Draws joint training in three panels: dev scores, entropies, loss terms, over the steps."""
     values = curves(workdir / "joint")
     if not values:
         raise InputError(
             f"{workdir}: has no events of joint training; run rqv2_jax.main on it first"
         )
-    panels = {
+    panels: dict[str, list[str]] = {
         "RR@10 on dev": [name for name in values if name.startswith("dev/")],
         "entropy over a list, in nats": [name for name in values if name.endswith("_entropy")],
         "loss": [name for name in ("loss", "kl", "supervised", "in_batch") if name in values],
@@ -68,9 +56,6 @@ def draw_list_sizes(folder: pathlib.Path, table: pathlib.Path, path: pathlib.Pat
 
     `table` is one that rqv2_jax.ablations wrote in `folder`. Bars reach one standard deviation over
     seeds either way.
-
-    Raises:
-      InputError: the table is damaged.
     """
     summary, config = (_read(file) for file in (table, folder / "warm" / "config.json"))
     figure, axes = _figure(2)
@@ -137,8 +122,7 @@ def _save(figure: Any, path: pathlib.Path) -> None:
 def draw(folder: pathlib.Path) -> None:
     """Draws what a workdir, or the folder of a set of ablations, has recorded, into its `report/`.
 
-    Raises:
-      InputError: there are no events of joint training, or the table of the ablations is damaged.
+    Raises InputError if it has no events of joint training, or a damaged table of ablations.
     """
     trained = folder
     if (folder / "warm").is_dir():

@@ -28,16 +28,12 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 
 @dataclasses.dataclass
 class Cost:
-    """The cost of one run of a program on one device.
-
-    `bytes` go between the device's main memory and its cores. `collectives` counts how often each
-    kind runs, `collective_bytes` the size of what they give.
-    """
+    """The cost of one run of a program on one device."""
 
     flops: float = 0.0
-    bytes: float = 0.0
-    collectives: Counter = dataclasses.field(default_factory=Counter)
-    collective_bytes: Counter = dataclasses.field(default_factory=Counter)
+    bytes: float = 0.0  # between the device's main memory and its cores
+    collectives: Counter = dataclasses.field(default_factory=Counter)  # runs of each kind
+    collective_bytes: Counter = dataclasses.field(default_factory=Counter)  # what they give
 
     def add(self, other: "Cost", times: int) -> None:
         """Adds the cost of what runs that many times."""
@@ -62,27 +58,19 @@ _Body = dict[str, _Instruction]
 
 
 def cost(text: str) -> Cost:
-    """Returns the cost of a program from the text of its compiled module (`compiled.as_text()`).
-
-    Raises:
-      ValueError: a loop's count cannot be told.
-    """
-    computations, entry = _parse(text)
-    return _cost(computations, entry, {})
+    """Returns the cost of a compiled module's text; raises ValueError if a loop has no known count."""
+    return _cost(*_parse(text), {})
 
 
 def _parse(text: str) -> tuple[dict[str, _Body], str]:
     """Returns the computations by name, and the name of the first to run."""
     computations: dict[str, _Body] = {}
-    entry, current = "", {}
+    entry = ""
     for line in text.splitlines():
-        head = _COMPUTATION.match(line)
-        if head:
+        if head := _COMPUTATION.match(line):
             current = computations[head[1]] = {}
             entry = head[1] if line.startswith("ENTRY") else entry
-            continue
-        instruction = _INSTRUCTION.match(line)
-        if instruction:
+        elif instruction := _INSTRUCTION.match(line):
             root, name, shape, op, rest = instruction.groups()
             inside, rest = _split_operands(rest)
             operands = re.findall(r"%([\w.\-]+)", inside)
@@ -129,16 +117,13 @@ def _cost(computations: dict[str, _Body], name: str, known: dict[str, Cost]) -> 
     total, body = Cost(), computations[name]
     for instruction in body.values():
         called = _CALLED.findall(instruction.rest)
-        if instruction.op == "while":
-            count = _trips(computations, instruction)
-            total.add(_cost(computations, called[0], known), count)
+        if instruction.op in ("while", "call"):
+            times = _trips(computations, instruction) if instruction.op == "while" else 1
+            total.add(_cost(computations, called[0], known), times)
         elif instruction.op == "conditional":
-            branches = re.findall(r"[\w.\-]+", (_BRANCHES.search(instruction.rest) or ["", ""])[1])
+            branches = re.findall(r"[\w.\-]+", "".join(_BRANCHES.findall(instruction.rest)))
             costs = [_cost(computations, branch, known) for branch in branches]
-            if costs:
-                total.add(max(costs, key=lambda c: c.flops), 1)
-        elif instruction.op == "call":
-            total.add(_cost(computations, called[0], known), 1)
+            total.add(max(costs, key=lambda c: c.flops, default=Cost()), 1)
         elif instruction.op == "fusion":
             total.flops += _cost(computations, called[0], known).flops
         elif instruction.op == "dot":
@@ -162,7 +147,7 @@ def _trips(computations: dict[str, _Body], loop: _Instruction) -> int:
     stated = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest)
     if stated:
         return int(stated[1])
-    condition = computations[re.search(r"condition=%?([\w.\-]+)", loop.rest)[1]]
+    condition = computations[re.findall(r"condition=%?([\w.\-]+)", loop.rest)[0]]
     limits = [
         int(i.operands[0])
         for i in condition.values()
@@ -182,21 +167,21 @@ def _dot_flops(body: _Body, instruction: _Instruction) -> float:
 
 def _convolution_flops(body: _Body, instruction: _Instruction) -> float:
     """Returns twice the products that are not with padding; TPUs write matrix products this way."""
-    lhs_labels, rhs_labels, out_labels = re.search(
-        r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.rest
-    ).groups()
+    labels = re.findall(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.rest)
+    lhs_labels, rhs_labels, out_labels = labels[0]
     lhs, rhs = (_dims(body[name].shape) for name in instruction.operands[:2])
     out = _dims(instruction.shape)
-    settings = re.search(r"window=\{([^}]*)\}", instruction.rest)
-    window = dict(re.findall(r"(\w+)=([\dx_\-]+)", settings[1])) if settings else {}
+    spatial = sorted(c for c in out_labels if c.isdigit())
+    window = dict.fromkeys(("stride", "lhs_dilate", "rhs_dilate"), "x".join("1" for _ in spatial))
+    window["pad"] = "x".join("0_0" for _ in spatial)
+    settings = "".join(re.findall(r"window=\{([^}]*)\}", instruction.rest))
+    window |= re.findall(r"(\w+)=([\dx_\-]+)", settings)
     products = 1
-    for i, label in enumerate(sorted(c for c in out_labels if c.isdigit())):
-
-        def setting(name: str, default: str, i: int = i) -> str:
-            return window[name].split("x")[i] if name in window else default
-
-        stride, spread = int(setting("stride", "1")), int(setting("lhs_dilate", "1"))
-        step, low = int(setting("rhs_dilate", "1")), int(setting("pad", "0_0").split("_")[0])
+    for i, label in enumerate(spatial):
+        stride, spread, step = (
+            int(window[name].split("x")[i]) for name in ("stride", "lhs_dilate", "rhs_dilate")
+        )
+        low = int(window["pad"].split("x")[i].split("_")[0])
         length = (lhs[lhs_labels.index(label)] - 1) * spread + 1
         outputs = np.arange(out[out_labels.index(label)]) * stride
         at = np.add.outer(outputs, np.arange(rhs[rhs_labels.index(label)]) * step) - low
@@ -208,8 +193,7 @@ def _convolution_flops(body: _Body, instruction: _Instruction) -> float:
 
 def _moved(computations: dict[str, _Body], body: _Body, instruction: _Instruction) -> int:
     """Returns the bytes an instruction reads and writes; for a slice of an array the slice's."""
-    called = _CALLED.search(instruction.rest) if instruction.op == "fusion" else None
-    if called is None:
+    if instruction.op != "fusion":
         if 'custom_call_target="AllocateBuffer"' in instruction.rest:
             return 0
         if instruction.op in ("copy-start", "slice-start"):
@@ -223,7 +207,7 @@ def _moved(computations: dict[str, _Body], body: _Body, instruction: _Instructio
             return 2 * _size(body[instruction.operands[1]].shape)
         read = sum(_size(body[name].shape) for name in instruction.operands if name in body)
         return read + _size(instruction.shape)
-    inside = computations[called[1]]
+    inside = computations[_CALLED.findall(instruction.rest)[0]]
     parameters = _parameters(inside)
     read = sum(
         min(_size(body[name].shape), _read(computations, inside, parameters[number]))
@@ -251,7 +235,7 @@ def _read(computations: dict[str, _Body], inside: _Body, name: str) -> int:
         elif user.op == "dynamic-update-slice" and user.operands[0] == name:
             continue
         elif user.op == "fusion":
-            called = computations[_CALLED.search(user.rest)[1]]
+            called = computations[_CALLED.findall(user.rest)[0]]
             for number, operand in enumerate(user.operands):
                 if operand == name:
                     total += _read(computations, called, _parameters(called)[number])

@@ -1,16 +1,17 @@
-"""Chips, GPUs and topologies: the devices that steps are compiled or counted for."""
+"""Chips, GPUs and topologies that steps are compiled or counted for, and measurements of this one."""
 
 import dataclasses
 import importlib.util
 import os
 import re
+import resource
 import time
 from collections.abc import Callable
 
 import jax
 import numpy as np
 
-from rqv2_jax.errors import InputError
+from rqv2_jax.errors import InputError, one_line
 
 GIB = 2**30
 
@@ -33,10 +34,7 @@ USABLE = 0.98  # of a chip's memory; the rest is the runtime's
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """Devices to compile for; rates are per device and second, `memory` in bytes.
-
-    Nothing can be compiled for GPUs that are not there; `counted` says that formulas count their steps.
-    """
+    """Devices to compile for; rates are per device and second, `memory` in bytes."""
 
     topology: str
     devices: list
@@ -44,21 +42,12 @@ class Machine:
     flops: float
     bandwidth: float
     links: float
-    counted: bool = False
-
-
-def chip(device: jax.Device) -> str | None:
-    """Returns the name in `GPUS` of a device, None if it has none there."""
-    names = re.split(r"[\s-]+", device.device_kind.lower())
-    return next((name for name in names if name in GPUS), None)
+    # Nothing can be compiled for GPUs that are not there: formulas count their steps.
+    counted: bool = dataclasses.field(default=False, kw_only=True)
 
 
 def machine(topology: str) -> Machine:
-    """Returns the devices of a topology such as `v5e:4x8`, `h100:8` or `cpu:8`.
-
-    Raises:
-      InputError: the name or the shape is not known, or libtpu is not installed.
-    """
+    """Returns the devices of a topology such as `v5e:4x8`, `h100:8` or `cpu:8`."""
     kind, _, shape = topology.partition(":")
     number = re.fullmatch(r"[1-9]\d*", shape)
     if kind in GPUS and number:
@@ -68,8 +57,10 @@ def machine(topology: str) -> Machine:
     if kind == "cpu" and number:
         count = int(shape)
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        flops, bandwidth = _measure()
-        each = (x / count for x in (memory, flops, bandwidth, bandwidth))
+        large = np.ones(2**26, np.float32)
+        copied_in = min(seconds(lambda: np.copyto(np.empty_like(large), large), 4))
+        bandwidth = 2 * large.nbytes / copied_in
+        each = (x / count for x in (memory, peak("float32"), bandwidth, bandwidth))
         return Machine(topology, jax.devices()[:count], *each)
     if kind not in CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
         raise InputError(
@@ -85,17 +76,11 @@ def machine(topology: str) -> Machine:
             raise InputError(
                 "--topology: libtpu is not installed; pip install -r requirements-tpu.txt"
             ) from None
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"--topology {topology}: libtpu does not know it ({reason})") from None
+        raise InputError(
+            f"--topology {topology}: libtpu does not know it ({one_line(error)})"
+        ) from None
     memory, *rates = CHIPS[kind]
     return Machine(topology, devices, USABLE * memory, *rates)
-
-
-def _measure() -> tuple[float, float]:
-    """Measures this machine's products (FLOPs) and copies (bytes) a second, best of a few."""
-    large = np.ones(2**26, np.float32)
-    copy = min(seconds(lambda: np.copyto(np.empty_like(large), large), 4))
-    return peak("float32"), 2 * large.nbytes / copy
 
 
 def peak(dtype: str) -> float:
@@ -119,3 +104,39 @@ def seconds(work: Callable, times: int) -> list[float]:
         work()
         taken.append(time.perf_counter() - started)
     return taken
+
+
+def in_turn(
+    ours: Callable, theirs: Callable | None, rounds: int
+) -> tuple[list[float], list[float]]:
+    """Returns the seconds of rounds of ours and, by turns, of theirs; each has had one round before."""
+    our_seconds, their_seconds = [], []
+    for _ in range(rounds):
+        our_seconds += seconds(ours, 1)
+        if theirs is not None:
+            their_seconds += seconds(theirs, 1)
+    return our_seconds, their_seconds
+
+
+def against(name: str, what: str, theirs: list[float], ours: list[float]) -> dict:
+    """Returns the median of a rival's seconds, and how many times ours it is."""
+    median = float(np.median(theirs))
+    return {f"{name}_{what}": median, f"{name}_ratio": median / float(np.median(ours))}
+
+
+def peak_memory() -> float:
+    """Returns the most GiB that the device has held if it counts them, else this whole process."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats is not None:
+        return stats["peak_bytes_in_use"] / GIB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+
+
+def shares_of_peak(dtype: str, rate: float) -> dict:
+    """Returns a device's FLOPs a second over the measured peak, and over the maker's if known."""
+    best, names = peak(dtype), re.split(r"[\s-]+", jax.devices()[0].device_kind.lower())
+    shares = {"peak_gflop_per_second": best / 1e9, "share_of_peak": rate / best}
+    chip = next((name for name in names if name in GPUS), None)
+    if chip is not None and dtype == "bfloat16":
+        shares["share_of_makers_peak"] = rate / GPUS[chip][1]
+    return shares

@@ -19,8 +19,7 @@ from rqv2_jax.data import batches as batches_lib
 from rqv2_jax.data import packing
 from rqv2_jax.errors import InputError
 from rqv2_jax.models import bert, random_model
-from rqv2_jax.models import scoring as models_lib
-from rqv2_jax.models.scoring import Models
+from rqv2_jax.models.scoring import Models, init_reranker
 from rqv2_jax.retrieval import stream
 from rqv2_jax.tools import hlo, workload
 from rqv2_jax.tools.machines import GIB, Machine
@@ -29,25 +28,19 @@ from rqv2_jax.training import stages, train
 from rqv2_jax.training.sharding import Sharding
 
 TOKENS_A_CHIP = 2**15  # of one forward pass, to start with
-
-
 # Bytes of one device, cost, seconds of compiling.
 Compiled = tuple[int, hlo.Cost, float]
 
 
 class Step(NamedTuple):
-    """One step on one device, compiled or counted.
-
-    `tokens` are those computed, `formula` the FLOPs of a plain encoder on the real tokens alone,
-    `gradients` and `memory` in bytes: each per device.
-    """
+    """One step, compiled or counted; all but `items` is per device, sizes in bytes."""
 
     name: str
     remat: str
     accumulate: int
-    tokens: int
+    tokens: int  # those computed
     items: int  # lists or sequences of one step, over all devices
-    formula: float
+    formula: float  # FLOPs of a plain encoder on the real tokens alone
     gradients: int
     memory: int
     cost: hlo.Cost
@@ -83,16 +76,10 @@ class Target:
         fits = memory <= self.machine.memory
         verdict = "fits" if fits else "does not fit"
         self.report(f"{what}: {memory / GIB:.2f} GiB, {verdict} ({seconds:.0f} s)")
-        return (memory, hlo.cost(compiled.as_text()), seconds) if fits else None
+        return (memory, hlo.cost(compiled.as_text() or ""), seconds) if fits else None
 
     def count(self, least: float, formula: float, trained: dict, what: str) -> Compiled:
-        """Counts a step: model FLOPs, and the weights' bytes.
-
-        Args:
-          least: bytes that the step needs at least.
-          trained: params that the step changes. It reads and writes them with Adam's two moments, and
-            reduces their gradients over the devices.
-        """
+        """Counts a step of `least` bytes or more; it reads and writes `trained` with Adam's moments."""
         size = _bytes(trained)
         cost = hlo.Cost(flops=formula, bytes=7.0 * size)
         if self.mesh.shards > 1 and trained:
@@ -105,15 +92,12 @@ class Target:
 def train_step(
     config: ConfigDict, models: Models, name: str, drawn: Lengths, target: Target
 ) -> Step | None:
-    """Compiles or counts the step of a training stage; returns None if it does not fit.
-
-    Args:
-      drawn: lengths of the lists' sequences, as `workload.draw_lengths` returns them.
-    """
+    """Compiles or counts the step of a training stage; returns None if it does not fit."""
     settings, stage, mesh = config[name], stages.make_stage(config, models, name), target.mesh
     slots_SxB = batches_lib.slots(settings.batch, mesh.shards, stage.accumulate)
     kinds = [kind for model in stage.models for kind in batches_lib.READS[model]]
-    shapes, formula = {}, 0.0
+    shapes: dict[str, tuple[packing.Shape, ...]] = {}
+    formula = 0.0
     for kind in kinds:
         lengths_BxN = batches_lib.by_part(drawn[kind], settings.batch, slots_SxB)
         if models.flat:
@@ -132,7 +116,7 @@ def train_step(
         target.report(f"{what}: needs {least / GIB:.1f} GiB or more, not compiled")
         return None
     if target.machine.counted:
-        compiled = target.count(least, formula, params, what)
+        compiled: Compiled | None = target.count(least, formula, params, what)
     else:
         counts = {kind: drawn[kind].shape[1] for kind in kinds}
         batch = _abstract_batch(stage, slots_SxB, shapes, counts, mesh)
@@ -151,11 +135,7 @@ def train_step(
 def forward_step(
     config: ConfigDict, models: Models, name: str, drawn: Lengths, target: Target
 ) -> Step:
-    """Compiles or counts the step "encode" or "re-rank", of as many tokens at once as fit.
-
-    Raises:
-      InputError: not even one sequence fits.
-    """
+    """Compiles or counts the step "encode" or "re-rank", of as many tokens at once as fit."""
     mesh = target.mesh
     if name == "encode":
         fn, kind, longest = models.vectors, "passages", config.data.passage_length
@@ -169,10 +149,10 @@ def forward_step(
         shapes = stream.plan(usual_N, longest, limit, config.packing.blocks).usual
         rows, tokens = sum(block.rows for block in shapes), packing.size(shapes)
         what = f"{name}, {rows} rows of {tokens} tokens together a device"
-        formula = rows * float(workload.forward_flops(encoder, 1, usual_N).mean())
+        formula = rows * workload.forward_flops(encoder, usual_N) / len(usual_N)
         if target.machine.counted:
             least = _bytes(params) + _itemsize(encoder) * tokens * _layer_values(encoder)
-            compiled = target.count(least, formula, {}, what)
+            compiled: Compiled | None = target.count(least, formula, {}, what)
         else:
             inputs = params, _packed(mesh.shards, shapes, rows, mesh.batch)
             compiled = target.compile(mesh.per_shard(fn), inputs, what)
@@ -193,7 +173,7 @@ def abstract_params(models: Models, names: tuple[str, ...], mesh: Sharding) -> d
     if "reranker" in names:
         shape = models.reranker
         made["reranker"] = jax.eval_shape(
-            lambda encoder, key: models_lib.init_reranker(encoder, shape, key),
+            lambda encoder, key: init_reranker(encoder, shape, key),
             *(random_model.params_like(shape), jax.random.key(0)),
         )
         if models.head == "pooler":
@@ -232,13 +212,12 @@ def _packed(
 ) -> packing.Packed:
     """Returns inputs without values: in each of `parts`, `sequences` in rows of these shapes."""
 
-    def numbers(*shape: int) -> jax.ShapeDtypeStruct:
+    def numbers(*shape: int) -> Any:
         return jax.ShapeDtypeStruct((parts, *shape), jnp.int32, sharding=sharding)
 
-    blocks = tuple(
-        packing.Block(*[numbers(shape.rows, shape.width)] * 4, numbers(shape.rows, shape.slots))
-        for shape in shapes
-    )
+    tokens = [numbers(shape.rows, shape.width) for shape in shapes]
+    first = [numbers(shape.rows, shape.slots) for shape in shapes]
+    blocks = tuple(packing.Block(x, x, x, x, slots) for x, slots in zip(tokens, first))
     return packing.Packed(blocks, numbers(sequences))
 
 
@@ -247,17 +226,13 @@ def _itemsize(encoder: bert.BertConfig) -> int:
 
 
 def _layer_values(encoder: bert.BertConfig) -> int:
-    """Returns how many values a layer keeps for a token, besides attention's weights.
-
-    Every elementwise function of a layer keeps something, much of it in float32.
-    """
+    """Returns how many values a layer's functions keep for a token, besides attention's weights."""
     return 24 * encoder.hidden_size + 7 * encoder.intermediate_size
 
 
 def _least_bytes(models: Models, shapes: dict, params: dict, mesh: Sharding) -> float:
     """Estimates the fewest bytes a training step can need: state, gradients, kept activations."""
-    size = _bytes(params)
-    kept, busiest = 0.0, 0.0
+    size, kept, busiest = _bytes(params), 0.0, 0.0
     for kind, blocks in shapes.items():
         encoder = workload.encoder(models, kind)
         d, f, width = encoder.hidden_size, encoder.intermediate_size, _itemsize(encoder)
@@ -282,7 +257,7 @@ def _bytes(tree: Any) -> int:
 
 def program_memory(compiled: jax.stages.Compiled) -> int:
     """Returns the bytes of a device that a program needs: arguments, results, all between, code."""
-    stats = compiled.memory_analysis()
+    stats: Any = compiled.memory_analysis()
     return (
         stats.argument_size_in_bytes
         + stats.output_size_in_bytes

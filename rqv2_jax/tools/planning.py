@@ -1,8 +1,9 @@
 """The plan of a run: its steps for devices that are not there, the cheapest way in which they fit."""
 
 import dataclasses
-import pathlib
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -34,7 +35,7 @@ class Plan:
     """Steps by name, the settings under which they fit, and the sizes that storage depends on."""
 
     steps: dict[str, Step]
-    overlay: dict[str, object]
+    overlay: dict[str, Any]
     hidden_size: int
     passage_length: int
 
@@ -43,10 +44,8 @@ def make(config: ConfigDict, machine: Machine, lengths: str, report: Callable[[s
     """Compiles or counts every step of a run; `report` gets a line for each try.
 
     `lengths` of the inputs are those of `workload.draw_lengths`; with "msmarco" the least times hold
-    for the tokens that are really computed.
-
-    Raises:
-      InputError: the config cannot be used, or a step fits in no way.
+    for the tokens that are really computed. Raises InputError if the config cannot be used, or a step
+    fits in no way.
     """
     config = config_lib.loads(config_lib.dumps(config))
     # No data is read here.
@@ -61,7 +60,7 @@ def make(config: ConfigDict, machine: Machine, lengths: str, report: Callable[[s
     mesh = sharding.over(machine.devices, config.mesh.data, fsdp)
     config, models = open_models(config, machine, report)
     target = Target(machine, mesh, report)
-    overlay: dict[str, object] = {"mesh.data": config.mesh.data, "mesh.fsdp": fsdp}
+    overlay = {"mesh.data": config.mesh.data, "mesh.fsdp": fsdp}
     sizes = {"joint": config.joint.list_size, "reranker": config.reranker.list_size}
     if config.retriever.epochs > 0:
         sizes["retriever"] = 1
@@ -82,10 +81,7 @@ def make(config: ConfigDict, machine: Machine, lengths: str, report: Callable[[s
 def open_models(
     config: ConfigDict, machine: Machine, report: Callable[[str], None]
 ) -> tuple[ConfigDict, Models]:
-    """Returns the resolved config and the models' shapes as the machine computes them.
-
-    Without the weights the shape is that of BERT base.
-    """
+    """Returns the resolved config and the models' shapes, those of BERT base without the weights."""
     asked = config.model.attention
     try:
         opened = opening.open_models(config)
@@ -100,10 +96,8 @@ def open_models(
 
 
 def _bert_base(config: ConfigDict) -> tuple[ConfigDict, Models]:
-    shape, layers = random_model.SHAPES["bert-base"]
-    base = released.Released(
-        pathlib.Path("BERT base"), num_layers=layers, longest=shape["max_positions"]
-    )
+    shape: dict[str, Any] = random_model.BASE
+    base = released.Released(Path("BERT base"), num_layers=12, longest=shape["max_positions"])
     config, _ = opening.resolve(config, released.Sources(base, base, base))
     model = config.model
     if model.attention == "auto":
@@ -120,11 +114,7 @@ def _bert_base(config: ConfigDict) -> tuple[ConfigDict, Models]:
 def _training_steps(
     config: ConfigDict, models: Models, drawn: dict[str, Lengths], target: Target
 ) -> dict[str, Step]:
-    """Returns the steps of all stages, under the first policy by which all of them fit.
-
-    Raises:
-      InputError: there is none.
-    """
+    """Returns the steps of all stages, under the first policy by which all of them fit."""
     remats = list(bert.REMAT)
     while remats:
         steps, left = {}, remats
@@ -190,11 +180,7 @@ def render(plan: Plan, machine: Machine, lengths: str) -> str:
 
 
 def sizes(config: ConfigDict, queries: int | None, passages: int | None) -> tuple[int, int]:
-    """Returns the numbers of training queries and passages: given, or those of published data.
-
-    Raises:
-      InputError: they are neither given nor known.
-    """
+    """Returns the numbers of training queries and passages: given, or those of published data."""
     known = PUBLISHED.get(config.data.dataset, (None, None))
     passages, queries = passages or known[0], queries or known[1]
     if queries is None or passages is None:
@@ -207,11 +193,7 @@ def sizes(config: ConfigDict, queries: int | None, passages: int | None) -> tupl
 def render_run(
     config: ConfigDict, plan: Plan, machine: Machine, queries: int, passages: int
 ) -> str:
-    """Returns the least time of every stage, and disk and memory, as tables in Markdown.
-
-    Args:
-      queries, passages: the numbers to train on and to search.
-    """
+    """Returns the least time of every stage, and disk and memory, as tables in Markdown."""
     mined = min(queries, config.mine.queries)
     scored = min(mined, config.mine.scored_queries) if config.joint.denoised_share else 0
     work = [
@@ -219,11 +201,10 @@ def render_run(
         for name, count in (("retriever", queries), ("reranker", mined), ("joint", mined))
         if name in plan.steps
     ]
-    warmed_up = 1 + ("retriever" in plan.steps)
-    pairs = scored * config.mine.scored_depth
+    retrievers = 2 + ("retriever" in plan.steps)
     for what, items, step in (
-        ("encode all passages, once for each retriever", (warmed_up + 1) * passages, "encode"),
-        ("score candidates", pairs, "re-rank"),
+        ("encode all passages, once for each retriever", retrievers * passages, "encode"),
+        ("score candidates", scored * config.mine.scored_depth, "re-rank"),
     ):
         work.append((what, -(-items // plan.steps[step].items), "batches", step))
     lines = ["", "| stage | work | no faster than, hours |", "|---|---|---|"]

@@ -31,23 +31,12 @@ def device() -> str:
     return "cuda" if jax.default_backend() == "gpu" else "cpu"
 
 
-def joint(run: Run, sequences: list[dict[str, Ragged]]) -> dict[str, Callable[[], "Joint"]]:
-    """Returns the makers of the joint step's rivals: PyTorch's, on a GPU by torch.compile, too.
-
-    Args:
-      sequences: the inputs of each step, by kind.
-    """
-    makers = {"torch": partial(Joint, run, sequences, compiled=False)}
-    if device() == "cuda":
-        makers["torch_compiled"] = partial(Joint, run, sequences, compiled=True)
-    return makers
-
-
 class Joint:
     """A step of joint training with transformers' BertModel and PyTorch's fused attention.
 
     The same weights, lists and loss; batches padded to their longest sequence, each query encoded
-    once, gradients clipped, AdamW. Under bfloat16, with automatic mixed precision.
+    once, gradients clipped, AdamW. Under bfloat16, with automatic mixed precision. `sequences` are the
+    inputs of each step, by kind.
     """
 
     def __init__(self, run: Run, sequences: list[dict[str, Ragged]], *, compiled: bool):
@@ -60,17 +49,15 @@ class Joint:
         model, head = run.config.model, run.initial("reranker")["head"]
         towers = [self._encoder(source.folder, model) for source in run.sources[:2]]
         towers.append(self._encoder(run.sources.reranker.folder, model.reranker))
-        self.pooler = self._linear(head["pooler"]) if run.models.head == "pooler" else None
-        self.head = self._linear(head)
-        self.dropout = torch.nn.Dropout(model.reranker.dropout)
-        modules = {"retriever": towers[:2], "reranker": [towers[2], self.head]}
-        if self.pooler is not None:
-            modules["reranker"].insert(1, self.pooler)
+        pooled = run.models.head == "pooler"
+        pooler = [self._linear(head["pooler"]), torch.nn.Tanh()] if pooled else []
+        dropout = torch.nn.Dropout(model.reranker.dropout)
+        self.head = torch.nn.Sequential(*pooler, dropout, self._linear(head))
         rate, optimizer = self.settings.learning_rate, run.config.optimizer
-        rates = {"retriever": rate, "reranker": rate * self.settings.reranker_rate}
+        reranker_rate = rate * self.settings.reranker_rate
         groups = [
-            {"params": [p for module in modules[name] for p in module.parameters()], "lr": rate}
-            for name, rate in rates.items()
+            {"params": [param for module in modules for param in module.parameters()], "lr": rate}
+            for modules, rate in ((towers[:2], rate), ([towers[2], self.head], reranker_rate))
         ]
         self.params = [param for group in groups for param in group["params"]]
         self.optimizer = torch.optim.AdamW(
@@ -107,42 +94,32 @@ class Joint:
 
     def prepare(self, step: int) -> dict[str, list]:
         """Returns tokens, types and mask [N, T] of each kind on the device, padded to its longest."""
-        torch, padded = self.torch, {}
+        padded = {}
         for kind, ragged in self.sequences[step].items():
             lengths_N = ragged.lengths_N
             mask_NxT = np.arange(lengths_N.max()) < lengths_N[:, None]
             tokens_NxT, types_NxT = np.zeros((2, *mask_NxT.shape), np.int64)
             tokens_NxT[mask_NxT], types_NxT[mask_NxT] = ragged.tokens, ragged.types
             arrays = (tokens_NxT, types_NxT, mask_NxT)
-            padded[kind] = [torch.tensor(array, device=self.device) for array in arrays]
+            padded[kind] = [self.torch.tensor(array, device=self.device) for array in arrays]
         return padded
 
-    def _states(self, model: Any, padded: list) -> tuple[Any, Any]:
-        """Returns the hidden states [N, T, D] and the mask [N, T] of padded sequences."""
+    def _states(self, model: Any, padded: list) -> Any:
+        """Returns the hidden states [N, T, D] of padded sequences."""
         tokens_NxT, types_NxT, mask_NxT = padded
-        states = model(
+        return model(
             input_ids=tokens_NxT, token_type_ids=types_NxT, attention_mask=mask_NxT.long()
         ).last_hidden_state
-        return states, mask_NxT
 
     def _vectors(self, model: Any, padded: list) -> Any:
-        vectors_NxD = self._pooled(model, padded)
+        states_NxTxD = self._states(model, padded)
+        vectors_NxD = states_NxTxD[:, 0].float()
+        if self.models.pooling != "cls":
+            weights_NxTx1 = padded[-1][..., None].float()
+            vectors_NxD = (states_NxTxD.float() * weights_NxTx1).sum(1) / weights_NxTx1.sum(1)
         if self.models.similarity == "cosine":
             return self.torch.nn.functional.normalize(vectors_NxD)
         return vectors_NxD
-
-    def _pooled(self, model: Any, padded: list) -> Any:
-        states_NxTxD, mask_NxT = self._states(model, padded)
-        if self.models.pooling == "cls":
-            return states_NxTxD[:, 0].float()
-        states_NxTxD, weights_NxTx1 = states_NxTxD.float(), mask_NxT[..., None].float()
-        return (states_NxTxD * weights_NxTx1).sum(1) / weights_NxTx1.sum(1)
-
-    def _scores(self, padded: list) -> Any:
-        first_NxD = self._states(self.reranker, padded)[0][:, 0]
-        if self.pooler is not None:
-            first_NxD = self.pooler(first_NxD).tanh()
-        return self.head(self.dropout(first_NxD)).float()
 
     def step(self, padded: dict) -> float:
         """Takes one step on a batch whose positives come first; returns its loss."""
@@ -151,7 +128,8 @@ class Joint:
             passages_BxPxD = self._vectors(self.passage, padded["passages"]).reshape(
                 len(queries_BxD), -1, queries_BxD.shape[1]
             )
-            scores_BxP = self._scores(padded["pairs"]).reshape(passages_BxPxD.shape[:2])
+            first_NxD = self._states(self.reranker, padded["pairs"])[:, 0]
+            scores_BxP = self.head(first_NxD).float().reshape(passages_BxPxD.shape[:2])
         total = self._loss((queries_BxD[:, None] * passages_BxPxD).sum(-1), scores_BxP)
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()
@@ -176,10 +154,7 @@ class Joint:
 
 
 class SentenceTransformers:
-    """Encoding and re-ranking by sentence-transformers from the same weights, in the same precision.
-
-    Its batches have their default size on a CPU, and on a GPU the best of `GPU_BATCHES`.
-    """
+    """Encoding and re-ranking by sentence-transformers from the same weights, in the same precision."""
 
     def __init__(self, run: Run):
         from sentence_transformers import CrossEncoder, SentenceTransformer
@@ -202,7 +177,7 @@ class SentenceTransformers:
             device=device(),
             config_kwargs={"num_hidden_layers": model.reranker.num_layers},
         )
-        self.batches = {"encode": {}, "rerank": {}}
+        self.batches: dict[str, dict[str, Any]] = {"encode": {}, "rerank": {}}
         if run.config.model.dtype == "bfloat16":
             self.encoder.bfloat16()
             self.scorer.model.bfloat16()
@@ -210,11 +185,11 @@ class SentenceTransformers:
     def tune(self, passages: list[str], pairs: list[tuple[str, str]]) -> None:
         """Chooses the batch sizes by which some passages and pairs are done soonest."""
         for name, work in (("encode", passages), ("rerank", pairs)):
-            seconds = {}
+            seconds = []
             for size in GPU_BATCHES:
                 self.batches[name] = {"batch_size": size}
-                seconds[size] = machines.seconds(partial(getattr(self, name), work), 2)[-1]
-            self.batches[name] = {"batch_size": min(seconds, key=seconds.get)}
+                seconds += machines.seconds(partial(getattr(self, name), work), 2)[-1:]
+            self.batches[name] = {"batch_size": GPU_BATCHES[int(np.argmin(seconds))]}
 
     def encode(self, passages: list[str]) -> np.ndarray:
         """Returns the vectors [N, D] of some passages."""
@@ -230,37 +205,31 @@ class SentenceTransformers:
         """Returns the rows [Q, K] of each query's best passages, the first of which are scored too."""
         from sentence_transformers.util import dot_score, semantic_search
 
-        vectors = [
+        queries_QxD, passages_NxD = (
             self.encoder.encode(texts, convert_to_tensor=True, **self.batches["encode"])
             for texts in (queries, passages)
-        ]
-        hits = semantic_search(*vectors, top_k=depth, score_function=dot_score)
-        rows_QxK = np.array([[hit["corpus_id"] for hit in of_query] for of_query in hits])
-        first_QxR = rows_QxK[:, :scored_depth]
-        self.scorer.predict(
-            [(q, passages[row]) for q, rows in zip(queries, first_QxR) for row in rows]
         )
+        hits = semantic_search(queries_QxD, passages_NxD, top_k=depth, score_function=dot_score)
+        rows_QxK = np.array([[hit["corpus_id"] for hit in of_query] for of_query in hits])
+        first = zip(queries, rows_QxK[:, :scored_depth])
+        self.scorer.predict([(query, passages[row]) for query, rows in first for row in rows])
         return rows_QxK
 
 
 def exact_search(passages_NxD: np.ndarray, queries_QxD: np.ndarray, depth: int) -> Callable:
-    """Returns a search of all passages by torch's product and topk, on the GPU if there is one.
-
-    The passages are sent as they are searched, a part at a time, as ours are.
-    """
+    """Returns a search by torch's product and topk, of passages that are sent a part at a time."""
     import torch
 
     passages, queries = torch.from_numpy(passages_NxD), torch.from_numpy(queries_QxD)
 
     def search() -> np.ndarray:
-        asked, best, rows = queries.to(device()), None, None
+        asked = queries.to(device())
+        best, rows = asked[:, :0], torch.zeros((len(asked), 0), dtype=torch.long, device=device())
         for first in range(0, len(passages), EXACT_PART):
             scores = asked @ passages[first : first + EXACT_PART].to(device()).T
             top, numbers = scores.topk(min(depth, scores.shape[1]))
-            best = top if best is None else torch.cat([best, top], 1)
-            rows = numbers if rows is None else torch.cat([rows, numbers + first], 1)
-            best, chosen = best.topk(depth)
-            rows = rows.gather(1, chosen)
+            best, chosen = torch.cat([best, top], 1).topk(depth)
+            rows = torch.cat([rows, numbers + first], 1).gather(1, chosen)
         return rows.cpu().numpy()
 
     return search
@@ -276,25 +245,25 @@ def faiss_indexes(
     leaves = round(count**0.5)
     graph = faiss.IndexHNSWFlat(size, 32, faiss.METRIC_INNER_PRODUCT)
     graph.hnsw.efConstruction = 80
-    kinds = [("faiss HNSW", graph, graph.hnsw, "efSearch", (64, 128, 256, 512))]
+    kinds: list[tuple] = [("faiss HNSW", graph, graph.hnsw, "efSearch", (64, 128, 256, 512))]
     # As in ScaNN, hits by the codes are scored exactly. Codes of 4 bits are searched as ScaNN's are.
     for name, codes in (("IVF-PQ", f"PQ{size // 4}"), ("IVF-PQ 4 bits", f"PQ{size // 2}x4fs")):
         factory = f"IVF{leaves},{codes},RFlat"
-        refined = faiss.index_factory(size, factory, faiss.METRIC_INNER_PRODUCT)
+        refined: Any = faiss.index_factory(size, factory, faiss.METRIC_INNER_PRODUCT)
         refined.k_factor = 4
         cells = faiss.extract_index_ivf(refined.base_index)
         kinds.append((f"faiss {name}", refined, cells, "nprobe", (8, 32, 64, 128)))
-    indexes = []
+    indexes: list[tuple[str, float, dict[str, Callable]]] = []
     for name, index, owner, what, values in kinds:
         started = time.perf_counter()
         if not index.is_trained:
             index.train(passages_NxD[: 64 * leaves])
         index.add(passages_NxD)
         built = time.perf_counter() - started
-
         search = partial(_faiss_search, index, owner, what, queries_QxD, depth)
-        searches = {f"{what} {value}": partial(search, value) for value in values}
-        indexes.append((name, built, searches))
+        indexes.append(
+            (name, built, {f"{what} {value}": partial(search, value) for value in values})
+        )
     return indexes
 
 

@@ -1,0 +1,145 @@
+"""What users get from a finished workdir: search results, model folders, the report of denoising.
+
+Shape suffixes: Q queries, K retrieved passages, R re-ranked passages, N labels or candidates.
+"""
+
+import os
+import pathlib
+import shutil
+import textwrap
+
+import numpy as np
+import tqdm
+from ml_collections import ConfigDict
+
+from rqv2_jax.data import collection, denoise, files, own_texts, tokens
+from rqv2_jax.data import lists as lists_lib
+from rqv2_jax.data.readers import topics
+from rqv2_jax.errors import InputError
+from rqv2_jax.models import exported
+from rqv2_jax.ranking import trec
+from rqv2_jax.recipe import mining, scorer
+from rqv2_jax.recipe.run import Run
+from rqv2_jax.recipe.texts import rows_of, texts_of
+from rqv2_jax.retrieval import rerank
+
+NO_LABELS_3x0 = np.zeros((3, 0), np.int64)
+
+
+def show(run: Run, store: tokens.Store, question: str, state: str, index: str, shown: int) -> str:
+    """Returns the best passages of a question, `shown` at most, as text for people."""
+    asked = tokens.Queries(run.tokenizer.texts([question]), ["question"], NO_LABELS_3x0)
+    passages_1xK, retriever_1xK, reranker_1xR = scorer.search(
+        run, store, asked, state=state, index_name=index
+    )
+    order_K = np.argsort(-rerank.merge(reranker_1xR, retriever_1xK)[0], kind="stable")
+    order = [number for number in order_K.tolist() if passages_1xK[0, number] >= 0][:shown]
+    rows = passages_1xK[0, order].tolist()
+    texts = texts_of(run, store.fingerprint).shown(set(rows))
+    lines = ["rank  re-ranker  retriever  passage"]
+    for rank, (number, row) in enumerate(zip(order, rows), start=1):
+        reranker = f"{reranker_1xR[0, number]:.3f}" if number < reranker_1xR.shape[1] else ""
+        head = f"{rank:4}  {reranker:>9}  {retriever_1xK[0, number]:9.3f}  {store.passage_ids[row]}"
+        text = textwrap.fill(textwrap.shorten(texts[row], 280, placeholder=" ..."), 94)
+        lines += [head, textwrap.indent(text, " " * 6)]
+    return "\n".join(lines)
+
+
+def write_run(
+    run: Run, store: tokens.Store, asked: pathlib.Path, to: pathlib.Path, state: str, index: str
+) -> list[str]:
+    """Writes the hits of each query of the file `asked` as a TREC run file; returns lines on it."""
+    left = collection.Left()
+    given = topics.asked(topics.topics(asked), left)
+    if not given:
+        raise InputError(f"{asked}: holds no query; give one with text")
+    texts, ids = [query.text for query in given], [query.id for query in given]
+    queries = tokens.Queries(run.tokenizer.texts(texts), ids, NO_LABELS_3x0)
+    queries = own_texts.of_queries(store, queries, run.config.data.ignore_identical_ids)
+    passages_QxK, retriever_QxK, reranker_QxR = scorer.search(
+        run, store, queries, state=state, index_name=index
+    )
+    scores_QxK = rerank.merge(reranker_QxR, retriever_QxK)
+    tag = f"rqv2_jax.{state}.reranker"
+    trec.write_run(to, ids, store.passage_ids, passages_QxK, scores_QxK, tag)
+    lines = [f"{asked}: {line}" for line in left.lines()]
+    return [*lines, f"run: {to}   {len(ids)} queries, {passages_QxK.shape[1]} passages each"]
+
+
+def write_models(run: Run, state: str, path: pathlib.Path) -> str:
+    """Writes a state's models as folders for transformers; returns a line on how passages are read."""
+    models, data = run.models, run.config.data
+    retriever, reranker = (
+        run.params(state=state, model=model) for model in ("retriever", "reranker")
+    )
+    partial = path.with_name(f"{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    for tower, length in (("query", data.query_length), ("passage", data.passage_length)):
+        source, shape = run.sources.query.folder, models.retriever
+        exported.save_encoder(partial / tower, source, shape, retriever[tower])
+        exported.describe_retriever(partial / tower, shape.hidden_size, run.config.model, length)
+    source, shape, folder = run.sources.reranker.folder, models.reranker, partial / "reranker"
+    exported.save_encoder(folder, source, shape, reranker["encoder"], reranker["head"])
+    exported.describe_reranker(folder, shape.hidden_size, models.head, data.pair_length)
+    os.replace(partial, path)
+    joined = "title and text joined by a space" if data.titles else "text"
+    if data.titles and run.config.model.passage_format == "title_sep_text":
+        joined = "title and text as a pair of texts"
+    limit = f"at most {data.passage_length} tokens"
+    return f"models: {path}   the passage tower reads {joined}, {limit}"
+
+
+def denoise_report(run: Run, labels: str, samples: int) -> tuple[dict, list[dict]]:
+    """Returns what denoising keeps and drops, by threshold, and some untrusted candidates as text.
+
+    `labels` is the qrels folder with more complete training labels, or "" where there are none; labels
+    of queries that were not trained on are left out. Raises InputError if the candidates have not been
+    scored, or there are no such labels.
+    """
+    config = run.config
+    if config.joint.denoised_share == 0:
+        raise InputError(
+            f"{run.workdir}: config.joint.denoised_share is 0, so no candidate has a score; run with "
+            "a share above 0"
+        )
+    if config.joint.lists:
+        raise InputError(
+            f"{run.workdir}: config.joint.lists is {config.joint.lists!r}, so no candidates were "
+            "scored for it; run without it"
+        )
+    if labels and config.data.dataset != "beir":
+        raise InputError(f"--labels: {config.data.dataset} has no other labels; leave the flag out")
+    store, candidates, texts = mining.mined(run)
+    scores_N, relevant_N = mining.labelled_scores(store, candidates["dev"])
+    positives_2xN = store.splits["train"].positives()
+    fuller_2xN = _fuller_labels(config.data, labels, store) if labels else None
+    below, above = config.mine.negative_below, config.mine.positive_above
+    probability = lists_lib.calibrate(scores_N, relevant_N)
+    known = (candidates["train"], positives_2xN, probability, len(store.passage_ids))
+    report = denoise.table(*known, chosen=(below, above), fuller_2xN=fuller_2xN)
+    report["dev"] = {"candidates": len(relevant_N), "labelled": int(relevant_N.sum())}
+    shown = denoise.rejected(*known, negative_below=below, count=samples, seed=config.seed)
+    labelled = dict(positives_2xN.T[::-1].tolist())
+    passages = texts.shown({row for query, row, _ in shown for row in (row, labelled[query])})
+    queries = [query.text for query in texts.queries("train")]
+    keys = ("query", "labelled", "candidate", "probability")
+    return report, [
+        dict(zip(keys, (queries[query], passages[labelled[query]], passages[row], p)))
+        for query, row, p in shown
+    ]
+
+
+def _fuller_labels(data: ConfigDict, labels: str, store: tokens.Store) -> np.ndarray:
+    """Returns the relevant pairs [2, N], query row and passage row, of another qrels folder."""
+    folder = pathlib.Path(data.path) / labels
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such qrels folder; add it or name another one")
+    query_rows, passage_rows = rows_of(store.splits["train"].ids), rows_of(store.passage_ids)
+    # All of the file: which queries were held out depends on the labels.
+    fuller = files.labels(files.required(folder, "qrels", "train.tsv"))
+    trained_on = (label for label in fuller if label.query_id in query_rows)
+    left = collection.Left()
+    *pairs, relevance_N = collection.check_qrels(trained_on, query_rows, passage_rows, left)
+    for line in left.lines():
+        tqdm.tqdm.write(f"{labels}: {line}")
+    return np.stack(pairs)[:, relevance_N > 0]
