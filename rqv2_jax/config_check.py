@@ -40,6 +40,9 @@ CHOICES = {
     "joint.loss.reranker_loss": losses.RERANKER_LOSSES,
 }
 
+# The least tokens that an input may have, special tokens included.
+SHORTEST = {"query": 3, "passage": 8, "pair": 11}
+
 # Smallest and largest value of a number; every other number must be positive.
 RANGES = {
     "seed": (0, 2**31 - 1),
@@ -83,10 +86,11 @@ def check(config: ConfigDict) -> None:
     _check_stages(given)
     _check_evaluation(given)
     _check_joint(given)
-    for key, least in (("query_length", 3), ("passage_length", 8), ("pair_length", 11)):
-        if 0 < given[f"data.{key}"] < least:
+    for kind, least in SHORTEST.items():
+        length = given[f"data.{kind}_length"]
+        if 0 < length < least:
             raise InputError(
-                f"config.data.{key} is {given[f'data.{key}']}; it must be {least} or more, or 0 for "
+                f"config.data.{kind}_length is {length}; it must be {least} or more, or 0 for "
                 "the longest that the model was made for"
             )
 

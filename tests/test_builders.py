@@ -197,9 +197,9 @@ def test_what_cannot_be_fetched_says_what_to_do(data_dir, publish):
 def test_bad_lines_keep_their_place(tmp_path, data_dir, publish):
     folder = write_beir(tmp_path / "folder")
     with (folder / "corpus.jsonl").open("a") as file:
-        file.write('{"_id": "p9"}\n')
+        file.write('{"title": "p9"}\n')
     publish("beir_fiqa", zipped(folder, "fiqa"))
-    with pytest.raises(InputError, match=r"corpus\.jsonl:5: passage without `text`"):
+    with pytest.raises(InputError, match=r"corpus\.jsonl:5: `_id` is missing"):
         open_collection("beir_fiqa")
 
 

@@ -8,7 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rqv2_jax.data.collection import Left, Passage, Qrel, Query, check_qrels, left_out
+from rqv2_jax.data.collection import (
+    Collection,
+    Left,
+    Passage,
+    Qrel,
+    Query,
+    check_qrels,
+    left_out,
+    with_dev,
+)
 from rqv2_jax.data.readers.beir import beir
 from rqv2_jax.errors import InputError
 
@@ -249,11 +258,15 @@ BAD_LINES = [
     ('{"_id": "", "text": "t"}', "`_id` is ''"),
     ('{"_id": 7, "text": "t"}', "`_id` is 7"),
     ('{"_id": null, "text": "t"}', "`_id` is None"),
-    ('{"_id": "x"}', "without `text`"),
     ('{"_id": "x", "text": ["t"]}', "`text` is ['t']"),
     (r'{"_id": "x", "text": "cut \ud83d"}', "half a character"),
     (r'{"_id": "\uDE00", "text": "t"}', r"half a character (\ude00 alone)"),
 ]
+
+
+def test_a_query_without_the_field_is_refused(tmp_path):
+    text = message(write(tmp_path, {"queries.jsonl": [*QUERIES, '{"_id": "x"}']}))
+    assert text.startswith(f"{tmp_path / 'queries.jsonl'}:4: query without `text`")
 
 
 @pytest.mark.parametrize("name", ["corpus.jsonl", "queries.jsonl"])
@@ -266,9 +279,10 @@ def test_bad_line(tmp_path, name, line, wrong):
     assert wrong in text
 
 
-@pytest.mark.parametrize("blank", ['""', '" "', '"\\n\\t\\u00a0"', "null"])
+@pytest.mark.parametrize("blank", ['""', '" "', '"\\n\\t\\u00a0"', "null", None])
 def test_a_passage_without_text_stays_with_its_title(tmp_path, blank):
-    line = f'{{"_id": "p4", "title": "Stone garden", "text": {blank}}}'
+    text = "" if blank is None else f', "text": {blank}'
+    line = f'{{"_id": "p4", "title": "Stone garden"{text}}}'
     passages, splits = read(write(tmp_path, {"corpus.jsonl": [*CORPUS, line]}))
     assert passages[:3] == EXPECTED[0]
     assert (passages[3].id, passages[3].title) == ("p4", "Stone garden")
@@ -344,6 +358,48 @@ def test_dev_is_held_out_of_train_where_it_has_no_labels(tmp_path, count, held_o
     assert remark.startswith("dev is held out from the training queries")
 
 
+@pytest.mark.parametrize(
+    ("count", "every"),
+    [(1, 1), (2, 2), (9, 9), (999, 10), (1000, 10), (1500, 15), (9999, 99), (10_000, 100)],
+)
+def test_one_rule_says_which_training_queries_are_dev(count, every):
+    texts = Collection(
+        name="in memory",
+        fingerprint="f",
+        splits=("train", "test"),
+        passages=lambda: iter([Passage("p", "", "t")]),
+        queries=lambda split: (Query(f"{split}{n}", "?", ()) for n in range(1, count + 1)),
+        qrels=lambda split: (Qrel(f"{split}{n}", "p", 1, "f:1") for n in range(count + 2)),
+        remarks=("test is dev",),
+    )
+    found = with_dev(texts)
+    assert found.splits == ("train", "dev", "test")
+    dev = [f"train{n}" for n in range(every, count + 1, every)]
+    assert [query.id for query in found.queries("dev")] == dev
+    train = [f"train{n}" for n in range(1, count + 1) if n % every]
+    assert [query.id for query in found.queries("train")] == train
+    assert [query.id for query in found.queries("test")][:1] == ["test1"]
+    # Labels whose query is nowhere stay, to be reported.
+    stray = ["train0", f"train{count + 1}"]
+    for split, ids in (("train", train), ("dev", dev)):
+        assert [x.query_id for x in found.qrels(split)] == [stray[0], *ids, stray[1]]
+    assert len(list(found.qrels("test"))) == count + 2
+    assert found.remarks[0] == "test is dev"
+    assert found.remarks[1].endswith(f"one in every {every} ({len(dev):,} of {count:,})")
+    assert found.fingerprint != texts.fingerprint
+
+
+def test_a_folder_whose_training_queries_cannot_be_read_opens_all_the_same(tmp_path):
+    """So that the doctor reads the other files too."""
+    folder = write(tmp_path, {"labels/dev.tsv": None, "labels/train.tsv": ["q1"]})
+    texts = beir(folder, train_qrels="labels", eval_qrels="labels")
+    assert texts.remarks == ()
+    assert len(list(texts.passages())) == 3
+    for split in ("train", "dev"):
+        with pytest.raises(InputError, match=r"train\.tsv:1: 1 columns"):
+            list(texts.queries(split))
+
+
 def test_labels_for_dev_alone_are_those_of_test(tmp_path):
     folder = write(
         tmp_path, {**numbered(20), "labels/dev.tsv": ["q0\tp3\t1"], "labels/test.tsv": None}
@@ -389,7 +445,10 @@ def test_title_and_answers_must_be_text(tmp_path):
         ("q1\tp1", "2 columns in 'q1\\tp1'; write"),
         ("q1", "1 columns in 'q1'"),
         ("q1\t0\tp1\t1", "4 columns"),
-        ("q1\tp1\t1.0", "relevance '1.0' is no integer"),
+        ("q1\tp1\t1.5", "relevance '1.5' is no integer"),
+        ("q1\tp1\tnan", "relevance 'nan' is no integer"),
+        ("q1\tp1\tinf", "relevance 'inf' is no integer"),
+        ("q1\tp1\t2147483648.0", "relevance 2147483648 is beyond 2147483647"),
         ("q1\tp1\t", "2 columns"),
         ("q1\tp1\t2147483648", "relevance 2147483648 is beyond 2147483647"),
         ("query-id\tcorpus-id\tscore", "relevance 'score' is no integer"),
@@ -402,6 +461,13 @@ def test_bad_label(tmp_path, line, wrong):
     text = message(write(tmp_path, {"labels/train.tsv": [*TRAIN, line]}))
     assert text.startswith(f"{tmp_path / 'labels' / 'train.tsv'}:5: ")
     assert wrong in text
+
+
+@pytest.mark.parametrize("form", ["{}\t{}\t{}.0", "{} 0 {} {}.00", "{}\t0\t{}\t{}e0"])
+def test_a_whole_relevance_may_be_written_as_a_float(tmp_path, form):
+    labels = [("q2", "p2", 1), ("q2", "p1", 0), ("q1", "p1", 2)]
+    files = {"labels/train.tsv": [form.format(*label) for label in labels]}
+    assert read(write(tmp_path, files)) == EXPECTED
 
 
 def test_largest_score_survives(tmp_path):

@@ -493,8 +493,8 @@ def test_tables_are_examined_too(tmp_path, names, reader):
     assert report.usable()
     streams = {name: (count, remark) for name, count, remark in report.streams}
     assert streams["passages"] == (40, "39 with a title (97.5%)")
-    assert streams["train queries"] == (248, "247 with a positive")
-    assert streams["dev queries"] == (2, "2 with a positive")
+    assert streams["train queries"] == (250, "225 with a positive")
+    assert streams["dev queries"] == (250, "24 with a positive")
     assert streams["test queries"] == (3, f"2 with {'a positive' if judged else 'an answer'}")
     assert ("test qrels" in streams) == judged
     (unlabelled,) = (f for f in report.findings if f.where == "queries")
@@ -502,11 +502,13 @@ def test_tables_are_examined_too(tmp_path, names, reader):
     labels = [f"q{n}\t0\t{n % 41}\t1" for n in range(252)]
     # A label of relevance 0 of a query that is nowhere is left out.
     labels[3] = "q260\t0\t0\t0"
+    # Dev has none that name a missing passage.
+    labels[40] = "q40\t0\t0\t1"
     test_tables.write(tmp_path, {"train labels": labels}, names=names)
     report = examine(folder, lambda: reader(str(folder)), **changes)
     assert report.verdict() == "not usable: 2 errors"
     missing, unknown = (f.what for f in report.findings if f.kind == "error")
-    assert re.search(r"qrels name passage '40', .* \(such labels: 6\)", missing)
+    assert re.search(r"qrels name passage '40', .* \(such labels: 5\)", missing)
     assert re.search(r"qrels name query 'q250', .* \(such labels: 2\)", unknown)
 
 

@@ -68,6 +68,30 @@ def test_other_questions_name_their_passages_otherwise(tmp_path):
     assert [label.passage_id for label in found.qrels("train")] == ["7"]
 
 
+def test_without_a_dev_file_dev_is_held_out_and_said(tmp_path):
+    items = [
+        question(f"q{n}?", "1", **({"positive_ctxs": []} if n == 3 else {})) for n in range(21)
+    ]
+    changed = {"biencoder-nq-train.json": json.dumps(items), "biencoder-nq-dev.json": None}
+    found = dpr(write(tmp_path, changed))
+    assert found.splits == ("train", "dev", "test")
+    held_out = ["train-10", "train-20"]
+    asked = [f"train-{n}" for n in range(21) if n != 3]
+    assert [query.id for query in found.queries("dev")] == held_out
+    training = [query.id for query in found.queries("train")]
+    assert training == [key for key in asked if key not in held_out]
+    for split, ids in (("train", training), ("dev", held_out)):
+        assert [label.query_id for label in found.qrels(split)] == ids
+    assert len(list(found.queries("test"))) == 2
+    assert list(found.qrels("test")) == []
+    assert found.remarks[0].endswith("one in every 10 (2 of 20)")
+    left = Left()
+    left_out(found, left)
+    assert left.lines() == [
+        "1 queries have no positive or answer in any split; left out (first: train-3)"
+    ]
+
+
 def trained(**more):
     return json.dumps([question("fine", "1"), {**question("who?", "1"), **more}])
 
@@ -76,7 +100,7 @@ def trained(**more):
     ("changed", "message"),
     [
         ({"psgs_w100.tsv": None}, "no psgs_w100.tsv or psgs_w100.tsv.gz"),
-        ({"biencoder-nq-dev.json": None}, "no biencoder-*-dev.json or"),
+        ({"biencoder-nq-train.json": None}, "no biencoder-*-train.json or"),
         (
             {"biencoder-tq-dev.json": "[]"},
             "biencoder-nq-dev.json: stands beside biencoder-tq-dev.json",

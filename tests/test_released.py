@@ -26,7 +26,7 @@ from rqv2_jax.errors import InputError
 from rqv2_jax.models import exported, released, sbert, weights
 from rqv2_jax.models.files import find_folder, tensor_files
 from rqv2_jax.recipe.opening import open_inputs, open_models
-from rqv2_jax.recipe.run import open_run
+from rqv2_jax.recipe.run import as_released, open_run
 from rqv2_jax.retrieval import encode, rerank
 
 KEY = jax.random.key(0)
@@ -326,6 +326,47 @@ def test_the_first_layers_alone_are_told(make_bert):
             open_models(config_of(folder, **{"model.num_layers": layers}))
 
 
+@pytest.mark.parametrize("name", ["1_Pooling", "config_sentence_transformers.json"])
+def test_a_folder_that_has_lost_its_modules_is_read_plainly_and_told(make_st, name):
+    folder = make_st(normalise=True)
+    (folder / "modules.json").unlink()
+    for other in {"1_Pooling", "config_sentence_transformers.json"} - {name}:
+        path = folder / other
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    opened = open_models(config_of(folder))
+    assert (opened.models.pooling, opened.models.similarity) == ("cls", "dot")
+    told = f"{folder}: has {name} but no modules.json, so it is read as a plain Hugging Face folder"
+    assert [note.startswith(told) for note in opened.notes].count(True) == 1
+
+
+def test_a_plain_folder_has_no_note_on_modules(tiny_bert):
+    assert not any("modules.json" in note for note in open_models(config_of(tiny_bert)).notes)
+
+
+def test_a_length_of_the_config_stands_in_for_one_that_is_too_short(make_st):
+    folder = make_st()
+    edit_json(folder / "sentence_bert_config.json", max_seq_length=-1)
+    lengths = {f"data.{kind}_length": 16 for kind in ("query", "passage", "pair")}
+    assert open_models(config_of(folder, **lengths)).config.data.passage_length == 16
+
+
+def test_a_folder_that_is_deleted_during_a_run_is_said_to_be_gone(
+    make_st, classifier, copy, tmp_path
+):
+    retriever, reranker = make_st(), copy(classifier)
+    config = config_of(retriever, **{"model.reranker.weights": str(reranker)})
+    run = open_run(config, tmp_path / "w")
+    shutil.rmtree(reranker)
+    refused(
+        lambda: run.initial("reranker"), f"{reranker}: this model folder is gone; bring it back"
+    )
+    refused(lambda: run.weights_hash, f"{reranker}: this model folder is gone")
+    refused(lambda: as_released(run), f"{reranker}: this model folder is gone")
+    run.initial("retriever")
+    shutil.rmtree(retriever)
+    refused(lambda: run.initial("retriever"), f"{retriever}: this model folder is gone")
+
+
 # What is not understood.
 
 
@@ -358,6 +399,14 @@ def test_the_first_layers_alone_are_told(make_bert):
         ),
         ("config_sentence_transformers.json", {"rqv2_jax": "x"}, ["rqv2_jax is 'x'"]),
         ("sentence_bert_config.json", {"max_seq_length": "128"}, ["max_seq_length is '128'"]),
+        *(
+            (
+                "sentence_bert_config.json",
+                {"max_seq_length": length},
+                [f"/sentence_bert_config.json: max_seq_length is {length}, and a {kind} needs"],
+            )
+            for length, kind in ((-1, "query"), (0, "query"), (5, "passage"), (10, "pair"))
+        ),
         ("tokenizer_config.json", {"model_max_length": "128"}, ["model_max_length is '128'"]),
         ("config.json", {"architectures": "BertModel"}, ["architectures is 'BertModel'"]),
         ("config.json", {"hidden_size": "48"}, ["config.json: hidden_size is '48'"]),
@@ -405,6 +454,15 @@ def test_modules_that_are_not_understood(make_st, modules, named):
     folder = make_st()
     write_json(folder / "modules.json", modules)
     refused(lambda: open_models(config_of(folder)), folder / "modules.json", named)
+
+
+def test_a_cross_encoder_without_its_settings_is_told_which_file_is_missing(classifier, tmp_path):
+    folder = tmp_path / "saved"
+    CrossEncoder(str(classifier), device="cpu").save_pretrained(str(folder))
+    open_models(config_of(folder))
+    path = folder / "config_sentence_transformers.json"
+    path.unlink()
+    refused(lambda: open_models(config_of(folder)), f"{path}: missing, though modules.json")
 
 
 def test_lower_casing_that_the_tokenizer_does_not_do_is_refused(make_st):

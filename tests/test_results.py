@@ -99,9 +99,9 @@ def test_advice_names_the_settings_by_what_the_run_knows(run_and_store):
     ]
     reranker = advice(("joint", "reranker", "bm25"))
     assert (
-        reranker[1] == "look at: config.data.pair_length = 24 cuts off 33.3% of the pairs' tokens"
+        reranker[0] == "look at: config.data.pair_length = 24 cuts off 33.3% of the pairs' tokens"
     )
-    assert reranker[3] == (
+    assert reranker[2] == (
         "look at: the 7 passages of bm25 that are re-ranked (config.evaluate.rerank_depth) hold a "
         "relevant one for 50.0% of the queries, so the re-ranker cannot find more"
     )

@@ -9,7 +9,8 @@ from rqv2_jax.data.readers import tables
 from rqv2_jax.errors import InputError
 
 QUERIES = 250
-HELD_OUT = ["q99", "q199"]
+# Every tenth of those with a label.
+HELD_OUT = [f"q{n}" for n in range(10, 250, 10)]
 
 
 def write(folder, changed=(), *, names, suffix=""):
@@ -153,8 +154,8 @@ def test_empty_rows_are_kept_of_passages_and_left_out_of_queries(tmp_path, reade
     changed = {
         "passages": ["0\tfirst", "1\t ", "2\t"],
         "titles": ["0\t", "1\tStone garden", "2\t"],
-        "train queries": ["a\tquestion", "b\t", "c\t "],
-        "train labels": ["a\t0\t0\t1", "b\t0\t0\t1"],
+        "train queries": ["a\tquestion", "b\t", "c\t ", "d\tanother"],
+        "train labels": ["a\t0\t0\t1", "b\t0\t0\t1", "d\t0\t0\t1"],
     }
     found, left = reader(str(write(tmp_path, changed, names=names))), Left()
     assert list(found.passages()) == [
@@ -163,13 +164,16 @@ def test_empty_rows_are_kept_of_passages_and_left_out_of_queries(tmp_path, reade
         Passage("2", "", ""),
     ]
     assert list(found.queries("train")) == [Query("a", "question", ())]
+    assert list(found.queries("dev")) == [Query("d", "another", ())]
     assert left_out(found, left) == {"b", "c"}
     assert left.lines()[0] == "2 queries have no text; left out (first: b)"
 
 
 def test_what_is_held_out_is_said(tmp_path):
     found = tables.msmarco(str(write(tmp_path, names=MSMARCO)))
-    assert found.remarks == ("dev is every 100th of the training queries, held out",)
+    (remark,) = found.remarks
+    assert remark.startswith("dev is held out from the training queries")
+    assert remark.endswith("one in every 10 (24 of 249)")
 
 
 def test_a_split_that_is_not_there(tmp_path):

@@ -54,6 +54,7 @@ def test_version_2_is_read(tmp_path):
         "corpus.jsonl": [
             '{"docid": "0", "text": "the first", "image": null, "source": "msmarco"}',
             '{"docid": "1", "text": null, "image": {"path": "a.png"}, "source": "colpali"}',
+            '{"docid": "2", "image": {"path": "b.png"}}',
         ],
         "train.jsonl": [
             newer("a", ["1", "0", "1"]),
@@ -65,7 +66,8 @@ def test_version_2_is_read(tmp_path):
         "test.jsonl": [newer("f", [], answer="Paris"), newer("g", [])],
     }
     found = tevatron(write(tmp_path, changed))
-    assert list(found.passages()) == [Passage("0", "", "the first"), Passage("1", "", "")]
+    empty = [Passage("1", "", ""), Passage("2", "", "")]
+    assert list(found.passages()) == [Passage("0", "", "the first"), *empty]
     assert list(found.queries("train")) == [
         Query("a", "question a", ()),
         Query("d", "question d", ("x",)),
@@ -116,9 +118,10 @@ def test_msmarco_as_published(tmp_path):
     found = tevatron(write(tmp_path, changed))
     assert [query.id for query in found.queries("test")] == ["x", "z"]
     assert labels(found, "test") == [("x", "3", 1), ("z", "1", 1), ("z", "2", 0)]
-    held_out = ["t99", "t199"]
+    held_out = [f"t{n}" for n in range(9, 250, 10)]
     assert [query.id for query in found.queries("dev")] == held_out
-    assert found.remarks == ("test is dev; dev is every 100th of the training queries, held out",)
+    assert found.remarks[0] == "test is dev"
+    assert found.remarks[1].endswith("one in every 10 (25 of 250)")
     assert labels(found, "dev") == [(key, "9", 1) for key in held_out]
     training = [query.id for query in found.queries("train")]
     assert training == [f"t{n}" for n in range(250) if f"t{n}" not in held_out]
@@ -140,7 +143,17 @@ def test_nq_as_published(tmp_path, dev):
         Query("2", "question 2", ("1900",)),
     ]
     assert labels(found, "test") == []
-    assert labels(found, "dev") == ([("d", "3", 1)] if dev else [("99", "1", 1)])
+    held_out = [(f"{n}", "1", 1) for n in range(9, 100, 10)]
+    assert labels(found, "dev") == ([("d", "3", 1)] if dev else held_out)
+
+
+def test_dev_is_held_out_of_few_queries_of_which_some_have_no_positive(tmp_path):
+    found = tevatron(write(tmp_path, {"dev.jsonl": None}))
+    assert found.splits == ("train", "dev", "test")
+    assert [[q.id for q in found.queries(split)] for split in ("train", "dev")] == [["a"], ["c"]]
+    assert labels(found, "train") == [("a", "1", 1), ("a", "0", 1)]
+    assert labels(found, "dev") == [("c", "2", 1)]
+    assert [query.id for query in found.query_file("dev")] == ["a", "b", "c"]
 
 
 def test_the_fingerprint_follows_every_file(tmp_path):
@@ -185,10 +198,14 @@ def test_the_fingerprint_follows_every_file(tmp_path):
             "train.jsonl:1: `positive",
         ),
         ({"train.jsonl": [line("a"), line("b")]}, "train.jsonl: no query has a positive"),
-        ({"dev.jsonl": None}, "train.jsonl: no query of those held out as dev has a positive"),
+        (
+            {"dev.jsonl": None, "train.jsonl": [line("a"), line("b")]},
+            "train.jsonl: no query has a positive",
+        ),
         ({"dev.jsonl": [line("d", answers=["x"])]}, "dev.jsonl: no query has a positive"),
         ({"test.jsonl": []}, "test.jsonl: no query has a positive"),
         ({"qrels.test.tsv": ["e 0 4 x"]}, "qrels.test.tsv:1: relevance 'x' is no integer"),
+        ({"qrels.test.tsv": ["e 0 4 .5"]}, "qrels.test.tsv:1: relevance '.5' is no integer"),
     ],
 )
 def test_bad_files_are_one_line_with_the_place(tmp_path, changed, message):

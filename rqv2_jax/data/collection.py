@@ -12,6 +12,8 @@ data contain and training cannot use is left out and counted, by one rule for al
     a negative relevance                 not relevant, as 0
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +24,10 @@ import numpy as np
 from rqv2_jax.errors import InputError
 
 T = TypeVar("T")
-# Where the files have no dev split, every so many-th training query is dev.
+# Where the files have no dev split, about a hundred of the training queries are dev, but at most
+# one in ten and at least one in a hundred.
 HELD_OUT = 100
+FEWEST_HELD_OUT = 10
 
 
 class Passage(NamedTuple):
@@ -156,10 +160,45 @@ def of_split(folder: Path, splits: Mapping[str, T], split: str) -> T:
     return splits[split]
 
 
-def taken(items: Iterable[T], held_out: bool | None, every: int = HELD_OUT) -> Iterator[T]:
-    """Returns the training queries that a split takes: dev every `every`-th one, train the rest.
+def with_dev(texts: Collection) -> Collection:
+    """Returns a collection without dev with some of its training queries held out as dev.
 
-    `held_out` says which of the two the split is; None takes every query.
+    Counted are the queries that `texts.queries` yields, so that all have text and a positive. Every
+    10th is dev of fewer than 1,000, every 100th of 10,000 or more, and about a hundred in between.
     """
-    numbered = enumerate(items, 1)
-    return (item for n, item in numbered if held_out is None or (n % every == 0) == held_out)
+    try:
+        count = sum(1 for _ in texts.queries("train"))
+    except InputError:
+        # Comes again where the queries are read.
+        count = 0
+    every = min(max(count // HELD_OUT, FEWEST_HELD_OUT), HELD_OUT, max(count, 1))
+    part_of = {"train": "train", "dev": "train"} | {split: split for split in texts.splits}
+    source = functools.partial(of_split, Path(texts.name), part_of)
+
+    def queries(split: str) -> Iterator[Query]:
+        taken = texts.queries(source(split))
+        if split not in ("train", "dev"):
+            return taken
+        return (query for n, query in enumerate(taken, 1) if (n % every == 0) == (split == "dev"))
+
+    def qrels(split: str) -> Iterator[Qrel]:
+        # A label whose query is in neither part stays, so that `check_qrels` can report it.
+        other = {"train": "dev", "dev": "train"}.get(split)
+        others = {query.id for query in queries(other)} if other else set()
+        labels = texts.qrels(source(split))
+        yield from (label for label in labels if label.query_id not in others)
+
+    remark = (
+        "dev is held out from the training queries, for there are no labels of its own: one in every "
+        f"{every} ({count // every:,} of {count:,})"
+    )
+    return dataclasses.replace(
+        texts,
+        # Other parts are other texts.
+        fingerprint=f"{texts.fingerprint} dev {every}",
+        splits=tuple(part_of),
+        queries=queries,
+        qrels=qrels,
+        query_file=lambda split: texts.query_file(source(split)),
+        remarks=(*texts.remarks, remark) if count else texts.remarks,
+    )

@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import io
 import json
+import math
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -132,9 +133,12 @@ def with_positive(file: Path) -> set[str]:
 
 def _relevance(source: str, text: str) -> int:
     try:
-        value = int(text)
+        value = float(text)
     except ValueError:
-        raise InputError(f"{source}: relevance {text!r} is no integer; correct it") from None
+        value = math.nan
+    if not value.is_integer():
+        raise InputError(f"{source}: relevance {text!r} is no integer; correct it")
+    value = int(value)
     if abs(value) > MAX_RELEVANCE:
         raise InputError(f"{source}: relevance {value} is beyond {MAX_RELEVANCE}; correct it")
     return value
@@ -205,10 +209,10 @@ def answers_of(source: str, value: dict, field: str = "answers") -> tuple[str, .
 
 
 def read_passages(file: Path, id_field: str) -> Iterator[Passage]:
-    """Yields the passages of a JSON-lines file: id, `text` and, if there is one, `title`."""
+    """Yields the passages of a JSON-lines file: id, and `title` and `text` where there are any."""
     for source, key, value in objects(file, id_field):
         title = value.get("title")
         if not isinstance(title, str | None):
             raise InputError(f"{source}: `title` is {title!r}; make it a string or leave it out")
         check_characters(source, title or "")
-        yield Passage(key, title or "", text_of(source, value, "passage"))
+        yield Passage(key, title or "", text_of(source, {"text": None, **value}, "passage"))

@@ -168,8 +168,8 @@ def prepare(collection: Collection, tokenizer: Tokenizer, folder: pathlib.Path) 
         query_rows = _write(collection.queries(split), tokenizer, partial / split, queries)
         if not query_rows:
             raise InputError(
-                f"{collection.name}: no query of {split} has a positive or an answer; label some "
-                f"(every {collection_lib.HELD_OUT}th training query is dev where the files have none)"
+                f"{collection.name}: no query of {split} has a positive or an answer; label some, and "
+                "two of train where dev is held out from it"
             )
         labels = collection.qrels(split)
         rows = collection_lib.check_qrels(labels, mute | query_rows, passage_rows, left)

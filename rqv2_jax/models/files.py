@@ -31,8 +31,17 @@ def find_folder(weights: str, setting: str = "weights") -> pathlib.Path:
     return pathlib.Path(spec.origin).parent / "model"
 
 
+def check_there(folder: pathlib.Path) -> None:
+    """Raises InputError if a model folder that has been opened is not there any more."""
+    if not folder.is_dir():
+        raise InputError(
+            f"{folder}: this model folder is gone; bring it back, then give the same command again"
+        )
+
+
 def tensor_files(folder: pathlib.Path) -> list[pathlib.Path]:
     """Returns the safetensors files of a model: one, or the shards that an index names."""
+    check_there(folder)
     if (folder / TENSORS).is_file():
         return [folder / TENSORS]
     index = folder / INDEX

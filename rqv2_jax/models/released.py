@@ -38,7 +38,8 @@ class Released:
     """The settings of a released model; by default those of RocketQAv2's, an encoder and nothing else.
 
     `folder` holds config.json, tensors and tokenizer; `pooling` and `similarity` may be names that are
-    not understood. `longest` is the most tokens of an input. `lower` says that texts are lower-cased
+    not understood. `longest` is the most tokens of an input, and `longest_from` names the file and its
+    setting that say so. `lower` says that texts are lower-cased
     before the tokenizer reads them. `head` is None if there is no score, or a line that says why the
     score that is there cannot be used. `notes` name what is left unused.
     """
@@ -46,6 +47,7 @@ class Released:
     folder: pathlib.Path
     longest: int
     num_layers: int
+    longest_from: str = ""
     pooling: str = "cls"
     similarity: str = "dot"
     query_prompt: str = ""
@@ -90,7 +92,7 @@ def read(folder: pathlib.Path) -> Released:
         raise InputError(f"{encoder / 'config.json'}: missing; copy the model's own config.json")
     tensor_files(encoder)
     hf, settings = read_architecture(encoder), {}
-    longest = described.longest(hf["max_position_embeddings"])
+    longest, longest_from = described.longest(hf["max_position_embeddings"])
     if described.is_retriever:
         pooling, include_prompt = described.pooling()
         prompts = described.prompts()
@@ -110,7 +112,7 @@ def read(folder: pathlib.Path) -> Released:
     settings["head"] = described.head(hf)
     settings["lower"] = bool(described.transformer["do_lower_case"])
     layers, notes = hf["num_hidden_layers"], tuple(described.notes)
-    return Released(encoder, longest, layers, **settings, notes=notes)
+    return Released(encoder, longest, layers, longest_from, **settings, notes=notes)
 
 
 def read_architecture(folder: pathlib.Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from rqv2_jax.models.files import read_json
 MODULES = "modules.json"
 SETTINGS = "config_sentence_transformers.json"
 TRANSFORMER = "sentence_bert_config.json"
+POOLING = "1_Pooling"
 
 # The chains of modules that are understood, by the kind of model.
 CHAINS = {
@@ -71,6 +72,11 @@ class Description:
                 "SentenceTransformer or a CrossEncoder"
             )
         chains = CHAINS[model_type]
+        if self.kinds == ["Transformer"] and not self.settings_path.is_file():
+            raise InputError(
+                f"{self.settings_path}: missing, though {MODULES} lists a CrossEncoder's Transformer "
+                "alone; copy the whole model"
+            )
         if has_modules and self.kinds not in chains:
             unknown = (kind for kind in self.kinds if kind not in chains[-1])
             strange = next(unknown, " + ".join(self.kinds))
@@ -81,6 +87,12 @@ class Description:
         self.is_reranker = has_modules and model_type == "CrossEncoder"
         self.is_retriever = has_modules and not self.is_reranker
         self.encoder = self.modules[0][1] if has_modules else folder
+        strays = [name for name in (POOLING, SETTINGS) if (folder / name).exists()]
+        if strays and not has_modules:
+            self.notes.append(
+                f"{folder}: has {' and '.join(strays)} but no {MODULES}, so it is read as a plain "
+                "Hugging Face folder (cls pooling, dot product)"
+            )
         path = self.encoder / TRANSFORMER
         said = read_json(path, optional=True, max_seq_length=int)
         self.transformer = {"max_seq_length": None, "do_lower_case": False, **said}
@@ -145,15 +157,18 @@ class Description:
             self.notes.append(f"{path}: prompts left unused: {', '.join(unused)}")
         return prompts
 
-    def longest(self, positions: int) -> int:
-        """Returns the most tokens of an input that the model was made for."""
-        said = self.transformer["max_seq_length"]
+    def longest(self, positions: int) -> tuple[int, str]:
+        """Returns the most tokens of an input that the model was made for, and the setting's place."""
+        name, setting = TRANSFORMER, "max_seq_length"
+        said = self.transformer[setting]
         if said is None:
             # Tokenizers without a limit name a huge number.
-            path = self.encoder / "tokenizer_config.json"
-            tokenizer = read_json(path, optional=True, model_max_length=(int, float))
-            said = tokenizer.get("model_max_length") or positions
-        return int(min(said, positions))
+            name, setting = "tokenizer_config.json", "model_max_length"
+            path = self.encoder / name
+            said = read_json(path, optional=True, model_max_length=(int, float)).get(setting)
+        if said is None or said >= positions:
+            name, setting, said = "config.json", "max_position_embeddings", positions
+        return int(said), f"{self.encoder / name}: {setting}"
 
     def head(self, hf: dict[str, Any]) -> Head | str | None:
         """Returns the score of a re-ranker, None if there is none, a line if it cannot be used."""

@@ -231,7 +231,13 @@ def resolve(
     given = model.num_layers
     choose("model", "num_layers", 0, query.num_layers, query)
     for kind, source in (("query", query), ("passage", passage), ("pair", reranker)):
-        choose("data", f"{kind}_length", 0, source.longest, source)
+        key, least = f"{kind}_length", config_check.SHORTEST[kind]
+        if resolved.data[key] == 0 and source.longest < least:
+            raise InputError(
+                f"{source.longest_from} is {source.longest}, and a {kind} needs {least} tokens or "
+                f"more; restore the model's file, or set config.data.{key}"
+            )
+        choose("data", key, 0, source.longest, source)
     own = model.reranker
     own.weights = own.weights or model.weights
     own.num_layers = own.num_layers or given or reranker.num_layers

@@ -82,7 +82,7 @@ def cut_by(inputs: Inputs, store: tokens.Store) -> dict[str, float]:
 def _truncation(run: Run, store: tokens.Store, models: set[str]) -> list[str]:
     """Says which lengths cut off a notable share of what the models read."""
     read_by = {
-        "query_length": ("queries", models),
+        "query_length": ("queries", models & {"retriever"}),
         "passage_length": ("passages", models & {"retriever"}),
         "pair_length": ("pairs", models & {"reranker"}),
     }

@@ -126,6 +126,8 @@ def open_run(
 
 def as_released(run: Run) -> Run:
     """Returns the run with its starting retriever as the model folder describes it."""
+    for source in run.sources:
+        model_files.check_there(source.folder)
     config = config_lib.loads(config_lib.dumps(run.config))
     config.data.update({"query_length": 0, "passage_length": 0, "pair_length": 0})
     left_open = ("pooling", "similarity", "query_prompt", "passage_prompt", "passage_format")

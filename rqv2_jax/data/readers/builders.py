@@ -80,9 +80,12 @@ FORMATS = (
 class PassageRanking(prepared.Builder):
     """Passages, queries and relevance labels for passage retrieval and re-ranking."""
 
-    VERSION = tfds.core.Version("1.1.0")
+    VERSION = tfds.core.Version("1.2.0")
     RELEASE_NOTES = types.MappingProxyType(
-        {"1.1.0": "Passages may be empty; the metadata tell what was left out."}
+        {
+            "1.1.0": "Passages may be empty; the metadata tell what was left out.",
+            "1.2.0": "Dev is held out from the training queries that have a positive.",
+        }
     )
     BUILDER_CONFIGS = FORMATS
     MANUAL_DOWNLOAD_INSTRUCTIONS = "A folder in the layout of the format's reader."

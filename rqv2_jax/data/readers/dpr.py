@@ -2,7 +2,7 @@
 
     psgs_w100.tsv               id, text, title, with a header line; fields quoted as in CSV
     biencoder-<name>-train.json an array of objects: question, answers, positive_ctxs (passage_id, ...)
-    biencoder-<name>-dev.json   the same
+    biencoder-<name>-dev.json   the same; without it, dev is held out from the training questions
     <name>-test.qa.csv          question <tab> list of answers, as Python writes it
 
 Each may be gzipped. A question's positive is the first of its `positive_ctxs`, as in DPR's own
@@ -20,7 +20,7 @@ from pathlib import Path
 import ijson
 
 from rqv2_jax.data import files
-from rqv2_jax.data.collection import Collection, Passage, Qrel, Query, of_split
+from rqv2_jax.data.collection import Collection, Passage, Qrel, Query, of_split, with_dev
 from rqv2_jax.errors import InputError
 
 
@@ -28,11 +28,10 @@ def dpr(path: str | Path) -> Collection:
     """Returns the collection in a folder of DPR's files."""
     folder = files.open_folder(path, "DPR")
     passages = files.required(folder, "DPR", "psgs_w100.tsv")
-    splits = {
-        "train": files.required(folder, "DPR", "biencoder-*-train.json"),
-        "dev": files.required(folder, "DPR", "biencoder-*-dev.json"),
-        "test": files.required(folder, "DPR", "*-test.qa.csv"),
-    }
+    splits = {"train": files.required(folder, "DPR", "biencoder-*-train.json")}
+    if dev := files.find_file(folder, "biencoder-*-dev.json"):
+        splits["dev"] = dev
+    splits["test"] = files.required(folder, "DPR", "*-test.qa.csv")
 
     def read(split: str) -> Iterator[tuple[Query, Qrel | None]]:
         file = of_split(folder, splits, split)
@@ -48,7 +47,7 @@ def dpr(path: str | Path) -> Collection:
             return iter(())
         return (label for query, label in asked if label and query.text.strip())
 
-    return Collection(
+    texts = Collection(
         name=folder.resolve().name,
         fingerprint=files.content_hash([passages, *splits.values()]),
         splits=tuple(splits),
@@ -58,6 +57,7 @@ def dpr(path: str | Path) -> Collection:
         answer_splits=("test",),
         query_file=lambda split: (query for query, _ in read(split)),
     )
+    return texts if dev else with_dev(texts)
 
 
 def _rows(file: Path, count: int, what: str) -> Iterator[tuple[str, list[str]]]:

@@ -6,8 +6,8 @@
                 (qid, text), qrels.{train,dev,test}.tsv, test.answers.txt (qid, answer, answer, ...)
 
 Each may be gzipped. A folder of MS MARCO's may hold RocketQA's para.title.txt, the titles that MS MARCO
-itself left out. What the papers call dev is `test` here, and every hundredth training query
-is held out as `dev`, because training itself evaluates on dev.
+itself left out. What the papers call dev is `test` here, and `dev` is held out from the training
+queries, because training itself evaluates on dev.
 """
 
 import dataclasses
@@ -17,18 +17,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rqv2_jax.data import files
-from rqv2_jax.data.collection import HELD_OUT, Collection, Passage, Qrel, Query, of_split, taken
+from rqv2_jax.data.collection import Collection, Passage, Qrel, Query, of_split, with_dev
 from rqv2_jax.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
 class _Split:
-    """A split's files, and which of its queries it takes: every one, those held out, or the rest."""
+    """A split's files."""
 
     queries: Path
     labels: Path | None
     answers: Path | None = None
-    held_out: bool | None = None
 
 
 def msmarco(path: str | Path) -> Collection:
@@ -57,16 +56,12 @@ def rocketqa(path: str | Path) -> Collection:
 
 def _collection(folder: Path, texts: Path, queries: Path, labels: Path, test: _Split) -> Collection:
     titles = files.find_file(folder, "para.title.txt")
-    splits = {
-        "train": _Split(queries, labels, held_out=False),
-        "dev": _Split(queries, labels, held_out=True),
-        "test": test,
-    }
+    splits = {"train": _Split(queries, labels), "test": test}
     read = [texts, titles]
     for split in splits.values():
         read += [split.queries, split.labels, split.answers]
     of = functools.partial(of_split, folder, splits)
-    return Collection(
+    found = Collection(
         name=folder.resolve().name,
         fingerprint=files.content_hash([file for file in read if file]),
         splits=tuple(splits),
@@ -75,8 +70,8 @@ def _collection(folder: Path, texts: Path, queries: Path, labels: Path, test: _S
         qrels=lambda split: _qrels(of(split)),
         query_file=lambda split: (Query(key, text, ()) for key, text in _ids(of(split))),
         answer_splits=tuple(name for name, split in splits.items() if split.answers),
-        remarks=(f"dev is every {HELD_OUT}th of the training queries, held out",),
     )
+    return with_dev(found)
 
 
 def pairs(file: Path, what: str) -> Iterator[tuple[str, str, str]]:
@@ -126,8 +121,8 @@ def _passages(texts: Path, titles: Path | None) -> Iterator[Passage]:
 
 
 def _ids(split: _Split) -> Iterator[tuple[str, str]]:
-    """Yields (id, text) of the queries a split takes."""
-    for _, key, text in taken(unique(pairs(split.queries, "query")), split.held_out):
+    """Yields (id, text) of a split's queries."""
+    for _, key, text in unique(pairs(split.queries, "query")):
         yield key, text
 
 
@@ -140,14 +135,7 @@ def _queries(split: _Split) -> Iterator[Query]:
 
 
 def _qrels(split: _Split) -> Iterator[Qrel]:
-    if split.labels is None:
-        return
-    other = set()
-    if split.held_out is not None:
-        # A label whose query is in neither part stays, so that `check_qrels` can report it.
-        rest = dataclasses.replace(split, held_out=not split.held_out)
-        other = {key for key, _ in _ids(rest)}
-    yield from (label for label in files.labels(split.labels) if label.query_id not in other)
+    return files.labels(split.labels) if split.labels else iter(())
 
 
 def _answers(file: Path) -> dict[str, tuple[str, ...]]:

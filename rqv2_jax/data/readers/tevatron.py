@@ -14,8 +14,8 @@ msmarco-passage-corpus and wikipedia-nq-corpus. MS MARCO's dev lines are queries
 qrels.dev.small.tsv beside them as qrels.dev.tsv. Lines of nq-test have answers alone, which judge.
 
 Positives are taken by docid; their texts are those of the corpus. Negatives are not read: this
-package mines its own. Where only one of dev and test is there it is `test`, and every hundredth
-training query is held out as `dev`.
+package mines its own. Where only one of dev and test is there it is `test`, and `dev` is held out from
+the training queries.
 """
 
 import functools
@@ -24,22 +24,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rqv2_jax.data import files
-from rqv2_jax.data.collection import HELD_OUT, Collection, Qrel, Query, of_split, taken
+from rqv2_jax.data.collection import Collection, Qrel, Query, of_split, with_dev
 from rqv2_jax.errors import InputError
 
 
 @dataclass(frozen=True)
 class _Split:
-    """A split's lines, labels in a file of their own, and which of the queries it takes."""
+    """A split's lines, and labels in a file of their own."""
 
     file: Path
     labels: Path | None = None
-    held_out: bool | None = None
     by_answers: bool = False
 
     def queries(self) -> Iterator[tuple[Query, tuple[str, ...], str]]:
         """Yields (query, docids of its positives, `path:line`) of every line."""
-        for source, key, value in taken(files.objects(self.file, "query_id"), self.held_out):
+        for source, key, value in files.objects(self.file, "query_id"):
             field = "query_text" if "query_text" in value else "query"
             text = files.text_of(source, value, "query", field)
             yield Query(key, text, _answers(source, value)), _positives(source, value), source
@@ -54,16 +53,14 @@ def tevatron(path: str | Path) -> Collection:
     dev, test = (find(f"{name}.jsonl", f"*-{name}.jsonl") for name in ("dev", "test"))
     if not (last := test or dev):
         raise InputError(f"{folder}: neither dev.jsonl nor test.jsonl; add the queries to test on")
-    name, remarks = "test" if test else "dev", tuple[str, ...]()
+    name = "test" if test else "dev"
+    splits = {"train": _Split(train)}
     if dev and test:
-        splits = {"train": _Split(train), "dev": _Split(dev, find("qrels.dev.tsv"))}
-    else:
-        splits = {"train": _Split(train, held_out=False), "dev": _Split(train, held_out=True)}
-        remarks = (f"test is {name}; dev is every {HELD_OUT}th of the training queries, held out",)
+        splits["dev"] = _Split(dev, find("qrels.dev.tsv"))
     splits["test"] = _tested(last, find(f"qrels.{name}.tsv"))
     read = [corpus, *(f for split in splits.values() for f in (split.file, split.labels) if f)]
     of = functools.partial(of_split, folder, splits)
-    return Collection(
+    found = Collection(
         name=folder.resolve().name,
         fingerprint=files.content_hash(read),
         splits=tuple(splits),
@@ -72,8 +69,9 @@ def tevatron(path: str | Path) -> Collection:
         qrels=lambda split: _qrels(of(split)),
         answer_splits=tuple(name for name, split in splits.items() if split.by_answers),
         query_file=lambda split: (query for query, _, _ in of(split).queries()),
-        remarks=remarks,
+        remarks=() if test else ("test is dev",),
     )
+    return found if "dev" in splits else with_dev(found)
 
 
 def _tested(file: Path, labelled: Path | None) -> _Split:
@@ -122,9 +120,8 @@ def _queries(split: _Split) -> Iterator[Query]:
             empty = False
             yield query
     if empty:
-        part = " of those held out as dev" if split.held_out else ""
         raise InputError(
-            f"{split.file}: no query{part} has a positive; add positive_passages or, of dev and test, "
+            f"{split.file}: no query has a positive; add positive_passages or, of dev and test, "
             "labels in qrels.dev.tsv or qrels.test.tsv"
         )
 
