@@ -181,7 +181,9 @@ def train_stage(
         state = checkpoints.restore_last(train.init_state(params, optimizer, run.sharding))
         log = stack.enter_context(contextlib.closing(_Log(name, folder, steps)))
         evaluate = functools.partial(_evaluate, dev, checkpoints, log)
-        step_fn = train.make_step(stage.loss_fn, optimizer, run.sharding)
+        step_fn = train.make_step(
+            stage.loss_fn, optimizer, run.sharding, by_part=stage.by_part
+        )
         every = settings.refresh_every if redraw else steps
         # A process may have been killed after its last checkpoint, before it marked the stage's end.
         start = int(state.step) // every * every if int(state.step) < steps else steps

@@ -91,9 +91,15 @@ def train_step(
     return TrainState(state.step + 1, params, opt_state), terms
 
 
-def make_step(loss_fn: Callable, optimizer: Optimizer, sharding: Sharding) -> Callable:
-    """Returns `train_step` compiled for the mesh; the state it is given is donated."""
-    step = partial(train_step, grad_fn=sharding.value_and_grad(loss_fn), optimizer=optimizer)
+def make_step(
+    loss_fn: Callable, optimizer: Optimizer, sharding: Sharding, *, by_part: bool = False
+) -> Callable:
+    """Returns `train_step` compiled for the mesh; the state it is given is donated.
+
+    `by_part` as in `Sharding.value_and_grad`.
+    """
+    grad_fn = sharding.value_and_grad(loss_fn, by_part=by_part)
+    step = partial(train_step, grad_fn=grad_fn, optimizer=optimizer)
     return jax.jit(step, donate_argnums=0)
 
 
