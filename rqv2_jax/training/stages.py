@@ -35,7 +35,7 @@ def _vectors(
 
 def _read(
     read: Callable, params: Params, batch: Batch, key: Array, by_part: bool
-) -> tuple[tuple[Array, ...], Batch]:
+) -> tuple[Any, Batch]:
     """Returns `read(params, batch, key)`, arrays whose axis 0 counts lists or passages, and the batch.
 
     If `by_part`, the batch's leading axis counts parts. They are read one after the other, and each
@@ -45,7 +45,7 @@ def _read(
     if not by_part:
         return read(params, batch, key), batch
 
-    def part(_: None, numbered: tuple[Array, Batch]) -> tuple[None, tuple[Array, ...]]:
+    def part(_: None, numbered: tuple[Array, Batch]) -> tuple[None, Any]:
         number, batch = numbered
         return None, read(params, batch, jax.random.fold_in(key, number))
 
@@ -56,8 +56,9 @@ def _read(
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (arrays, batch))
 
 
-def _in_batch(queries_BxD: Array, passages_NxD: Array, batch: Batch, gather: Gather) -> Array:
+def _in_batch(vectors: tuple[Array, Array], batch: Batch, gather: Gather) -> Array:
     """Returns the listwise cross-entropy of each query over all passages of the global batch."""
+    queries_BxD, passages_NxD = vectors
     return losses.listwise(
         gather(queries_BxD) @ gather(passages_NxD).T,
         gather(batch["in_batch_positive"]),
@@ -73,11 +74,11 @@ def retriever_loss(
     If `by_part`, the batch's leading axis counts parts; the loss is that of all together.
     """
 
-    def read(params: Params, batch: Batch, key: Array) -> tuple[Array, ...]:
+    def read(params: Params, batch: Batch, key: Array) -> tuple[Array, Array]:
         return _vectors(models, params["retriever"], batch, *jax.random.split(key))
 
     vectors, batch = _read(read, params, batch, key, by_part)
-    loss = _in_batch(*vectors, batch, gather)
+    loss = _in_batch(vectors, batch, gather)
     return loss, {"loss": loss}
 
 
@@ -104,15 +105,15 @@ def joint_loss(
         re-ranker gets no gradient).
     """
 
-    def read(params: Params, batch: Batch, key: Array) -> tuple[Array, ...]:
+    def read(params: Params, batch: Batch, key: Array) -> tuple[tuple[Array, Array], Array]:
         query_key, passage_key, pair_key = jax.random.split(key, 3)
         vectors = _vectors(models, params["retriever"], batch, query_key, passage_key)
         reranker = params["reranker"]
         if not settings["train_reranker"]:
             reranker, pair_key = jax.lax.stop_gradient(reranker), None
-        return *vectors, models.reranker_scores(reranker, batch["pairs"], pair_key)
+        return vectors, models.reranker_scores(reranker, batch["pairs"], pair_key)
 
-    (*vectors, pairs_N), batch = _read(read, params, batch, key, settings["by_part"])
+    (vectors, pairs_N), batch = _read(read, params, batch, key, settings["by_part"])
     retriever_BxP = gather(retriever_scores(*vectors))
     _, terms = losses.joint_distillation(
         retriever_BxP,
@@ -126,7 +127,7 @@ def joint_loss(
         terms["kl"] *= settings["averaged"]
     loss = settings["kl_weight"] * terms["kl"] + terms["supervised"]
     if settings["in_batch_weight"] > 0:
-        terms["in_batch"] = _in_batch(*vectors, batch, gather)
+        terms["in_batch"] = _in_batch(vectors, batch, gather)
         loss += settings["in_batch_weight"] * terms["in_batch"]
     return loss, {**terms, "loss": loss}
 
