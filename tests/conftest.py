@@ -282,7 +282,7 @@ def optimizer_settings():
     from ml_collections import ConfigDict
 
     return ConfigDict(
-        {"weight_decay": 0.01, "clip_norm": 1e9, "b1": B1, "b2": 0.999} | {"clip": "together"}
+        {"weight_decay": 0.01, "clip_norm": 1e9, "clip": "together", "b1": B1, "b2": 0.999}
     )
 
 

@@ -181,7 +181,7 @@ def joint(world):
     models = world.models.reshaped(dropout=0.1)
     loss_fn, names, _ = world.loss("paper", models)
     settings = ConfigDict(
-        {"weight_decay": 0.01, "clip_norm": 1.0, "b1": 0.9, "b2": 0.999} | {"clip": "together"}
+        {"weight_decay": 0.01, "clip_norm": 1.0, "clip": "together", "b1": 0.9, "b2": 0.999}
     )
     stage = ConfigDict(
         {
@@ -368,7 +368,8 @@ def test_optimizer_is_adamw_of_pytorch(
 ):
     """Whose groups have a learning rate each, where one part of the params has a multiple of it."""
     peak = 0.05
-    settings = ConfigDict({"weight_decay": 0.3, "clip_norm": clip_norm, "b1": 0.8, "b2": 0.95})
+    norm = {"clip_norm": clip_norm, "clip": "together"}
+    settings = ConfigDict({"weight_decay": 0.3, "b1": 0.8, "b2": 0.95, **norm})
     stage = stage_settings(learning_rate=peak, schedule=schedule, warmup_steps=warmup_steps)
     multiples = {"layers": 1.0, "word": multiple}
     optimizer = train.make_optimizer(settings, stage, len(rates), {"word": multiple})
