@@ -647,7 +647,8 @@ def test_parts_with_in_batch_negatives_give_the_gradients_of_the_whole_batch(
         (expected, _), theirs = step(world.params, first_batch("in batch", 1), KEY)
     assert float(loss) == pytest.approx(float(expected), rel=1e-6)
     difference = jax.tree.map(lambda a, b: a - b, grads, theirs)
-    assert float(optax.tree.norm(difference)) < 1e-6 * float(optax.tree.norm(theirs))
+    # Sums of float32 in another order.
+    assert float(optax.tree.norm(difference)) < 5e-6 * float(optax.tree.norm(theirs))
 
 
 @pytest.mark.parametrize("clip", ["together", "apart"])
