@@ -44,6 +44,11 @@ def _training(**settings) -> dict:
         "log_every": 50,  # steps
         "evaluate_every": 1000,  # steps between measurements on dev
         "save_every": 1000,  # steps between checkpoints
+        "keep": "best",  # params by dev.metric, those of the start included; or "last"
+        # Parts in which a device computes its lists of a batch, to need less memory. 0 chooses by the
+        # device: one part on accelerators, on a CPU as many as its caches need. In-batch negatives
+        # are those of all parts; what is read in parts is then read twice, and 0 is one part.
+        "accumulate": 0,
         **settings,
     }
 
@@ -69,6 +74,9 @@ def default() -> ConfigDict:
                 "query_length": 0,
                 "passage_length": 0,
                 "pair_length": 0,
+                # Those of training batches alone; 0 is the one above.
+                "train_passage_length": 0,
+                "train_pair_length": 0,
             },
             "model": {
                 # Hugging Face or sentence-transformers folder or package with model/, or a folder with
@@ -99,11 +107,18 @@ def default() -> ConfigDict:
             "mesh": {"data": 1, "fsdp": 1},  # devices
             # Different widths of a batch's rows, at most; one sequence a row. Unused by "ragged".
             "packing": {"blocks": 12},
-            "optimizer": {"weight_decay": 0.01, "clip_norm": 1.0, "b1": 0.9, "b2": 0.999},
+            "optimizer": {
+                "weight_decay": 0.01,
+                "clip_norm": 1.0,
+                # "together": the norm over all models of a stage; "apart": over each of them.
+                "clip": "together",
+                "b1": 0.9,
+                "b2": 0.999,
+            },
             # Warm-up of the retriever with in-batch negatives; 0 epochs skip it.
             "retriever": _training(epochs=30.0, learning_rate=3e-5),
             # Warm-up of the re-ranker on lists of mined negatives; 0 epochs skip it.
-            "reranker": _training(epochs=2.0, list_size=8, accumulate=0),
+            "reranker": _training(epochs=2.0, list_size=8),
             "mine": {
                 "queries": 1_000_000,  # at most this many training queries, drawn at random
                 "depth": 50,  # retrieved passages of each, candidates of undenoised lists
@@ -115,9 +130,6 @@ def default() -> ConfigDict:
             "joint": _training(
                 epochs=2.0,
                 list_size=32,
-                # Parts in which a device computes its lists of a batch, to need less memory. 0 chooses
-                # by the device: one part on accelerators, on a CPU as many as its caches need.
-                accumulate=0,
                 denoised_share=0.5,
                 loss=dict(LOSSES["paper"]),
                 kl_weight=1.0,
@@ -135,6 +147,10 @@ def default() -> ConfigDict:
                 "queries": 500,  # at most, drawn at random, measured during training
                 "depth": 20,  # their retrieved passages, which the re-ranker re-ranks
                 "pool": 5000,  # passages the retriever ranks: those, positives, random ones
+                # Passages of each that the starting retriever finds, in the pool of its warm-up; above
+                # 0 the corpus is encoded for them.
+                "hard": 0,
+                "metric": "RR@10",  # by which a stage's best params are chosen
             },
             "evaluate": {
                 "queries": 1_000_000,  # of a split, at most, drawn at random
@@ -262,6 +278,16 @@ def complete(config: ConfigDict) -> tuple[list[str], list[str]]:
         "model.scale": 1.0,
         "model.query_prompt": NO_PROMPT,
         "model.passage_prompt": NO_PROMPT,
+        "optimizer.clip": "together",
+        "retriever.accumulate": 0,
+        "dev.hard": 0,
+        "dev.metric": "RR@10",
+    }
+    then |= {f"{stage}.keep": "best" for stage in ("retriever", "reranker", "joint")}
+    then |= {
+        f"data.train_{kind}_length": given[f"data.{kind}_length"]
+        for kind in ("passage", "pair")
+        if f"data.{kind}_length" in given
     }
     then |= {
         f"model.reranker.{key}": given[f"model.{key}"]

@@ -33,7 +33,9 @@ CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "dots", "full"),
     "model.attention": ("auto", "plain", "ragged", "xla", "cudnn"),
+    "optimizer.clip": ("together", "apart"),
     **{f"{stage}.schedule": ("constant", "linear") for stage in STAGES},
+    **{f"{stage}.keep": ("best", "last") for stage in STAGES},
     "evaluate.bm25.stemmer": STEMMERS,
     "joint.loss.kl_direction": losses.KL_DIRECTIONS,
     "joint.loss.kl_reduction": losses.KL_REDUCTIONS,
@@ -47,6 +49,7 @@ SHORTEST = {"query": 3, "passage": 8, "pair": 11}
 RANGES = {
     "seed": (0, 2**31 - 1),
     **{f"data.{kind}_length": (0, 2**16) for kind in ("query", "passage", "pair")},
+    **{f"data.train_{kind}_length": (0, 2**16) for kind in ("passage", "pair")},
     "model.num_layers": (0, 10**4),
     "model.scale": (0.0, 1e6),
     "model.dropout": (0.0, 0.99),
@@ -57,8 +60,8 @@ RANGES = {
     "reranker.epochs": (0.0, 1e6),
     **{f"{stage}.warmup_steps": (0, 10**9) for stage in STAGES},
     "reranker.list_size": (2, 10**6),
-    "reranker.accumulate": (0, 10**6),
-    "joint.accumulate": (0, 10**6),
+    **{f"{stage}.accumulate": (0, 10**6) for stage in STAGES},
+    "dev.hard": (0, 10**6),
     "joint.list_size": (2, 10**6),
     "joint.denoised_share": (0.0, 1.0),
     "joint.refresh_every": (0, 10**9),
@@ -86,12 +89,14 @@ def check(config: ConfigDict) -> None:
     _check_stages(given)
     _check_evaluation(given)
     _check_joint(given)
-    for kind, least in SHORTEST.items():
+    trained = {f"train_{kind}": SHORTEST[kind] for kind in ("passage", "pair")}
+    for kind, least in (SHORTEST | trained).items():
         length = given[f"data.{kind}_length"]
         if 0 < length < least:
+            other = f"data.{kind.removeprefix('train_')}_length"
+            zero = "the longest that the model was made for" if kind in SHORTEST else other
             raise InputError(
-                f"config.data.{kind}_length is {length}; it must be {least} or more, or 0 for "
-                "the longest that the model was made for"
+                f"config.data.{kind}_length is {length}; it must be {least} or more, or 0 for {zero}"
             )
 
 
@@ -139,20 +144,16 @@ def _check_evaluation(given: dict[str, Any]) -> None:
         )
     if not given["evaluate.metrics"]:
         raise InputError("config.evaluate.metrics is empty; name one or more, as ('RR@10',)")
-    for name in given["evaluate.metrics"]:
+    named = [("evaluate.metrics", name) for name in given["evaluate.metrics"]]
+    for key, name in (*named, ("dev.metric", given["dev.metric"])):
         try:
             metrics.parse_metric(str(name))
         except InputError as e:
-            raise InputError(f"config.evaluate.metrics: {e}") from e
+            raise InputError(f"config.{key}: {e}") from e
 
 
 def _check_joint(given: dict[str, Any]) -> None:
     if given["joint.lists"] and given["joint.refresh_every"]:
         raise InputError(
             "config.joint.lists gives the lists, so none can be refreshed; set refresh_every to 0"
-        )
-    if given["joint.in_batch_weight"] and given["joint.accumulate"] > 1:
-        raise InputError(
-            "config.joint.in_batch_weight needs the whole batch at once; set config.joint.accumulate "
-            "to 1, or the weight to 0"
         )

@@ -176,14 +176,17 @@ class World:
             models = dataclasses.replace(models, similarity="cosine", scale=SCALE)
             name = name.removesuffix(COSINE)
         if name == "retriever":
-            return partial(stages.retriever_loss, models), ("retriever",), True
+            loss_fn = partial(stages.retriever_loss, models, accumulate > 1)
+            return loss_fn, ("retriever",), True
         if name == "reranker":
             return partial(stages.reranker_loss, models), ("reranker",), False
         settings = {"kl_weight": 1.0, "in_batch_weight": 0.0, "train_reranker": True}
-        settings["accumulate"] = accumulate
         settings |= {"loss": config.LOSSES.get(name, config.LOSSES["paper"])} | JOINT.get(name, {})
+        in_batch = settings["in_batch_weight"] > 0
+        settings["by_part"] = in_batch and accumulate > 1
+        settings["averaged"] = 1 if in_batch else accumulate
         loss_fn = partial(stages.joint_loss, models, settings)
-        return loss_fn, ("retriever", "reranker"), settings["in_batch_weight"] > 0
+        return loss_fn, ("retriever", "reranker"), in_batch
 
 
 @pytest.fixture(scope="session")
@@ -278,7 +281,9 @@ B1 = 0.9
 def optimizer_settings():
     from ml_collections import ConfigDict
 
-    return ConfigDict({"weight_decay": 0.01, "clip_norm": 1e9, "b1": B1, "b2": 0.999})
+    return ConfigDict(
+        {"weight_decay": 0.01, "clip_norm": 1e9, "clip": "together", "b1": B1, "b2": 0.999}
+    )
 
 
 @pytest.fixture(scope="session")
@@ -336,11 +341,12 @@ def stepper(world, first_batch, optimizer_settings, stage_settings):
     def make(name, data, fsdp, accumulate=1):
         if (name, data, fsdp, accumulate) not in made:
             sharding = sharding_lib.make(data, fsdp)
-            loss_fn, models, _ = world.loss(name, accumulate=accumulate)
+            loss_fn, models, in_batch = world.loss(name, accumulate=accumulate)
+            by_part = in_batch and accumulate > 1
             optimizer = train.make_optimizer(optimizer_settings, stage_settings(), 10, {})
             params = {model: world.params[model] for model in models}
             made[name, data, fsdp, accumulate] = (
-                train.make_step(loss_fn, optimizer, sharding),
+                train.make_step(loss_fn, optimizer, sharding, by_part=by_part),
                 lambda: train.init_state(params, optimizer, sharding),
                 sharding.put_batch(first_batch(name, sharding.shards, accumulate)),
             )

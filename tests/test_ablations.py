@@ -12,6 +12,7 @@ from tiny_run import ROOT, run_program, tiny_config, write_beir
 
 from rqv2_jax import config, config_check
 from rqv2_jax.errors import InputError
+from rqv2_jax.recipe.claim import open_workdir
 from rqv2_jax.tools import ablation_study, figures
 
 
@@ -164,7 +165,7 @@ def ablated(tmp_path_factory, bert_folder):
     settings = tiny_config(write_beir(folder / "data"), bert_folder)
     # Not all queries, so that another draw of them would show.
     settings.mine.queries = 24
-    only = ["without denoised lists", "refreshed candidates"]
+    only = ["without denoised lists", "refreshed candidates", ablation_study.AS_TAUGHT]
     *_, found = ablation_study.run_all(settings, folder / "w", 2, only)
     return settings, folder / "w", only, found
 
@@ -176,14 +177,16 @@ def test_rows_start_from_one_warm_start_and_keep_their_change(ablated):
     ]
     for name in ("full", *only):
         workdir = folder / "rows" / f"{name.replace(' ', '_')}.1"
-        assert (workdir / "reranker").resolve() == (folder / "warm" / "reranker").resolve()
+        warm = "teachers/1/joint" if name == ablation_study.AS_TAUGHT else "warm/reranker"
+        assert (workdir / "reranker").resolve() == (folder / warm).resolve()
         changed = json.loads((workdir / "config.json").read_text())
         assert changed["seed"] == 1
         undenoised = name == "without denoised lists"
         assert changed["joint"]["denoised_share"] == (0 if undenoised else 0.5)
         refreshed = name == "refreshed candidates"
         assert changed["joint"]["refresh_every"] == (2 if refreshed else 0)
-        assert (workdir / "eval" / "test.reranker.reranked.exact.npz").is_symlink()
+        kept = (workdir / "eval" / "test.reranker.reranked.exact.npz").is_symlink()
+        assert kept == (name != ablation_study.AS_TAUGHT)
     by_row = {(m["row"], m["seed"]): m["values"] for m in measured}
     key = "joint.reranker.exact.RR@10"
     assert all(values[key].shape == (8,) for values in by_row.values())
@@ -197,10 +200,30 @@ def test_every_row_takes_as_many_steps(ablated):
         row.name: figures.curves(row / "joint")["dev/retriever RR@10"][-1][0]
         for row in (folder / "rows").iterdir()
     }
-    assert len(steps) == 6
+    steps["teacher"] = figures.curves(folder / "teachers" / "0" / "joint")["kl"][-1][0]
+    assert len(steps) == 9
     assert len(set(steps.values())) == 1, steps
     # Of a finished row the optimizer is not kept.
-    assert not list(folder.glob("rows/*/joint/last"))
+    assert not list(folder.glob("*/*/joint/last"))
+
+
+def test_a_static_teacher_that_is_trained_alike_has_seen_as_many_labels_as_a_dynamic_one(ablated):
+    settings, folder, _, _ = ablated
+    config_of = {
+        name: json.loads((folder / name / "config.json").read_text())["joint"]
+        for name in ("teachers/0", f"rows/{ablation_study.AS_TAUGHT.replace(' ', '_')}.0")
+    }
+    (taught, static), full = config_of.values(), json.loads(json.dumps(settings.joint.to_dict()))
+    assert taught == full | {"kl_weight": 0.0}
+    assert static == full | {"train_reranker": False}
+    # The teacher has learnt, and the row leaves it as it is.
+    name = ablation_study.AS_TAUGHT.replace(" ", "_")
+    run = open_workdir(folder / "rows" / f"{name}.0")
+    warm = open_workdir(folder / "warm").params(state="reranker", model="reranker")
+    teacher, after = (run.params(state=s, model="reranker") for s in ("reranker", "joint"))
+    heads = [np.asarray(params["head"]["kernel"]) for params in (warm, teacher, after)]
+    np.testing.assert_array_equal(heads[1], heads[2])
+    assert np.abs(heads[0] - heads[1]).max() > 1e-4
 
 
 def test_refreshed_candidates_are_those_of_the_same_queries(ablated):
@@ -216,7 +239,7 @@ def test_refreshed_candidates_are_those_of_the_same_queries(ablated):
 def test_finished_rows_are_not_run_again(ablated):
     settings, folder, only, measured = ablated
     checkpoints = {p: p.stat().st_mtime_ns for p in folder.rglob("joint/best/*")}
-    assert len(checkpoints) == 6
+    assert len(checkpoints) == 10
     *_, again = ablation_study.run_all(settings, folder, 2, only)
     assert checkpoints == {p: p.stat().st_mtime_ns for p in folder.rglob("joint/best/*")}
     assert not list(folder.glob("rows/*/joint/last"))
@@ -272,10 +295,8 @@ def test_unknown_rows_are_refused_before_anything_runs(tmp_path, ablated):
     with pytest.raises(InputError, match=r"evaluate\.min_relevance: the table counts relevance 1"):
         next(ablation_study.run_all(graded, tmp_path / "w", 1, None))
     # What one row alone cannot take is said before the others have run.
-    parts = config.loads(config.dumps(ablated[0]))
-    parts.joint.accumulate = 2
-    with pytest.raises(InputError, match=r"row 'in-batch negatives': .*leave it out by --rows"):
-        next(ablation_study.run_all(parts, tmp_path / "w", 1, None))
+    with pytest.raises(InputError, match=r"row 'list size 1': .*leave it out by --rows"):
+        next(ablation_study.run_all(ablated[0], tmp_path / "w", 1, None, [1]))
     assert not (tmp_path / "w").exists()
 
 

@@ -79,6 +79,8 @@ def config_of(**changes):
     for stage in ("retriever", "reranker", "joint"):
         config[stage].update({"epochs": 1.0, "batch": 4, "list_size": 2})
     config.update_from_flattened_dict(changes)
+    for key in ("passage_length", "pair_length"):
+        config.data[f"train_{key}"] = config.data[f"train_{key}"] or config.data[key]
     return config
 
 

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import shutil
 
 import ir_measures
@@ -10,12 +11,15 @@ import pytest
 from tiny_run import tiny_config
 
 from rqv2_jax import config as config_lib
+from rqv2_jax.data import lists as lists_lib
 from rqv2_jax.data import tokens
 from rqv2_jax.errors import InputError
 from rqv2_jax.recipe import evaluation, mining, pipeline, results
 from rqv2_jax.recipe.claim import open_workdir
 from rqv2_jax.recipe.run import open_run
-from rqv2_jax.recipe.stage import Dev
+from rqv2_jax.recipe.stage import Dev, stage_batches
+from rqv2_jax.retrieval import encode
+from rqv2_jax.training import stages
 
 
 def test_results_have_a_row_for_every_state_model_and_index(finished):
@@ -268,3 +272,77 @@ def test_dev_pool_holds_positives_and_candidates_and_a_perfect_score_is_one(fini
     found_QxK = np.stack([positives[1], (positives[1] + 1) % 48], axis=1)
     assert dev._score(found_QxK, np.array([[2.0, 1.0]] * 8)) == 1.0
     assert dev._score(found_QxK, np.array([[1.0, 2.0]] * 8)) == 0.5
+
+
+def test_dev_is_measured_as_the_config_says(finished):
+    config, workdir = finished
+    run, store = open_workdir(workdir), tokens.open_store(workdir / "data" / "tokens")
+    run.config.dev.metric = "Success@1"
+    dev = Dev(run.config, run.forward, store, None)
+    positives_Q = store.splits["dev"].positives()[1]
+    found_QxK = np.stack([positives_Q, (positives_Q + 1) % 48], axis=1)
+    assert dev._score(found_QxK, np.array([[2.0, 1.0]] * 8)) == 1.0
+    assert dev._score(found_QxK, np.array([[1.0, 2.0]] * 8)) == 0.0
+    # The whole pool, and the retriever ranks as deep as the metric looks.
+    run.config.dev.metric = f"R@{config.dev.pool}"
+    params = {"retriever": run.initial("retriever")}
+    scores = Dev(run.config, run.forward, store, None).scores(params)
+    assert scores == {"retriever": 1.0}
+
+
+def test_the_pool_may_hold_what_the_start_finds(finished, tmp_path):
+    config, workdir = finished
+    changed = config_lib.loads(config_lib.dumps(config))
+    changed.dev.update({"hard": 3, "pool": 1})
+    run, store = open_run(changed, tmp_path), tokens.open_store(workdir / "data" / "tokens")
+    towers, rows_Q, every_N = run.initial("retriever"), np.arange(8), np.arange(48)
+    queries_QxD = encode.queries(run.forward, towers["query"], store.splits["dev"].texts, rows_Q)
+    passages_NxD = encode.passages(run.forward, towers["passage"], store, every_N)
+    top_QxK = np.argsort(-(queries_QxD @ passages_NxD.T), axis=1)[:, :3]
+    hard_QxK = pipeline._found_by_start(run, store)
+    # Queries are drawn at random, and here all of them.
+    order_Q = np.argsort(lists_lib.subset(8, changed.dev.queries, changed.seed))
+    np.testing.assert_array_equal(hard_QxK[order_Q], top_QxK)
+    # Padding is no passage.
+    padded_QxK = np.append(hard_QxK, np.full((8, 1), -1), axis=1)
+    pool_N = Dev(run.config, run.forward, store, None, padded_QxK).pool_N
+    positives_N = store.splits["dev"].positives()[1]
+    np.testing.assert_array_equal(pool_N, np.union1d(top_QxK, positives_N))
+
+
+def test_training_batches_have_lengths_of_their_own(finished, tmp_path, capsys):
+    config, workdir = finished
+    store, provenance = tokens.open_store(workdir / "data" / "tokens"), lists_lib.Provenance
+    rows_L = np.arange(8)
+    lists = lists_lib.Lists(
+        rows_L,
+        np.stack([rows_L, rows_L + 8], axis=1),
+        np.array([[provenance.LABELLED_POSITIVE, provenance.UNDENOISED_NEGATIVE]] * 8),
+    )
+    longest = {}
+    for lengths in ((0, 0), (9, 12), (20, 40)):
+        changed = config_lib.loads(config_lib.dumps(config))
+        changed.data.train_passage_length, changed.data.train_pair_length = lengths
+        run = open_run(changed, tmp_path / str(lengths))
+        stage = stages.make_stage(run.config, run.models, "joint")
+        batches = stage_batches(run, store, "joint", stage, lists)
+        longest[lengths] = [
+            batches.ragged(kind, 0).lengths_N.max() for kind in ("passages", "pairs")
+        ]
+        assert (run.inputs.passage_length, run.inputs.pair_length) == (16, 32)
+        assert run.forward.inputs == run.inputs
+        # 0 is the length of search.
+        resolved = run.config.data
+        assert resolved.train_passage_length == (lengths[0] or 16)
+        assert resolved.train_pair_length == (lengths[1] or 32)
+    assert longest[9, 12] == [9, 12]
+    assert longest[0, 0][0] == 16 < longest[20, 40][0]
+    changed.data.update({"train_passage_length": 9, "train_pair_length": 12})
+    run = open_run(changed, tmp_path / "printed")
+    pipeline.prepare(run)
+    said = capsys.readouterr()
+    cut = {
+        key: re.search(f"in {key}: .*passage_length {n}: (.*)%, pair_length", said.out + said.err)
+        for key, n in (("search", 16), ("training", 9))
+    }
+    assert float(cut["search"][1]) < float(cut["training"][1])

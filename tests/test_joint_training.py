@@ -21,7 +21,7 @@ from rqv2_jax.recipe.stage import Dev
 from rqv2_jax.recipe.workdir import branch
 from rqv2_jax.retrieval import encode
 from rqv2_jax.tools import figures
-from rqv2_jax.training.checkpoint import Checkpoints
+from rqv2_jax.training.checkpoint import Checkpoints, restore_best
 
 
 def test_joint_training_changes_both_models_and_starts_from_the_warm_ones(finished):
@@ -274,3 +274,18 @@ def test_the_retriever_learns_from_the_reranker_alone(tmp_path):
         scores[weight] = [score for _, score in curves["dev/retriever RR@10"]]
     assert scores[0.0][-1] == scores[0.0][0]
     assert scores[1.0][-1] > scores[1.0][0] + 0.02
+
+
+def test_a_stage_that_dev_finds_no_better_keeps_its_start_and_says_so(joint_again):
+    _, folder, printed = joint_again(learning_rate=1e-12)
+    assert [path.name for path in (folder / "joint" / "best").iterdir()] == ["0"]
+    assert "  kept the start: in 6 steps dev found nothing better by RR@10" in printed
+
+
+def test_a_stage_may_keep_its_last_params(joint_again):
+    last, folder, printed = joint_again(learning_rate=1e-12, keep="last")
+    assert [path.name for path in (folder / "joint" / "best").iterdir()] == ["6"]
+    assert "  kept the last params, of step 6, whatever dev says" in printed
+    for model, params in last.items():
+        kept = restore_best(folder / "joint", model, params)
+        jax.tree.map(np.testing.assert_array_equal, kept, params)

@@ -31,6 +31,11 @@ def named_leaves(tree):
         # Eight lists over devices that do not divide them.
         *itertools.product(("retriever", "paper"), ((3, 1),)),
         ("paper", (3, 1, 2)),
+        # In parts that share one loss.
+        ("retriever", (1, 1, 4)),
+        ("in batch", (1, 1, 4)),
+        ("in batch", (2, 2, 2)),
+        ("retriever", (3, 1, 2)),
     ],
     ids=lambda x: x if isinstance(x, str) else "x".join(map(str, x)),
 )

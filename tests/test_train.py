@@ -1,5 +1,6 @@
 """Losses on real models against PyTorch, the optimizer, the loop, and resuming bit for bit."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import jax
@@ -9,10 +10,11 @@ import optax
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import COSINE, SCALE
+from conftest import B1, COSINE, SCALE
 from ml_collections import ConfigDict
 from safetensors.torch import save_file
 
+from rqv2_jax.config import LOSSES
 from rqv2_jax.errors import InputError
 from rqv2_jax.models import losses, weights
 from rqv2_jax.models.scoring import retriever_scores
@@ -178,7 +180,9 @@ def joint(world):
     sharding = sharding_lib.make(2, 1)
     models = world.models.reshaped(dropout=0.1)
     loss_fn, names, _ = world.loss("paper", models)
-    settings = ConfigDict({"weight_decay": 0.01, "clip_norm": 1.0, "b1": 0.9, "b2": 0.999})
+    settings = ConfigDict(
+        {"weight_decay": 0.01, "clip_norm": 1.0, "clip": "together", "b1": 0.9, "b2": 0.999}
+    )
     stage = ConfigDict(
         {
             "batch": 4,
@@ -364,7 +368,8 @@ def test_optimizer_is_adamw_of_pytorch(
 ):
     """Whose groups have a learning rate each, where one part of the params has a multiple of it."""
     peak = 0.05
-    settings = ConfigDict({"weight_decay": 0.3, "clip_norm": clip_norm, "b1": 0.8, "b2": 0.95})
+    norm = {"clip_norm": clip_norm, "clip": "together"}
+    settings = ConfigDict({"weight_decay": 0.3, "b1": 0.8, "b2": 0.95, **norm})
     stage = stage_settings(learning_rate=peak, schedule=schedule, warmup_steps=warmup_steps)
     multiples = {"layers": 1.0, "word": multiple}
     optimizer = train.make_optimizer(settings, stage, len(rates), {"word": multiple})
@@ -590,3 +595,71 @@ def test_finished_run_does_nothing(recorder, every_two):
     end = recorder.run(4, 4, every_two)
     assert end.params == "params 4"
     assert recorder.events == []
+
+
+def by_hand(models, params, batch, key):
+    """The joint loss "in batch" of four parts, read one by one and joined."""
+    read = []
+    for number in range(4):
+        part = jax.tree.map(lambda x: x[number], batch)  # noqa: B023
+        # The first shard, and in it the parts by their number.
+        keys = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, 0), number), 3)
+        towers = (("query", "queries", keys[0]), ("passage", "passages", keys[1]))
+        vectors = [models.vectors(params["retriever"][t], part[kind], k) for t, kind, k in towers]
+        read.append((*vectors, models.reranker_scores(params["reranker"], part["pairs"], keys[2])))
+    queries_BxD, passages_NxD, pairs_N = map(jnp.concatenate, zip(*read))
+    labels = {
+        name: jnp.concatenate(batch[name])
+        for name in ("positive", "where", "in_batch_positive", "in_batch_where")
+    }
+    retriever_BxP = retriever_scores(queries_BxD, passages_NxD)
+    _, terms = losses.joint_distillation(
+        retriever_BxP,
+        pairs_N.reshape(retriever_BxP.shape),
+        labels["positive"],
+        where_BxP=labels["where"],
+        **LOSSES["paper"],
+    )
+    in_batch = losses.listwise(
+        queries_BxD @ passages_NxD.T,
+        labels["in_batch_positive"],
+        where_BxP=labels["in_batch_where"],
+    )
+    return 0.5 * terms["kl"] + terms["supervised"] + 0.7 * in_batch
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_parts_with_in_batch_negatives_give_the_gradients_of_the_whole_batch(
+    world, first_batch, dropout
+):
+    """Each part is read twice, and has the same dropout both times."""
+    models, sharding = world.models.reshaped(dropout=dropout), sharding_lib.make(1, 1)
+    batch = first_batch("in batch", 1, 4)
+    loss_fn, *_ = world.loss("in batch", models, 4)
+    step = jax.jit(sharding.value_and_grad(loss_fn, by_part=True))
+    (loss, _), grads = step(world.params, batch, KEY)
+    if dropout:
+        alike = partial(by_hand, models, batch=batch, key=KEY)
+        expected, theirs = jax.jit(jax.value_and_grad(alike))(world.params)
+    else:
+        whole, *_ = world.loss("in batch", models)
+        step = jax.jit(sharding.value_and_grad(whole))
+        (expected, _), theirs = step(world.params, first_batch("in batch", 1), KEY)
+    assert float(loss) == pytest.approx(float(expected), rel=1e-6)
+    difference = jax.tree.map(lambda a, b: a - b, grads, theirs)
+    # Sums of float32 in another order.
+    assert float(optax.tree.norm(difference)) < 5e-6 * float(optax.tree.norm(theirs))
+
+
+@pytest.mark.parametrize("clip", ["together", "apart"])
+def test_models_are_clipped_together_or_each_alone(optimizer_settings, stage_settings, clip):
+    settings = ConfigDict({**optimizer_settings, "clip_norm": 1.0, "clip": clip})
+    optimizer = train.make_optimizer(settings, stage_settings(), 10, {})
+    grads = {"retriever": {"kernel": jnp.array([6.0, 8.0])}, "reranker": {"kernel": jnp.array(0.5)}}
+    _, state = optimizer.update(grads, optimizer.init(grads), grads)
+    (moments,) = optax.tree.get_all_with_path(state, "mu")
+    clipped = jax.tree.map(lambda mu: mu / (1 - B1), moments[1])
+    norm = {"together": (10**2 + 0.5**2) ** 0.5, "apart": 10.0}[clip]
+    np.testing.assert_allclose(clipped["retriever"]["kernel"], [6 / norm, 8 / norm], rtol=1e-5)
+    kept = 0.5 / norm if clip == "together" else 0.5
+    np.testing.assert_allclose(clipped["reranker"]["kernel"], kept, rtol=1e-5)

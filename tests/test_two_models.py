@@ -12,7 +12,7 @@ from tiny_run import run_program, tiny_config, write_beir
 from rqv2_jax import config as config_lib
 from rqv2_jax.data import tokens
 from rqv2_jax.errors import InputError
-from rqv2_jax.recipe import pipeline
+from rqv2_jax.recipe import mining, pipeline
 from rqv2_jax.recipe import scorer as score
 from rqv2_jax.recipe.claim import claim, open_workdir
 from rqv2_jax.recipe.run import open_run
@@ -109,6 +109,30 @@ def test_both_learn_and_open_in_sentence_transformers(taught, tmp_path):
         np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
 
 
+def test_a_cross_encoder_may_teach_and_learn_nothing(taught, tmp_path):
+    """Of another folder, without a warm-up, in static distillation."""
+    config, workdir = taught
+    static = config_lib.loads(config_lib.dumps(config))
+    static.joint.update({"train_reranker": False, "keep": "last"})
+    for kept in ("data", "vectors", "lists"):
+        shutil.copytree(workdir / kept, tmp_path / kept)
+    run = open_run(static, tmp_path)
+    store = tokens.open_store(tmp_path / "data" / "tokens")
+    candidates = mining.mine(run, store, mining.retrieve(run, store))
+    pipeline.train_joint(run, store, candidates)
+    moved = {
+        model: jax.tree.map(
+            lambda a, b: bool((np.asarray(a) != b).any()),
+            run.params(state="joint", model=model),
+            run.initial(model),
+        )
+        for model in ("retriever", "reranker")
+    }
+    assert not any(jax.tree.leaves(moved["reranker"]))
+    for tower in ("query", "passage"):
+        assert any(jax.tree.leaves(moved["retriever"][tower]["layers"]))
+
+
 NEW = ("similarity", "scale", "query_prompt", "passage_prompt", "reranker")
 
 
@@ -116,6 +140,12 @@ def old_config(run, **changes):
     """A workdir's config as commit 8355232 wrote it."""
     config = run.config.to_dict()
     config["model"] = {k: v for k, v in config["model"].items() if k not in NEW} | changes
+    for group, key in (
+        *(("data", "train_passage_length"), ("data", "train_pair_length"), ("optimizer", "clip")),
+        *(("dev", "metric"), ("dev", "hard"), ("retriever", "accumulate")),
+        *((stage, "keep") for stage in ("retriever", "reranker", "joint")),
+    ):
+        del config[group][key]
     return json.dumps(config)
 
 

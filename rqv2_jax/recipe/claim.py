@@ -20,7 +20,8 @@ from rqv2_jax.recipe.workdir import BEGUN, begun, finished
 
 # Settings that change where and when numbers are computed, not their values (dropout masks excepted),
 # and those of evaluation, whose files record what they were made by.
-FREE = ("mesh.", "model.remat:", "reranker.accumulate:", "joint.accumulate:", "evaluate.")
+PARTS = tuple(f"{stage}.accumulate:" for stage in config_check.STAGES)
+FREE = ("mesh.", "model.remat:", *PARTS, "evaluate.")
 # Folders of models; free too while they hold what SOURCES describes.
 PLACES = ("model.weights:", "model.reranker.weights:")
 # What "auto" attention becomes depends on the device; both drop out weights.

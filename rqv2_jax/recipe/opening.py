@@ -4,6 +4,7 @@ The config overrides the folders. What it overrides, and what of a folder is lef
 config or a folder that cannot be used raises InputError.
 """
 
+import dataclasses
 import pathlib
 from typing import Any, NamedTuple
 
@@ -104,11 +105,13 @@ def _check_inputs(
     types: bool,
 ):
     """Raises InputError unless a model has a position, and if asked for a type, for every token."""
-    longest, path = max(data[f"{kind}_length"] for kind in kinds), folder / "config.json"
+    names = [f"{kind}_length" for kind in kinds]
+    names += [f"train_{name}" for name in names if f"train_{name}" in data]
+    longest, path = max(data[name] for name in names), folder / "config.json"
     if longest > shape.max_positions:
         raise InputError(
             f"config.data asks for inputs of {longest} tokens, but {path} has {shape.max_positions} "
-            f"positions; lower {', '.join(f'{kind}_length' for kind in kinds)}"
+            f"positions; lower {', '.join(name for name in names if data[name] == longest)}"
         )
     if types and shape.type_vocab_size < 2:
         what = "config.model.passage_format title_sep_text" if len(kinds) > 1 else "a re-ranker"
@@ -175,14 +178,21 @@ def open_inputs(config: ml_collections.ConfigDict) -> tuple[Opened, tokenise.Tok
         passage_length=data.passage_length,
         pair_length=data.pair_length,
     )
-    for kind in ("query", "passage"):
-        prompt, length = getattr(inputs, f"{kind}_prompt"), data[f"{kind}_length"]
+    for kind, name in (("query", ""), ("passage", ""), ("passage", "train_")):
+        prompt, length = getattr(inputs, f"{kind}_prompt"), data[f"{name}{kind}_length"]
         if len(prompt) + 8 > length and prompt:
             raise InputError(
                 f"config.model.{kind}_prompt has {len(prompt)} tokens, which leaves no room for the "
-                f"text in {length}; raise config.data.{kind}_length"
+                f"text in {length}; raise config.data.{name}{kind}_length"
             )
     return opened, tokenizer, inputs
+
+
+def in_training(inputs: Inputs, data: ml_collections.ConfigDict) -> Inputs:
+    """Returns the inputs as training batches hold them, which may be shorter."""
+    return dataclasses.replace(
+        inputs, passage_length=data.train_passage_length, pair_length=data.train_pair_length
+    )
 
 
 def _read_shape(
@@ -238,6 +248,9 @@ def resolve(
                 f"more; restore the model's file, or set config.data.{key}"
             )
         choose("data", key, 0, source.longest, source)
+    for kind in ("passage", "pair"):
+        trained = f"train_{kind}_length"
+        resolved.data[trained] = resolved.data[trained] or resolved.data[f"{kind}_length"]
     own = model.reranker
     own.weights = own.weights or model.weights
     own.num_layers = own.num_layers or given or reranker.num_layers

@@ -2,7 +2,7 @@
 
 Each stage reads and writes named artifacts of the workdir. A finished stage is skipped and an
 unfinished one resumes, so running the same command again is always right. Shape suffixes: N labelled
-pairs or passages, L lists.
+pairs or passages, L lists, Q queries, K passages of a query.
 """
 
 import json
@@ -19,8 +19,9 @@ from rqv2_jax.data import lists as lists_lib
 from rqv2_jax.data import own_texts, tokenise, tokens
 from rqv2_jax.data.readers import joint_tsv
 from rqv2_jax.errors import InputError
-from rqv2_jax.recipe import evaluation, mining, results
+from rqv2_jax.recipe import evaluation, mining, rankings, results
 from rqv2_jax.recipe.claim import claim
+from rqv2_jax.recipe.opening import in_training
 from rqv2_jax.recipe.run import Run, open_run
 from rqv2_jax.recipe.stage import Dev, train_stage
 from rqv2_jax.recipe.texts import open_collection, open_store
@@ -97,6 +98,13 @@ def prepare(run: Run) -> tokens.Store:
     evaluation.check_metrics(run.config.evaluate, store.splits["test"])
     counts = ", ".join(f"{len(q.ids)} {split}" for split, q in store.splits.items())
     tqdm.tqdm.write(f"  {len(store.passage_ids)} passages; queries: {counts}")
+    for name, inputs in (
+        ("search", run.inputs),
+        ("training", in_training(run.inputs, run.config.data)),
+    ):
+        cut = results.cut_by(inputs, store)
+        shares = (f"{setting} {getattr(inputs, setting)}: {cut[setting]:.1%}" for setting in cut)
+        tqdm.tqdm.write(f"  tokens cut off in {name}: {', '.join(shares)}")
     for line in (*tokens.remarks(folder), *own_texts.remarks(store)):
         tqdm.tqdm.write(f"  {line}")
     empty_N = store.empty(run.config.data.titles)
@@ -118,8 +126,19 @@ def train_retriever(run: Run, store: tokens.Store) -> None:
 
     params = {"retriever": run.initial("retriever")}
     lists = mining.epochs_of_lists(draw, run.config.retriever)
-    dev = Dev(run.config, run.forward, store, None)
+    hard_QxK = None
+    if run.config.dev.hard and not finished(run.workdir / "retriever"):
+        hard_QxK = _found_by_start(run, store)
+    dev = Dev(run.config, run.forward, store, None, hard_QxK)
     train_stage(run, store, "retriever", params, run.weights_hash, lists, dev)
+
+
+def _found_by_start(run: Run, store: tokens.Store) -> np.ndarray:
+    """Returns the passages [Q, K] that the starting retriever finds for the dev queries."""
+    settings, queries = run.config.dev, store.splits["dev"]
+    rows_Q = lists_lib.subset(len(queries.ids), settings.queries, run.config.seed)
+    how = {"state": "zero_shot", "index_name": "exact"}
+    return rankings.retrieve(run, store, queries, rows_Q, **how)[0][:, : settings.hard]
 
 
 def train_reranker(run: Run, store: tokens.Store, candidates: mining.Candidates) -> None:

@@ -19,6 +19,7 @@ from rqv2_jax.data import lists as lists_lib
 from rqv2_jax.data import own_texts, tokens
 from rqv2_jax.data.batches import BatchLayout, ListBatches
 from rqv2_jax.ranking import metrics
+from rqv2_jax.recipe.opening import in_training
 from rqv2_jax.recipe.run import Run
 from rqv2_jax.recipe.workdir import begin, finish_stage, finished
 from rqv2_jax.retrieval import encode, index, rerank
@@ -26,14 +27,13 @@ from rqv2_jax.retrieval.stream import Forward
 from rqv2_jax.training import stages, train
 from rqv2_jax.training.checkpoint import Checkpoints, best_step
 
-DEV_METRIC = "RR@10"
-
 
 class Dev:
     """Measures both models on dev queries during training, on a fixed pool of passages.
 
-    The retriever ranks a pool: the positives of the dev queries, their candidates if there are any,
-    and random passages up to `config.dev.pool`. The re-ranker re-ranks each query's candidates.
+    The retriever ranks a pool: the positives of the dev queries, their candidates if there are any, or
+    else the passages `hard_QxK`, and random passages up to `config.dev.pool`. The re-ranker re-ranks
+    each query's candidates. Both are measured by `config.dev.metric`.
     """
 
     def __init__(
@@ -42,8 +42,11 @@ class Dev:
         forward: Forward,
         store: tokens.Store,
         candidates: lists_lib.Candidates | None,
+        hard_QxK: np.ndarray | None = None,
     ):
         self.forward, self.store, self.queries = forward, store, store.splits["dev"]
+        self.metric = config.dev.metric
+        _, self.depth, _ = metrics.parse_metric(self.metric)
         if candidates is None:
             rows_Q = lists_lib.subset(len(self.queries.ids), config.dev.queries, config.seed)
             passages_QxK = np.empty((len(rows_Q), 0), np.int64)
@@ -52,28 +55,29 @@ class Dev:
         order_Q = np.argsort(rows_Q)
         self.rows_Q, self.candidates_QxK = rows_Q[order_Q], passages_QxK[order_Q]
         self.qrels = self.queries.labels_of(self.rows_Q)
-        pool = np.unique(np.append(self.qrels[1][self.qrels[2] > 0], passages_QxK))
+        found = passages_QxK if hard_QxK is None else hard_QxK
+        pool = np.unique(np.append(self.qrels[1][self.qrels[2] > 0], found[found >= 0]))
         others = np.setdiff1d(np.arange(len(store.passage_ids)), pool)
         others = np.random.default_rng(config.seed).permutation(others)
         fill = max(config.dev.pool - len(pool), 0)
         self.pool_N = np.sort(np.append(pool, others[:fill]))
 
     def scores(self, params: dict[str, Any]) -> dict[str, float]:
-        """Returns `DEV_METRIC` of each model whose params these are."""
+        """Returns `self.metric` of each model whose params these are."""
         measures = {"retriever": self.retriever, "reranker": self.reranker}
         return {model: measures[model](tree) for model, tree in params.items()}
 
     def retriever(self, params: dict[str, Any]) -> float:
-        """Returns RR@10 of the retriever over the pool."""
+        """Returns the metric of the retriever over the pool."""
         passages_NxD = encode.passages(self.forward, params["passage"], self.store, self.pool_N)
         queries_QxD = encode.queries(self.forward, params["query"], self.queries.texts, self.rows_Q)
         own_Q = own_texts.of_rows(self.queries, self.rows_Q)
-        depth = own_texts.deeper(10, own_Q)
+        depth = own_texts.deeper(self.depth, own_Q)
         rows_QxK, scores_QxK = index.exact(queries_QxD, [passages_NxD], depth)
         return self._score(*own_texts.without(self.pool_N[rows_QxK], scores_QxK, own_Q))
 
     def reranker(self, params: dict[str, Any]) -> float:
-        """Returns RR@10 of the re-ranker over each query's candidates."""
+        """Returns the metric of the re-ranker over each query's candidates."""
         pairs = self.store, self.queries.texts, self.rows_Q, self.candidates_QxK
         return self._score(self.candidates_QxK, rerank.scores(self.forward, params, *pairs))
 
@@ -82,9 +86,9 @@ class Dev:
             # Training stops at it with a message that names the stage and the step.
             return np.nan
         values = metrics.evaluate(
-            passages_QxK, scores_QxK, self.store.passage_ids, self.qrels, [DEV_METRIC]
+            passages_QxK, scores_QxK, self.store.passage_ids, self.qrels, [self.metric]
         )
-        return float(values[DEV_METRIC].mean())
+        return float(values[self.metric].mean())
 
 
 def stage_batches(
@@ -104,7 +108,7 @@ def stage_batches(
     return ListBatches(
         store,
         store.splits["train"],
-        run.inputs,
+        in_training(run.inputs, run.config.data),
         lists,
         layout,
         models=stage.models,
@@ -135,14 +139,27 @@ class _Log:
         tqdm.tqdm.write(f"  {self.name} {step}/{self.steps}  {shown}")
 
 
-def _evaluate(dev: Dev, checkpoints: Checkpoints, log: _Log, step: int, params: dict[str, Any]):
-    """Scores the models of a step on dev, and keeps them if they are the best so far."""
+def _evaluate(
+    dev: Dev, checkpoints: Checkpoints, log: _Log, keep: str, step: int, params: dict[str, Any]
+):
+    """Scores the models of a step on dev; keeps them if they are the best so far, or else the last."""
     scores = dev.scores(params)
-    terms = {f"dev/{model} {DEV_METRIC}": score for model, score in scores.items()}
+    terms = {f"dev/{model} {dev.metric}": score for model, score in scores.items()}
     train.check_finite(log.name, step, terms)
     log.write(step, terms)
     mean = sum(scores.values()) / len(scores)
-    checkpoints.save_best(step, params, f"dev {DEV_METRIC}, mean of models", mean)
+    if keep == "best" or step == log.steps:
+        checkpoints.save_best(step, params, f"dev {dev.metric}, mean of models", mean)
+
+
+def _kept(folder: pathlib.Path, steps: int, keep: str, metric: str) -> str:
+    """Says which params of a finished stage are handed on."""
+    step = best_step(folder)
+    if keep == "last":
+        return f"kept the last params, of step {step}, whatever dev says"
+    if step == 0:
+        return f"kept the start: in {steps} steps dev found nothing better by {metric}"
+    return f"best on dev at step {step} of {steps}"
 
 
 def train_stage(
@@ -171,7 +188,7 @@ def train_stage(
     trained_on = artifacts.digest(trained_on, lists.query_rows_L, lists.passages_LxP)
     if finished(folder):
         begin(folder, trained_on)
-        tqdm.tqdm.write(f"  done; best on dev at step {best_step(folder)} of {steps}")
+        tqdm.tqdm.write(f"  done; {_kept(folder, steps, settings.keep, dev.metric)}")
         return
     batches = stage_batches(run, store, name, stage, lists)
     begin(folder, trained_on)
@@ -180,8 +197,8 @@ def train_stage(
         optimizer = train.make_optimizer(run.config.optimizer, settings, steps, stage.rates)
         state = checkpoints.restore_last(train.init_state(params, optimizer, run.sharding))
         log = stack.enter_context(contextlib.closing(_Log(name, folder, steps)))
-        evaluate = functools.partial(_evaluate, dev, checkpoints, log)
-        step_fn = train.make_step(stage.loss_fn, optimizer, run.sharding)
+        evaluate = functools.partial(_evaluate, dev, checkpoints, log, settings.keep)
+        step_fn = train.make_step(stage.loss_fn, optimizer, run.sharding, by_part=stage.by_part)
         every = settings.refresh_every if redraw else steps
         # A process may have been killed after its last checkpoint, before it marked the stage's end.
         start = int(state.step) // every * every if int(state.step) < steps else steps
@@ -206,4 +223,4 @@ def train_stage(
                 name=name,
             )
     finish_stage(folder)
-    tqdm.tqdm.write(f"  best on dev at step {best_step(folder)} of {steps}")
+    tqdm.tqdm.write(f"  {_kept(folder, steps, settings.keep, dev.metric)}")

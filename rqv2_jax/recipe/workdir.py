@@ -85,6 +85,12 @@ def finish_stage(folder: pathlib.Path) -> None:
     artifacts.write_text(folder / FINISHED, "")
 
 
+def replace_stage(folder: pathlib.Path, other: pathlib.Path) -> None:
+    """Puts a link to another stage's folder in the place of one that `branch` has linked."""
+    folder.unlink(missing_ok=True)
+    folder.symlink_to(os.path.relpath(other.resolve(), folder.parent.resolve()))
+
+
 def branch(workdir: pathlib.Path, warm: pathlib.Path) -> None:
     """Links into a claimed workdir what another one made before joint training, instead of copying."""
     for pattern in WARM:

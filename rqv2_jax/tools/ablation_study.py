@@ -15,12 +15,13 @@ from scipy import stats
 
 from rqv2_jax import artifacts, config_check
 from rqv2_jax import config as config_lib
+from rqv2_jax.data import tokens
 from rqv2_jax.errors import InputError, readable
 from rqv2_jax.ranking import significance
 from rqv2_jax.recipe import evaluation, mining, pipeline
 from rqv2_jax.recipe.claim import claim
 from rqv2_jax.recipe.run import Run, open_run
-from rqv2_jax.recipe.workdir import alone, branch
+from rqv2_jax.recipe.workdir import alone, branch, replace_stage
 from rqv2_jax.training import checkpoint
 
 # What the table compares, as (model, candidates, metric): a re-ranker ranks what its own retriever
@@ -32,6 +33,9 @@ MEASURES = (
     ("reranker", "exact", "RR@10"),
     ("reranker", WARM, "RR@10"),
 )
+# By a teacher that has trained on the labels of the same lists beforehand, as in `full`, and so has
+# seen as many labelled lists as a dynamic one.
+AS_TAUGHT = "static distillation, teacher trained alike"
 # Half-way through joint training: the number of steps is known once the lists are.
 REFRESHED = "half of the steps"
 
@@ -45,6 +49,7 @@ def rows(config: ConfigDict, sizes: Sequence[int] | None = None) -> dict[str, di
     through, warmer = not joint.loss.teacher_gradient, 2 * joint.loss.temperature
     changes: dict[str, dict[str, Any]] = {
         "static distillation": {"joint.train_reranker": False},
+        AS_TAUGHT: {"joint.train_reranker": False},
         "pointwise re-ranker": {"joint.loss.reranker_loss": "pointwise"},
         "without denoised lists": {"joint.denoised_share": 0.0},
         **{
@@ -62,6 +67,9 @@ def rows(config: ConfigDict, sizes: Sequence[int] | None = None) -> dict[str, di
     around = (size for size in (joint.list_size // 2, joint.list_size * 2) if size >= 2)
     for size in around if sizes is None else sizes:
         changes[f"list size {size}"] = {"joint.list_size": size}
+    if config.reranker.epochs == 0:
+        # It has no warm-up whose place the teacher's training could take.
+        del changes[AS_TAUGHT]
     return {"full": {}} | {
         name: change
         for name, change in changes.items()
@@ -146,10 +154,31 @@ def run_all(
             with alone(run.workdir):
                 claim(run)
                 branch(run.workdir, warm.workdir)
+                if name == AS_TAUGHT:
+                    teacher = workdir / "teachers" / str(seed)
+                    _teach(row_config, teacher, warm.workdir, store, candidates)
+                    replace_stage(run.workdir / "reranker", teacher / "joint")
                 pipeline.finish(run, store, row_candidates, ("exact",))
                 evaluation.evaluate_candidates(run, store, "test", given, WARM, states=("joint",))
             measured.append({"row": name, "seed": seed, **_measured(run.workdir)})
         yield measured
+
+
+def _teach(
+    config: ConfigDict,
+    workdir: pathlib.Path,
+    warm: pathlib.Path,
+    store: tokens.Store,
+    candidates: mining.Candidates,
+) -> None:
+    """Trains the re-ranker of the warm start as joint training would, but for the KL term."""
+    alone_by_labels = {"joint.train_reranker": True, "joint.kl_weight": 0.0}
+    run = open_run(_changed(config, alone_by_labels), workdir)
+    with alone(workdir):
+        claim(run)
+        branch(workdir, warm)
+        pipeline.train_joint(run, store, candidates)
+    shutil.rmtree(workdir / "joint" / "last", ignore_errors=True)
 
 
 def _measured(folder: pathlib.Path) -> dict:

@@ -87,7 +87,9 @@ class Joint:
         )
         self.key = jax.random.key(config.seed)
         self.restart()
-        step_fn: Any = train.make_step(self.stage.loss_fn, self.optimizer, run.sharding)
+        step_fn: Any = train.make_step(
+            self.stage.loss_fn, self.optimizer, run.sharding, by_part=self.stage.by_part
+        )
         example = run.sharding.put_batch(batches.make(0))
         started = time.perf_counter()
         self.compiled = step_fn.lower(self.state, example, self.key).compile()

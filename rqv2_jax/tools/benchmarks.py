@@ -131,8 +131,8 @@ def _scores_and_gradients(run: Run, texts: Texts) -> dict[str, np.ndarray]:
     stage = stages.make_stage(run.config, run.models, "joint")
     params = {model: run.initial(model) for model in stage.models}
     batch = run.sharding.put_batch(bench_joint.joint_batches(run, texts, 1).make(0))
-    value_and_grad = jax.jit(run.sharding.value_and_grad(stage.loss_fn))
-    (loss, _), grads = value_and_grad(params, batch, jax.random.key(0))
+    value_and_grad = run.sharding.value_and_grad(stage.loss_fn, by_part=stage.by_part)
+    (loss, _), grads = jax.jit(value_and_grad)(params, batch, jax.random.key(0))
     queries, rows_Q = texts.store.splits["train"].texts, np.arange(32)
     pairs = queries, rows_Q, rows_Q[:, None]
     return {

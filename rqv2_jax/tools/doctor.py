@@ -67,7 +67,9 @@ def examine(
     passages, queries = doctor.passage_sample.items, doctor.query_sample.items
     lengths = []
     if passages and queries:
-        lengths = doctor_checks.measure(tokenizer, inputs, queries, passages, config.seed)
+        trained = opening.in_training(inputs, config.data)
+        texts_of = queries, passages, config.seed, trained
+        lengths = doctor_checks.measure(tokenizer, inputs, *texts_of)
         findings += doctor_checks.truncation(lengths)
         findings += doctor_checks.unknown_tokens(tokenizer, passages, queries)
     name = config.data.dataset if texts is None else texts.name

@@ -135,8 +135,12 @@ def measure(
     queries: list[str],
     passages: list[tuple[str, str]],
     seed: int,
+    trained: Inputs | None = None,
 ) -> list[Lengths]:
-    """Returns lengths of queries, titles, passages (title, text) and SAMPLED random pairs."""
+    """Returns lengths of queries, titles, passages (title, text) and SAMPLED random pairs.
+
+    Passages and pairs have a second row, of `trained`, where training cuts them at another length.
+    """
     titles, texts = (tokenizer.texts(list(strings)) for strings in zip(*passages))
     store, asked = Store(titles, texts, [], {}, ""), tokenizer.texts(queries)
     queries_N, passages_N = np.arange(len(queries)), np.arange(len(passages))
@@ -146,10 +150,10 @@ def measure(
         inputs, query_length=UNLIMITED, passage_length=UNLIMITED, pair_length=UNLIMITED
     )
 
-    def row(name: str, lengths: Callable[[Inputs], np.ndarray]) -> Lengths:
+    def row(name: str, lengths: Callable[[Inputs], np.ndarray], inputs: Inputs = inputs) -> Lengths:
         whole_N, kept_N = lengths(unlimited), lengths(inputs)
         return Lengths(
-            name,
+            f"train_{name}" if inputs is trained else name,
             float(whole_N.mean()),
             tuple(np.quantile(whole_N, QUANTILES, method="nearest").tolist()),
             getattr(inputs, f"{name}_length", None),
@@ -158,12 +162,20 @@ def measure(
         )
 
     title = row("title", lambda _: titles.lengths(passages_N))
-    return [
+    rows = [
         row("query", lambda inputs: inputs.query_lengths(asked, queries_N)),
         *([title] if inputs.titles else []),
-        row("passage", lambda inputs: inputs.passage_lengths(store, passages_N)),
-        row("pair", lambda inputs: inputs.pair_lengths(store, asked, *pair_rows)),
     ]
+    measures: dict[str, Callable[[Inputs], np.ndarray]] = {
+        "passage": lambda inputs: inputs.passage_lengths(store, passages_N),
+        "pair": lambda inputs: inputs.pair_lengths(store, asked, *pair_rows),
+    }
+    for name, lengths in measures.items():
+        rows.append(row(name, lengths))
+        limit = f"{name}_length"
+        if trained and getattr(trained, limit) != getattr(inputs, limit):
+            rows.append(row(name, lengths, trained))
+    return rows
 
 
 class Finding(NamedTuple):
@@ -253,7 +265,8 @@ def truncation(lengths: list[Lengths]) -> Iterator[Finding]:
     for row in lengths:
         if row.lost > MUCH_LOST:
             yield Finding(
-                "warning",
+                # It is cut shorter on purpose where search reads more.
+                "note" if row.name.startswith("train_") else "warning",
                 f"{row.name} tokens",
                 f"truncation to {row.limit} shortens {row.cut:.1%} of the inputs and takes "
                 f"{row.lost:.1%} of the tokens; raise config.data.{row.name}_length, or split long "
@@ -295,7 +308,8 @@ def render(report: Report) -> str:
         lines += ["", f"tokens{head}{'limit':>10}{'inputs cut':>12}{'tokens lost':>13}"]
         for row in report.lengths:
             low, median, *high = (f"{value:>8,.0f}" for value in row.quantiles)
-            line = f"{row.name:<8}{low[2:]}{median}{row.mean:>8.1f}{''.join(high)}"
+            name = "trained" if row.name.startswith("train_") else row.name
+            line = f"{name:<8}{low[2:]}{median}{row.mean:>8.1f}{''.join(high)}"
             cut = f"{row.limit:>10}{row.cut:>12.1%}{row.lost:>13.1%}" if row.limit else f"{'-':>10}"
             lines.append(line + cut)
         lines.append(

@@ -123,7 +123,7 @@ def train_step(
         optimizer = train.make_optimizer(config.optimizer, settings, 1000, stage.rates)
         step, key = jax.ShapeDtypeStruct((), jnp.int32), jax.eval_shape(lambda: jax.random.key(0))
         state, key = _sharded(((step, params, jax.eval_shape(optimizer.init, params)), key), mesh)
-        step_fn = train.make_step(stage.loss_fn, optimizer, mesh)
+        step_fn = train.make_step(stage.loss_fn, optimizer, mesh, by_part=stage.by_part)
         compiled = target.compile(step_fn, (train.TrainState(*state), batch, key), what)
     if compiled is None:
         return None

@@ -69,10 +69,12 @@ def make(config: ConfigDict, machine: Machine, lengths: str, report: Callable[[s
         for name, size in sizes.items()
     }
     steps = _training_steps(config, models, drawn, target)
-    for name in ("joint", "reranker"):
+    for name in drawn:
         overlay |= {"model.remat": steps[name].remat, f"{name}.accumulate": steps[name].accumulate}
+    lists = config.joint.batch, sizes["joint"]
+    searched = workload.draw_lengths(config, lengths, *lists, training=False)
     for name in ("encode", "re-rank"):
-        steps[name] = plan_steps.forward_step(config, models, name, drawn["joint"], target)
+        steps[name] = plan_steps.forward_step(config, models, name, searched, target)
     tokens = min(steps[name].tokens for name in ("encode", "re-rank"))
     overlay["evaluate.batch_tokens"] = tokens
     return Plan(steps, overlay, models.retriever.hidden_size, config.data.passage_length)
@@ -139,15 +141,13 @@ def cheapest(
     """Returns the cheapest step that fits: keeping all, fewer lists at once, computing again."""
     batch, shards = config[name].batch, target.mesh.shards
     lists = -(-batch // shards)
-    whole = name == "retriever" or (name == "joint" and config.joint.in_batch_weight)
     for remat in remats:
-        for accumulate in range(1, 2 if whole else lists + 1):
+        for accumulate in range(1, lists + 1):
             wasteful = -(-batch // (shards * accumulate)) * accumulate > lists
             if batch % accumulate or wasteful:
                 continue
             tried = config_lib.loads(config_lib.dumps(config))
-            if name != "retriever":
-                tried[name].accumulate = accumulate
+            tried[name].accumulate = accumulate
             reshaped = models.reshaped(remat=remat)
             step = plan_steps.train_step(tried, reshaped, name, drawn, target)
             if step is not None:

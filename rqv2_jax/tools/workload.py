@@ -60,13 +60,19 @@ def msmarco_lengths(
     return np.clip(rng.lognormal(np.log(median), deviation, shape), least, most).astype(int)
 
 
-def draw_lengths(config: ConfigDict, lengths: str, batch: int, size: int) -> Lengths:
+def draw_lengths(
+    config: ConfigDict, lengths: str, batch: int, size: int, *, training: bool = True
+) -> Lengths:
     """Draws the lengths of the sequences of lists of `size` passages, for some batches.
 
     `lengths` are "full", the most that the config admits, or "msmarco", like those of MS MARCO's texts.
+    Those of passages and pairs are cut as in `training`, or else as in search.
     """
     data, counts = config.data, {"queries": 1, "passages": size, "pairs": size}
-    most = dict(zip(counts, (data.query_length, data.passage_length, data.pair_length)))
+    passage_length, pair_length = data.passage_length, data.pair_length
+    if training:
+        passage_length, pair_length = data.train_passage_length, data.train_pair_length
+    most = dict(zip(counts, (data.query_length, passage_length, pair_length)))
     if lengths == "full":
         return {kind: np.full((batch, counts[kind]), most[kind]) for kind in most}
     rng, lists = np.random.default_rng(0), DRAWN_STEPS * batch
@@ -98,7 +104,8 @@ def read(run: Run, lengths: str, passages: int, queries: int) -> Texts:
             read_queries = [query.text for query in asked]
     else:
         rng, data = np.random.default_rng(0), run.config.data
-        longest = {"passages": data.passage_length, "queries": data.query_length}
+        longest = {"passages": max(data.passage_length, data.train_passage_length)}
+        longest["queries"] = data.query_length
 
         def made_up(kind: str, count: int) -> list[str]:
             lengths_N = msmarco_lengths(rng, kind, count)

@@ -73,13 +73,14 @@ class Sharding:
         specs = {"in_specs": in_specs, "out_specs": out_specs}
         return jax.shard_map(fn, mesh=self.mesh, **specs, check_vma=False)
 
-    def value_and_grad(self, loss_fn: Callable) -> Callable:
+    def value_and_grad(self, loss_fn: Callable, *, by_part: bool = False) -> Callable:
         """Differentiates `loss_fn(params, batch, key, gather) -> (loss, terms)` over all shards.
 
         The batch's leading axis counts parts, one for each shard or the same number for all.
         `loss_fn` gets full params, one part of the batch and a key of its own. It must pass its
         scores through `gather` (which joins the shards along axis 0) before the loss, so that every
-        shard returns the same loss: that of the same part of all shards.
+        shard returns the same loss: that of the same part of all shards. If `by_part`, it gets all
+        parts of the shard at once, and returns the loss of the global batch.
 
         Returns:
           `f(params, batch, key) -> ((loss, terms), grads)`, means over the parts of a shard; grads
@@ -93,6 +94,10 @@ class Sharding:
             def local(params: Tree, batch: Tree, key: jax.Array) -> tuple:
                 key = jax.random.fold_in(key, jax.lax.axis_index(AXES))
                 params = _gather_params(params, specs)
+
+                if by_part:
+                    value, grads = grad_fn(params, batch, key, gather_shards)
+                    return value, jax.tree.map(self._reduce, grads, specs)
 
                 def part(number: int | jax.Array, batch: Tree) -> tuple:
                     return grad_fn(params, batch, jax.random.fold_in(key, number), gather_shards)

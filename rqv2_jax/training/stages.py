@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 from ml_collections import ConfigDict
 
@@ -32,8 +33,32 @@ def _vectors(
     return queries_BxD, models.vectors(params["passage"], batch["passages"], passage_key)
 
 
-def _in_batch(queries_BxD: Array, passages_NxD: Array, batch: Batch, gather: Gather) -> Array:
+def _read(
+    read: Callable, params: Params, batch: Batch, key: Array, by_part: bool
+) -> tuple[Any, Batch]:
+    """Returns `read(params, batch, key)`, arrays whose axis 0 counts lists or passages, and the batch.
+
+    If `by_part`, the batch's leading axis counts parts. They are read one after the other, and each
+    once more for its gradient, so that memory is that of one part while the loss is that of all
+    (gradient caching). Their arrays are joined along axis 0, as are the batch's labels.
+    """
+    if not by_part:
+        return read(params, batch, key), batch
+
+    def part(_: None, numbered: tuple[Array, Batch]) -> tuple[None, Any]:
+        number, batch = numbered
+        return None, read(params, batch, jax.random.fold_in(key, number))
+
+    numbers = jnp.arange(len(jax.tree.leaves(batch)[0]))
+    # In a loop nothing can be merged with the first pass.
+    part = jax.checkpoint(part, prevent_cse=False)
+    _, arrays = jax.lax.scan(part, None, (numbers, batch))
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (arrays, batch))
+
+
+def _in_batch(vectors: tuple[Array, Array], batch: Batch, gather: Gather) -> Array:
     """Returns the listwise cross-entropy of each query over all passages of the global batch."""
+    queries_BxD, passages_NxD = vectors
     return losses.listwise(
         gather(queries_BxD) @ gather(passages_NxD).T,
         gather(batch["in_batch_positive"]),
@@ -42,11 +67,18 @@ def _in_batch(queries_BxD: Array, passages_NxD: Array, batch: Batch, gather: Gat
 
 
 def retriever_loss(
-    models: Models, params: Params, batch: Batch, key: Array, gather: Gather
+    models: Models, by_part: bool, params: Params, batch: Batch, key: Array, gather: Gather
 ) -> Loss:
-    """Computes cross-entropy over the batch; passages that are no positive of a query are negatives."""
-    vectors = _vectors(models, params["retriever"], batch, *jax.random.split(key))
-    loss = _in_batch(*vectors, batch, gather)
+    """Computes cross-entropy over the batch; passages that are no positive of a query are negatives.
+
+    If `by_part`, the batch's leading axis counts parts; the loss is that of all together.
+    """
+
+    def read(params: Params, batch: Batch, key: Array) -> tuple[Array, Array]:
+        return _vectors(models, params["retriever"], batch, *jax.random.split(key))
+
+    vectors, batch = _read(read, params, batch, key, by_part)
+    loss = _in_batch(vectors, batch, gather)
     return loss, {"loss": loss}
 
 
@@ -68,28 +100,34 @@ def joint_loss(
 
     Args:
       settings: the joint stage's (`loss`, the reading of the loss; `kl_weight`; `in_batch_weight`;
-        `accumulate`; `train_reranker`, without which the re-ranker gets no gradient).
+        `averaged`, the number of parts whose losses are averaged; `by_part`, whether the batch's
+        leading axis counts parts that have one loss together; `train_reranker`, without which the
+        re-ranker gets no gradient).
     """
-    query_key, passage_key, pair_key = jax.random.split(key, 3)
-    vectors = _vectors(models, params["retriever"], batch, query_key, passage_key)
-    reranker = params["reranker"]
-    if not settings["train_reranker"]:
-        reranker, pair_key = jax.lax.stop_gradient(reranker), None
-    pairs_N = gather(models.reranker_scores(reranker, batch["pairs"], pair_key))
+
+    def read(params: Params, batch: Batch, key: Array) -> tuple[tuple[Array, Array], Array]:
+        query_key, passage_key, pair_key = jax.random.split(key, 3)
+        vectors = _vectors(models, params["retriever"], batch, query_key, passage_key)
+        reranker = params["reranker"]
+        if not settings["train_reranker"]:
+            reranker, pair_key = jax.lax.stop_gradient(reranker), None
+        return vectors, models.reranker_scores(reranker, batch["pairs"], pair_key)
+
+    (vectors, pairs_N), batch = _read(read, params, batch, key, settings["by_part"])
     retriever_BxP = gather(retriever_scores(*vectors))
     _, terms = losses.joint_distillation(
         retriever_BxP,
-        pairs_N.reshape(retriever_BxP.shape),
+        gather(pairs_N).reshape(retriever_BxP.shape),
         gather(batch["positive"]),
         where_BxP=gather(batch["where"]),
         **settings["loss"],
     )
     if settings["loss"]["kl_reduction"] == "sum":
         # The parts of a batch are averaged, but this term is a sum over its lists.
-        terms["kl"] *= settings["accumulate"]
+        terms["kl"] *= settings["averaged"]
     loss = settings["kl_weight"] * terms["kl"] + terms["supervised"]
     if settings["in_batch_weight"] > 0:
-        terms["in_batch"] = _in_batch(*vectors, batch, gather)
+        terms["in_batch"] = _in_batch(vectors, batch, gather)
         loss += settings["in_batch_weight"] * terms["in_batch"]
     return loss, {**terms, "loss": loss}
 
@@ -103,20 +141,29 @@ class Stage(NamedTuple):
     list_size: int
     in_batch: bool  # whether batches have labels over all their passages
     accumulate: int
+    by_part: bool  # whether the loss gets all parts of a shard at once, and reads them by turns
 
 
 def make_stage(config: ConfigDict, models: Models, name: str) -> Stage:
     """Returns the stage "retriever", "reranker" or "joint" of a config."""
-    settings = config[name]
+    settings, parts = config[name], _parts(config, name)
+    in_batch = _in_batch_terms(config, name)
+    # Every query's loss is over the passages of all parts.
+    by_part = in_batch and parts > 1
+    how = in_batch, parts, by_part
     if name == "retriever":
-        return Stage(partial(retriever_loss, models), ("retriever",), {}, 1, True, 1)
-    size, accumulate = settings.list_size, _parts(config, name)
+        return Stage(partial(retriever_loss, models, by_part), ("retriever",), {}, 1, *how)
+    size = settings.list_size
     if name == "reranker":
-        return Stage(partial(reranker_loss, models), ("reranker",), {}, size, False, accumulate)
-    loss_fn = partial(joint_loss, models, settings.to_dict() | {"accumulate": accumulate})
+        return Stage(partial(reranker_loss, models), ("reranker",), {}, size, *how)
+    terms = settings.to_dict() | {"averaged": 1 if by_part else parts, "by_part": by_part}
     rates = {"reranker": settings.reranker_rate if settings.train_reranker else 0.0}
-    in_batch = settings.in_batch_weight > 0
-    return Stage(loss_fn, ("retriever", "reranker"), rates, size, in_batch, accumulate)
+    loss_fn = partial(joint_loss, models, terms)
+    return Stage(loss_fn, ("retriever", "reranker"), rates, size, *how)
+
+
+def _in_batch_terms(config: ConfigDict, name: str) -> bool:
+    return name == "retriever" or (name == "joint" and config.joint.in_batch_weight > 0)
 
 
 def _parts(config: ConfigDict, name: str) -> int:
@@ -124,10 +171,10 @@ def _parts(config: ConfigDict, name: str) -> int:
     settings, data = config[name], config.data
     if settings.accumulate:
         return settings.accumulate
-    if jax.default_backend() != "cpu" or (name == "joint" and settings.in_batch_weight > 0):
+    if jax.default_backend() != "cpu" or _in_batch_terms(config, name):
         return 1
-    passages = 0 if name == "reranker" else data.passage_length
-    tokens = data.query_length + settings.list_size * (passages + data.pair_length)
+    passages = 0 if name == "reranker" else data.train_passage_length
+    tokens = data.query_length + settings.list_size * (passages + data.train_pair_length)
     most, shards = max(CPU_TOKENS // tokens, 1), config.mesh.data * config.mesh.fsdp
     return next(
         parts

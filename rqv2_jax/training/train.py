@@ -35,6 +35,8 @@ def make_optimizer(
 ) -> Optimizer:
     """Returns Adam with decoupled weight decay (none on biases and norms) after clipping the norm.
 
+    The norm is over all models of the stage, or over each of them if `settings.clip` is "apart".
+
     `rates` are the models' multiples of the stage's learning rate, 1 if a model has none. Models with
     rate 0 stay as they are and have no optimizer state.
     """
@@ -54,8 +56,16 @@ def make_optimizer(
         return {model: optax.tree.scale(rates.get(model, 1.0), x) for model, x in updates.items()}
 
     betas, mask = {"b1": settings.b1, "b2": settings.b2}, partial(tree_map_with_path, decays)
+    clip = whole = optax.clip_by_global_norm(settings.clip_norm)
+    if settings.clip == "apart":
+        # What one model's gradient is clipped to does not depend on the other's.
+        clip = optax.stateless(
+            lambda updates, _: {
+                model: whole.update(x, whole.init(x))[0] for model, x in updates.items()
+            }
+        )
     optimizer = optax.chain(
-        optax.clip_by_global_norm(settings.clip_norm),
+        clip,
         optax.adamw(schedule, **betas, weight_decay=settings.weight_decay, mask=mask),
         optax.stateless(scale),
     )
@@ -91,9 +101,15 @@ def train_step(
     return TrainState(state.step + 1, params, opt_state), terms
 
 
-def make_step(loss_fn: Callable, optimizer: Optimizer, sharding: Sharding) -> Callable:
-    """Returns `train_step` compiled for the mesh; the state it is given is donated."""
-    step = partial(train_step, grad_fn=sharding.value_and_grad(loss_fn), optimizer=optimizer)
+def make_step(
+    loss_fn: Callable, optimizer: Optimizer, sharding: Sharding, *, by_part: bool = False
+) -> Callable:
+    """Returns `train_step` compiled for the mesh; the state it is given is donated.
+
+    `by_part` as in `Sharding.value_and_grad`.
+    """
+    grad_fn = sharding.value_and_grad(loss_fn, by_part=by_part)
+    step = partial(train_step, grad_fn=grad_fn, optimizer=optimizer)
     return jax.jit(step, donate_argnums=0)
 
 
