@@ -13,7 +13,6 @@ from rqv2_jax.errors import InputError
 from rqv2_jax.recipe import budget, mining, pipeline
 from rqv2_jax.recipe.claim import open_workdir
 from rqv2_jax.recipe.run import open_run
-from rqv2_jax.training.checkpoint import Checkpoints
 
 QUERIES, POSITIVES = 8000, 12000
 STAGES = ("retriever", "reranker", "joint")
@@ -127,14 +126,6 @@ def test_too_small_a_budget_gives_the_least_and_says_what_would_do():
     assert [made["counts"][f"{stage}.most_lists"] for stage in STAGES] == [32, 8, 16]
 
 
-def config_of(data, bert_folder, minutes=0.25):
-    config = tiny_config(data, bert_folder)
-    config.budget = minutes
-    config.model.dropout = 0.1
-    config.evaluate.update({"indexes": ("exact",), "permutations": 100})
-    return config
-
-
 def best(workdir):
     run = open_workdir(workdir)
     return [_leaves(run.params(state="joint", model=model)) for model in ("retriever", "reranker")]
@@ -142,17 +133,35 @@ def best(workdir):
 
 @pytest.fixture(scope="module")
 def budgeted(tmp_path_factory, bert_folder):
-    """(config, workdir) of a run with a budget."""
+    """(config, workdir) of a run with a budget of a minute, as a machine of a given speed has it."""
     folder = tmp_path_factory.mktemp("budget")
-    config = config_of(write_beir(folder / "data"), bert_folder)
-    pipeline.main(config, folder / "w")
+    config = tiny_config(write_beir(folder / "data"), bert_folder)
+    config.update_from_flattened_dict({"budget": 1.0} | {f"{s}.epochs": 4.0 for s in STAGES})
+    config.evaluate.update({"indexes": ("exact",), "permutations": 100})
+
+    def measured(run, store, measure=budget.measure):
+        found = measure(run, store)
+        assert set(found.once) == {"measuring", "retrieve", "mine", *STAGES}
+        assert set(found.step) == set(found.dev) == set(STAGES)
+        assert all(seconds > 0 for seconds in (found.pair, *found.step.values()))
+        assert found.step["joint"] > found.step["reranker"] * 0.9
+        assert found.once["measuring"] > sum(found.once[stage] for stage in STAGES)
+        once = {"measuring": 2, "retrieve": 1, "mine": 1, **dict.fromkeys(STAGES, 1)}
+        step = {"retriever": 0.6, "reranker": 4.0, "joint": 5.0}
+        return budget.Costs(once, 0.05, step, dict.fromkeys(STAGES, 0.5))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(budget, "measure", measured)
+        pipeline.main(config, folder / "w")
     return config, folder / "w"
 
 
 def test_a_run_with_its_counts_written_by_hand_has_the_same_params(budgeted, tmp_path):
     config, workdir = budgeted
     counts = json.loads((workdir / "budget.json").read_text())["counts"]
-    assert counts["joint.most_lists"] % 8 == counts["reranker.most_lists"] % 8 == 0
+    assert [counts[f"{stage}.most_lists"] for stage in STAGES] == [88, 24, 24]
+    assert counts["mine.queries"] == 24
+    assert counts["retriever.warmup_steps"] == 1
     by_hand = config_lib.loads(config_lib.dumps(config))
     by_hand.update_from_flattened_dict({"budget": 0.0, **counts})
     pipeline.main(by_hand, tmp_path / "w")
@@ -175,12 +184,11 @@ def test_a_run_that_resumes_takes_the_counts_of_its_workdir(
     path.write_text(json.dumps(made))
     monkeypatch.setattr(budget, "measure", None)
     pipeline.main(config, tmp_path / "w")
-    checkpoints = Checkpoints(tmp_path / "w" / "joint")
-    assert checkpoints.last.latest_step() == 2
-    checkpoints.close()
+    steps = [path.name for path in (tmp_path / "w" / "joint" / "last").glob("[0-9]*")]
+    assert max(map(int, steps)) == 2
     printed = capsys.readouterr().out
     assert "joint: 16 lists in 2 steps" in printed
-    assert "of 0.25 minutes" in printed
+    assert "of 1 minutes: measuring" in printed
     assert config_lib.loads((tmp_path / "w" / "config.json").read_text()).joint.most_lists == 10**9
 
 
