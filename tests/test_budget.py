@@ -123,8 +123,12 @@ def test_dev_is_measured_a_handful_of_times_and_rates_rise_for_a_tenth():
 
 def test_too_small_a_budget_gives_the_least_and_says_what_would_do():
     made = plan(7)
-    assert made["enough"] == 8, "encoding takes two and a half minutes"
-    assert plan(8)["enough"] == 0
+    assert made["enough"] == 9
+    assert plan(9)["enough"] == 0
+    slow = costs()
+    slow.once["retrieve"] = 1200
+    assert budget.plan(settings(59), slow, QUERIES, POSITIVES)["enough"] == 60
+    assert budget.plan(settings(60), slow, QUERIES, POSITIVES)["enough"] == 0
     assert [made["counts"][f"{stage}.most_lists"] for stage in STAGES] == [32, 8, 16]
 
 

@@ -75,10 +75,10 @@ def use(run: Run, store: tokens.Store) -> None:
         restore(run)
     config = run.config
     made = hosts.from_first(lambda: _read(config, run.workdir))
-    if made["enough"] > config.budget:
+    if made["enough"]:
         tqdm.tqdm.write(
-            f"budget: {config.budget:g} minutes are too few: encoding the corpus takes "
-            f"{made['expected']['retrieve'] / 60:.1f}; all counts are the least; config.budget="
+            f"budget: {config.budget:g} minutes are too few, encoding the corpus alone takes "
+            f"{made['expected']['retrieve'] / 60:.1f}; all counts are the least; --config.budget="
             f"{made['enough']} would do"
         )
     for name, seconds in made["expected"].items():
@@ -145,8 +145,8 @@ def plan(
     `queries` are those of the training split, `positives` their labels.
     """
     budget, mine, encoding = 60 * config.budget, config.mine, costs.once["retrieve"]
-    enough = encoding <= ENCODING * budget
-    left = (1 - RESERVE) * budget - sum(costs.once.values()) if enough else 0.0
+    needed = _needed(costs)
+    left = (1 - RESERVE) * budget - sum(costs.once.values()) if needed <= budget else 0.0
     scored = config.joint.denoised_share > 0 and not config.joint.lists
     scoring = max(SCORING * left, 0.0) * scored
     step = dict(costs.step)
@@ -188,8 +188,19 @@ def plan(
     return {
         "counts": counts,
         "expected": expected,
-        "enough": 0 if enough else math.ceil(encoding / ENCODING / 60),
+        "enough": 0 if needed <= budget else math.ceil(needed / 60),
     }
+
+
+def _needed(costs: Costs) -> float:
+    """Returns the seconds of a budget in which encoding and a step of every stage have their shares."""
+    weight = sum(SHARES[name] for name in costs.step)
+    least = max(
+        (seconds + DEV_TIMES[0] * costs.dev[name]) * weight / SHARES[name]
+        for name, seconds in costs.step.items()
+    )
+    least = (sum(costs.once.values()) + least / (1 - SCORING)) / (1 - RESERVE)
+    return max(costs.once["retrieve"] / ENCODING, least)
 
 
 def _dev(seconds: float, dev: float) -> float:

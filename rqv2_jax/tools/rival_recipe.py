@@ -84,7 +84,7 @@ class Recipe:
         return [self.queries["dev"][row] for row in self.dev.rows_Q]
 
     def _retriever(self, end: float) -> None:
-        from sentence_transformers import losses
+        from sentence_transformers.sentence_transformer import losses
 
         pool_N = self.dev.pool_N
 
