@@ -58,6 +58,9 @@ def default() -> ConfigDict:
     return ConfigDict(
         {
             "seed": 0,
+            # Minutes of training, compiling included: the counts of all stages follow, at most those
+            # given here, and are kept in the workdir as budget.json. 0 takes the counts given here.
+            "budget": 0.0,
             "data": {
                 # "docstrings", the embedded data, or files: "beir", "msmarco", "rocketqa", "dpr",
                 # "tevatron", or "beir_fiqa" and others in BEIR layout.
@@ -273,6 +276,7 @@ def complete(config: ConfigDict) -> tuple[list[str], list[str]]:
     # Values that held at commit 8355232 and earlier.
     floors = ("evaluate.bm25.", "evaluate.released.")
     then = {key: value for key, value in known.items() if key.startswith(floors)} | {
+        "budget": 0.0,
         "data.ignore_identical_ids": "never",
         "model.similarity": "dot",
         "model.scale": 1.0,

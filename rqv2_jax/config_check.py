@@ -48,6 +48,7 @@ SHORTEST = {"query": 3, "passage": 8, "pair": 11}
 # Smallest and largest value of a number; every other number must be positive.
 RANGES = {
     "seed": (0, 2**31 - 1),
+    "budget": (0.0, 1e6),
     **{f"data.{kind}_length": (0, 2**16) for kind in ("query", "passage", "pair")},
     **{f"data.train_{kind}_length": (0, 2**16) for kind in ("passage", "pair")},
     "model.num_layers": (0, 10**4),

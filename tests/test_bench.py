@@ -4,12 +4,13 @@ import json
 
 import numpy as np
 import pytest
+from tiny_run import tiny_config, write_beir
 
 from rqv2_jax import config as config_lib
 from rqv2_jax.data.batches import KINDS
 from rqv2_jax.errors import InputError
 from rqv2_jax.recipe.run import open_run
-from rqv2_jax.tools import bench_joint, bench_retrieval, workload
+from rqv2_jax.tools import bench_joint, bench_recipe, bench_retrieval, workload
 
 
 @pytest.fixture(scope="module")
@@ -137,3 +138,26 @@ def test_search_measures_every_index_at_its_recall(run):
         found[1]["queries_per_second"] / found[0]["queries_per_second"]
     )
     json.dumps(found)
+
+
+@pytest.mark.slow
+def test_the_recipe_and_its_rival_get_the_same_minutes_and_are_compared(tmp_path, make_bert):
+    config = tiny_config(write_beir(tmp_path / "data"), make_bert()[0])
+    config.evaluate.update({"indexes": ("exact",), "permutations": 100, "rerank_queries": 6})
+    lines = list(bench_recipe.recipe(config, tmp_path / "w", 0.4, rival=True))
+    ours, theirs, *pairs = lines
+    assert (ours["system"], theirs["system"]) == ("rqv2_jax", "sentence-transformers")
+    assert theirs["seconds"] == pytest.approx(24, rel=0.25)
+    assert theirs["retriever_seconds"] == pytest.approx(12, rel=0.25)
+    for model in ("retriever", "reranker"):
+        assert theirs[model]["steps"] > 0
+        assert len(theirs[model]["tried"]) == 3
+    compared = {(pair["a"], pair["b"]): pair for pair in pairs}
+    assert compared["ours.retriever", "rival.retriever"]["queries"] == 8
+    assert compared["ours.reranker", "rival.reranker"]["queries"] == 6
+    assert {b for _, b in compared} == {"bm25", "rival.retriever", "rival.reranker"}
+    # The same figures as the tables of either.
+    row = compared["ours.retriever", "bm25"]["metrics"][0]
+    mean = next(r["metrics"]["RR@10"] for r in ours["rows"] if r["state"] == "bm25")
+    assert row["b"] == pytest.approx(mean)
+    json.dumps(lines)

@@ -14,6 +14,7 @@ from rqv2_jax import artifacts, config_check, hosts
 from rqv2_jax import config as config_lib
 from rqv2_jax.errors import InputError, readable
 from rqv2_jax.models import files as model_files
+from rqv2_jax.recipe import budget
 from rqv2_jax.recipe.run import Run, open_run
 from rqv2_jax.recipe.texts import open_collection
 from rqv2_jax.recipe.workdir import BEGUN, begun, finished
@@ -54,6 +55,7 @@ def open_workdir(
             raise _of_another_version(path, f"cannot be opened ({e})") from e
         raise
     _check_head(run, earlier, path)
+    budget.restore(run)
     if weights or reranker_weights:
         _same_sources(run)
     for stage in ("retriever", "reranker", "joint"):

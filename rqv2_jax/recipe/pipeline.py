@@ -19,7 +19,7 @@ from rqv2_jax.data import lists as lists_lib
 from rqv2_jax.data import own_texts, tokenise, tokens
 from rqv2_jax.data.readers import joint_tsv
 from rqv2_jax.errors import InputError
-from rqv2_jax.recipe import evaluation, mining, rankings, results
+from rqv2_jax.recipe import budget, evaluation, mining, rankings, results
 from rqv2_jax.recipe.claim import claim
 from rqv2_jax.recipe.opening import in_training
 from rqv2_jax.recipe.run import Run, open_run
@@ -50,20 +50,27 @@ def warm_up(run: Run) -> tuple[tokens.Store, mining.Candidates]:
     config = run.config
     tqdm.tqdm.write("prepare: tokenise the collection")
     store = prepare(run)
+    if config.budget:
+        with budget.timed(run, "measuring"):
+            budget.use(run, store)
     if config.joint.lists and not begun(run.workdir / "joint"):
         # A file that cannot be used is better known before training than after it.
         mining.read_lists(run)
     if config.retriever.epochs > 0:
         tqdm.tqdm.write("retriever: warm-up with in-batch negatives")
-        train_retriever(run, store)
+        with budget.timed(run, "retriever"):
+            train_retriever(run, store)
     tqdm.tqdm.write("retrieve: candidates of the training and dev queries")
-    candidates = mining.retrieve(run, store)
+    with budget.timed(run, "retrieve"):
+        candidates = mining.retrieve(run, store)
     if config.reranker.epochs > 0:
         tqdm.tqdm.write("reranker: warm-up on lists of retrieved negatives")
-        train_reranker(run, store, candidates)
+        with budget.timed(run, "reranker"):
+            train_reranker(run, store, candidates)
     if not config.joint.lists:
         tqdm.tqdm.write("mine: the re-ranker scores the candidates")
-        candidates = mining.mine(run, store, candidates)
+        with budget.timed(run, "mine"):
+            candidates = mining.mine(run, store, candidates)
     return store, candidates
 
 
@@ -72,7 +79,9 @@ def finish(
 ) -> dict:
     """Trains jointly and evaluates every state on test; returns what results.json holds."""
     tqdm.tqdm.write("joint: dynamic listwise distillation")
-    train_joint(run, store, candidates)
+    with budget.timed(run, "joint"):
+        train_joint(run, store, candidates)
+    budget.report(run)
     tqdm.tqdm.write("evaluate: every model state on the test queries")
     report = evaluation.evaluate(run, store, "test", indexes)
     artifacts.write_text(run.workdir / "results.json", json.dumps(report, indent=1) + "\n")

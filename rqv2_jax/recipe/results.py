@@ -113,9 +113,10 @@ def _training(run: Run, store: tokens.Store, worse: set) -> list[str]:
                 f"config.{stage}.learning_rate, or train longer (config.{stage}.epochs)"
             )
         elif lists < labelled:
+            raised = f"config.{stage}.epochs or config.mine.queries"
             lines.append(
                 f"the kept models of stage {stage} have seen {lists} lists, and there are {labelled} "
-                f"training queries; raise config.{stage}.epochs or config.mine.queries"
+                f"training queries; raise {'config.budget' if run.config.budget else raised}"
             )
     return lines
 

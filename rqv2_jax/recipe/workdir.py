@@ -14,7 +14,7 @@ from rqv2_jax.errors import InputError
 BEGUN, FINISHED = "begun.txt", "finished.txt"
 # What a workdir makes before joint training, and its evaluation of the states before.
 WARM = (
-    *("data", "retriever", "reranker", "vectors/zero_shot", "vectors/retriever"),
+    *("data", "budget.json", "retriever", "reranker", "vectors/zero_shot", "vectors/retriever"),
     *("lists/*.retrieved.npz", "lists/*.scores", "eval/test.zero_shot.*.npz"),
     *("eval/test.retriever.*.npz", "eval/test.reranker.*.npz", "vectors/released"),
     *("eval/test.released.npz", "eval/test.bm25.npz"),

@@ -18,7 +18,7 @@ from rqv2_jax import config as config_lib
 from rqv2_jax.data import tokens
 from rqv2_jax.errors import InputError, readable
 from rqv2_jax.ranking import significance
-from rqv2_jax.recipe import evaluation, mining, pipeline
+from rqv2_jax.recipe import budget, evaluation, mining, pipeline
 from rqv2_jax.recipe.claim import claim
 from rqv2_jax.recipe.run import Run, open_run
 from rqv2_jax.recipe.workdir import alone, branch, replace_stage
@@ -146,6 +146,7 @@ def run_all(
             row_config = _changed(config, change, half)
             row_config.seed = seed
             run = open_run(row_config, workdir / "rows" / f"{name.replace(' ', '_')}.{seed}")
+            budget.restore(run, warm.workdir)
             row_candidates = candidates
             if run.config.joint.denoised_share == 0:
                 # A pass over undenoised lists alone is shorter: no denoised positive heads a list.

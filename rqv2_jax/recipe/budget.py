@@ -1,0 +1,339 @@
+"""The counts of a run from `config.budget`, minutes of training: speed is measured once, counts follow.
+
+The budget covers both warm-ups, mining, joint training and compiling; reading texts and evaluation are
+apart. The settings of the config are the most that is taken: `epochs` and `most_lists` of a stage, and
+`mine.queries`, `mine.scored_queries` and `mine.scored_depth`. The counts are written to the workdir
+before training, so that a run that resumes has the same, and equal counts give equal numbers.
+
+Shape suffixes: L lists, P passages of a list, N passages or positives.
+"""
+
+import contextlib
+import json
+import math
+import pathlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+import numpy as np
+import tqdm
+
+from rqv2_jax import artifacts, hosts
+from rqv2_jax.data import lists as lists_lib
+from rqv2_jax.data import tokens
+from rqv2_jax.errors import DAMAGE, InputError, one_line
+from rqv2_jax.recipe.run import Run
+from rqv2_jax.recipe.stage import stage_batches
+from rqv2_jax.retrieval import encode, rerank
+from rqv2_jax.training import stages, train
+
+FILE, TOOK = "budget.json", "budget.took.json"
+# Share of the budget for what is not measured: search, drawing lists, checkpoints, a slower moment.
+RESERVE = 0.1
+# Shares of the time that encoding and compiling leave: scores of candidates, at most; and, of the rest,
+# the stages. What a stage does not need goes to the others.
+SCORING = 0.1
+SHARES = {"retriever": 0.2, "reranker": 0.35, "joint": 0.45}
+# Share of a stage's time in which dev is measured, at most, and how often.
+DEV_SHARE, DEV_TIMES = 0.15, (2, 5)
+# Share of a stage's steps in which its learning rate rises.
+RISING = 0.1
+# Share of the budget that encoding the corpus may take; with less time, all counts are the least.
+ENCODING = 1 / 3
+# Candidates of a query that are scored, at least, unless the config wants fewer.
+LEAST_DEPTH = 16
+# Steps that are timed, and the batches of a forward pass.
+TIMED_STEPS, TIMED_BATCHES = 3, 2
+
+
+class Costs(NamedTuple):
+    """Seconds that the parts of a run take; `step` and `dev` by stage, of the stages there are."""
+
+    # By part, whatever the counts: "measuring", "retrieve" (encoding the corpus), "mine" (scores of
+    # dev's candidates), and compiling each stage's step.
+    once: dict[str, float]
+    pair: float  # a query and a candidate, scored by the re-ranker
+    step: dict[str, float]
+    dev: dict[str, float]  # measured once
+
+
+def use(run: Run, store: tokens.Store) -> None:
+    """Gives the run the counts of its workdir, which are made if no stage has begun, and prints them.
+
+    Raises InputError if the file is gone or damaged, and a stage has begun.
+    """
+    if not restore(run):
+        costs, labelled = measure(run, store), store.splits["train"].positives().shape[1]
+        sizes = len(store.splits["train"].ids), labelled
+        # Each process has measured; the first one's figures hold.
+        made = hosts.from_first(lambda: plan(run.config, costs, *sizes))
+        made["minutes"] = run.config.budget
+        artifacts.write_text(run.workdir / FILE, json.dumps(made, indent=1) + "\n")
+        restore(run)
+    config = run.config
+    made = hosts.from_first(lambda: _read(config, run.workdir))
+    if made["enough"]:
+        tqdm.tqdm.write(
+            f"budget: {config.budget:g} minutes are too few, encoding the corpus alone takes "
+            f"{made['expected']['retrieve'] / 60:.1f}; all counts are the least; --config.budget="
+            f"{made['enough']} would do"
+        )
+    for name, seconds in made["expected"].items():
+        what = ""
+        if name in SHARES:
+            lists = config[name].most_lists
+            what = f"{lists:,} lists in {lists // config[name].batch:,} steps, "
+        elif name == "mine":
+            mine = config.mine
+            what = (
+                f"{mine.scored_queries:,} of {mine.queries:,} queries, {mine.scored_depth} each, "
+            )
+        tqdm.tqdm.write(f"  budget: {name}: {what}about {seconds / 60:.1f} minutes")
+
+
+def restore(run: Run, workdir: pathlib.Path | None = None) -> bool:
+    """Gives the run the counts of its workdir or another, and says whether there are any.
+
+    Raises InputError as `use` does.
+    """
+    folder = run.workdir if workdir is None else workdir
+    made = hosts.from_first(lambda: _read(run.config, folder)) if run.config.budget else None
+    if made is not None:
+        run.config.update_from_flattened_dict(made["counts"])
+    return made is not None
+
+
+def _read(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, Any] | None:
+    """Reads what `plan` has returned; None if it is not there, and no stage has begun by it."""
+    path = workdir / FILE
+    try:
+        made = json.loads(path.read_text())
+        wrong = [k for k, v in made["counts"].items() if type(v) is not int or v < 0]
+        if wrong or made["minutes"] != config.budget or made["counts"].keys() != _keys(config):
+            raise ValueError("it does not hold the counts of this config")
+        return {key: made[key] for key in ("counts", "expected", "enough")}
+    except DAMAGE as e:
+        if any((workdir / name).exists() for name in (*SHARES, "lists")):
+            raise InputError(
+                f"{path}: cannot be read ({one_line(e)}), and training has begun by its counts; bring "
+                "it back, or run in a new --workdir"
+            ) from e
+        if path.exists():
+            tqdm.tqdm.write(f"{path}: cannot be read ({one_line(e)}); it is made again")
+        return None
+
+
+def _stages(config: ml_collections.ConfigDict) -> list[str]:
+    return [name for name in SHARES if config[name].epochs > 0]
+
+
+def _keys(config: ml_collections.ConfigDict) -> set[str]:
+    """Returns the settings that are counts of a run by this config."""
+    counts = ("most_lists", "warmup_steps", "evaluate_every")
+    mine = {f"mine.{key}" for key in ("queries", "scored_queries", "scored_depth")}
+    return mine | {f"{name}.{key}" for name in _stages(config) for key in counts}
+
+
+def plan(
+    config: ml_collections.ConfigDict, costs: Costs, queries: int, positives: int
+) -> dict[str, Any]:
+    """Returns `counts` by setting, `expected` seconds by part, and `enough`, the least minutes.
+
+    `queries` are those of the training split, `positives` their labels.
+    """
+    budget, mine, encoding = 60 * config.budget, config.mine, costs.once["retrieve"]
+    needed = _needed(costs)
+    left = (1 - RESERVE) * budget - sum(costs.once.values()) if needed <= budget else 0.0
+    scored = config.joint.denoised_share > 0 and not config.joint.lists
+    scoring = max(SCORING * left, 0.0) * scored
+    step = dict(costs.step)
+    if config.joint.refresh_every:
+        step["joint"] += (encoding + scoring) / config.joint.refresh_every
+    mined = min(mine.queries, queries) * positives / queries
+    most = {}
+    for name in step:
+        stage = config[name]
+        # A file's lists are not known yet, so that only its settings bound their number.
+        of_file = name == "joint" and config.joint.lists
+        one_pass = math.inf if of_file else positives if name == "retriever" else mined
+        most[name] = max(int(min(stage.epochs * one_pass, stage.most_lists)) // stage.batch, 1)
+    seconds = _share(left - scoring, step, costs.dev, most)
+    counts, expected = {}, dict(costs.once)
+    for name, given in seconds.items():
+        stage, dev = config[name], costs.dev[name]
+        # What exactly so many steps need may come out a hair short of them.
+        steps = int((given - _dev(given, dev)) / step[name] + 1e-6)
+        steps = min(max(steps, 1), most[name])
+        times = max(int(_dev(given, dev) / dev), DEV_TIMES[0])
+        counts[f"{name}.most_lists"] = steps * stage.batch
+        counts[f"{name}.warmup_steps"] = int(RISING * steps)
+        counts[f"{name}.evaluate_every"] = every = -(-steps // (times - 1))
+        expected[name] += steps * step[name] + (-(-steps // every) + 1) * dev
+    # A stage of less than one pass takes that share of the lists.
+    wanted = {
+        name: counts[f"{name}.most_lists"] / min(config[name].epochs, 1.0) * queries / positives
+        for name in seconds
+        if name != "retriever" and not (name == "joint" and config.joint.lists)
+    }
+    counts["mine.queries"] = min(mine.queries, queries, math.ceil(max(wanted.values(), default=1)))
+    denoised = min(mine.scored_queries, counts["mine.queries"], math.ceil(wanted.get("joint", 1)))
+    pairs = int(scoring / costs.pair)
+    depth = min(mine.scored_depth, mine.depth, max(LEAST_DEPTH, pairs // denoised))
+    counts["mine.scored_queries"] = max(min(denoised, pairs // depth), 1)
+    counts["mine.scored_depth"] = depth
+    expected["mine"] += counts["mine.scored_queries"] * depth * costs.pair * scored
+    return {
+        "counts": counts,
+        "expected": expected,
+        "enough": 0 if needed <= budget else math.ceil(needed / 60),
+    }
+
+
+def _needed(costs: Costs) -> float:
+    """Returns the seconds of a budget in which encoding and a step of every stage have their shares."""
+    weight = sum(SHARES[name] for name in costs.step)
+    least = max(
+        (seconds + DEV_TIMES[0] * costs.dev[name]) * weight / SHARES[name]
+        for name, seconds in costs.step.items()
+    )
+    least = (sum(costs.once.values()) + least / (1 - SCORING)) / (1 - RESERVE)
+    return max(costs.once["retrieve"] / ENCODING, least)
+
+
+def _dev(seconds: float, dev: float) -> float:
+    """Returns the seconds of a stage's in which dev is measured, which takes `dev` once."""
+    least, most = DEV_TIMES
+    return max(min(DEV_SHARE * seconds, most * dev), least * dev)
+
+
+def _share(
+    seconds: float, step: dict[str, float], dev: dict[str, float], most: dict[str, int]
+) -> dict[str, float]:
+    """Shares seconds among the stages, of which none gets more than its `most` steps need."""
+    shared: dict[str, float] = {}
+    while True:
+        weight = sum(SHARES[name] for name in step if name not in shared)
+        left = seconds - sum(shared.values())
+        parts = {n: left * SHARES[n] / weight for n in step if n not in shared}
+        needed = {n: most[n] * step[n] + _dev(part, dev[n]) for n, part in parts.items()}
+        full = {n: needed[n] for n in parts if needed[n] < parts[n]}
+        if not full:
+            return {n: (shared | parts)[n] for n in step}
+        shared |= full
+
+
+def measure(run: Run, store: tokens.Store) -> Costs:
+    """Measures what the parts of the run take, by its own models, lengths, batches and devices."""
+    started, config = time.monotonic(), run.config
+    tqdm.tqdm.write("budget: measure speed")
+    (passage, pair), size = _forward(run, store), len(store.texts)
+    steps = {name: _steps(run, store, name) for name in _stages(config)}
+    asked = min(config.dev.queries, len(store.splits["dev"].ids))
+    rerank_dev = asked * config.dev.depth * pair
+    warm, both = (
+        min(max(config.dev.pool, asked * each), size) * passage
+        for each in (1, 1 + config.dev.depth)
+    )
+    compiling = {name: max(first - later, 0.0) for name, (first, later) in steps.items()}
+    scored = config.joint.denoised_share > 0 and not config.joint.lists
+    return Costs(
+        once={"measuring": time.monotonic() - started, "retrieve": size * passage}
+        | compiling
+        | {"mine": rerank_dev * scored},
+        pair=pair,
+        step={name: later for name, (_, later) in steps.items()},
+        dev={
+            name: {"retriever": warm, "reranker": rerank_dev, "joint": both + rerank_dev}[name]
+            for name in steps
+        },
+    )
+
+
+def _forward(run: Run, store: tokens.Store) -> tuple[float, float]:
+    """Returns the seconds of a passage encoded, and of a pair scored."""
+    forward = run.forward
+    lengths_N = forward.inputs.passage_lengths(store, store.sample())
+    tokens_once = TIMED_BATCHES * forward.batch_tokens * run.sharding.shards
+    rows_N = np.resize(store.sample(), max(int(tokens_once / lengths_N.mean()), 1))
+    rows_N = np.random.default_rng(0).permutation(rows_N)
+    tower, queries = run.initial("retriever")["passage"], store.splits["train"].texts
+    passage = _second(lambda: encode.passages(forward, tower, store, rows_N)) / len(rows_N)
+    reranker, asked_N = run.initial("reranker"), np.resize(np.arange(len(queries)), len(rows_N))
+    pairs = forward, reranker, store, queries, asked_N, rows_N[:, None]
+    pair = _second(lambda: rerank.scores(*pairs)) / len(rows_N)
+    tqdm.tqdm.write(
+        f"  {lengths_N.mean() / passage:,.0f} passage tokens and {1 / pair:,.1f} pairs a second"
+    )
+    return passage, pair
+
+
+def _second(work: Callable[[], Any]) -> float:
+    """Returns the seconds of some work when it is done again, everything being compiled."""
+    work()
+    started = time.monotonic()
+    work()
+    return time.monotonic() - started
+
+
+def _steps(run: Run, store: tokens.Store, name: str) -> tuple[float, float]:
+    """Returns the seconds of a stage's first step, which compiles, and of a later one."""
+    settings, stage = run.config[name], stages.make_stage(run.config, run.models, name)
+    rng, positives_2xN = np.random.default_rng(0), store.splits["train"].positives()
+    count = (TIMED_STEPS + 1) * settings.batch
+    query_rows_L, heads_L = np.resize(
+        positives_2xN[:, rng.permutation(positives_2xN.shape[1])[:count]].T, (count, 2)
+    ).T
+    passages_LxP = rng.integers(len(store.texts), size=(count, stage.list_size))
+    passages_LxP[:, 0] = heads_L
+    provenance_LxP = np.full(passages_LxP.shape, lists_lib.Provenance.UNDENOISED_NEGATIVE)
+    provenance_LxP[:, 0] = lists_lib.Provenance.LABELLED_POSITIVE
+    lists = lists_lib.Lists(query_rows_L, passages_LxP, provenance_LxP)
+    batches = stage_batches(run, store, name, stage, lists)
+    optimizer = train.make_optimizer(run.config.optimizer, settings, TIMED_STEPS + 1, stage.rates)
+    params = {model: run.initial(model) for model in stage.models}
+    state = train.init_state(params, optimizer, run.sharding)
+    step_fn, key = train.make_step(stage.loss_fn, optimizer, run.sharding), jax.random.key(0)
+    seconds = []
+    for step in range(TIMED_STEPS + 1):
+        batch = run.sharding.put_batch(batches.make(step))
+        started = time.monotonic()
+        state, terms = step_fn(state, batch, key)
+        jax.block_until_ready((state.params, terms))
+        seconds.append(time.monotonic() - started)
+    return seconds[0], float(np.median(seconds[1:]))
+
+
+@contextlib.contextmanager
+def timed(run: Run, name: str) -> Iterator[None]:
+    """Adds the seconds of a part of the run to those that its workdir keeps, under a budget."""
+    started = time.monotonic()
+    try:
+        yield
+    finally:
+        if run.config.budget and hosts.first():
+            took = _took(run)
+            took[name] = took.get(name, 0.0) + time.monotonic() - started
+            artifacts.replace_text(run.workdir / TOOK, json.dumps(took, indent=1) + "\n")
+
+
+def _took(run: Run) -> dict[str, float]:
+    try:
+        return json.loads((run.workdir / TOOK).read_text())
+    except DAMAGE:
+        return {}
+
+
+def report(run: Run) -> None:
+    """Prints what the parts of a run under a budget took."""
+    if run.config.budget:
+        took = hosts.from_first(lambda: _took(run))
+        made = hosts.from_first(lambda: _read(run.config, run.workdir))
+        parts = ", ".join(
+            f"{name} {seconds / 60:.1f} (expected {made['expected'][name] / 60:.1f})"
+            for name, seconds in took.items()
+        )
+        total = sum(took.values()) / 60
+        tqdm.tqdm.write(f"budget: took {total:.1f} of {run.config.budget:g} minutes: {parts}")
