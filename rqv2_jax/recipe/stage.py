@@ -52,7 +52,8 @@ class Dev:
         order_Q = np.argsort(rows_Q)
         self.rows_Q, self.candidates_QxK = rows_Q[order_Q], passages_QxK[order_Q]
         self.qrels = self.queries.labels_of(self.rows_Q)
-        pool = np.unique(np.append(self.qrels[1][self.qrels[2] > 0], passages_QxK))
+        pool = np.append(self.qrels[1][self.qrels[2] > 0], passages_QxK[passages_QxK >= 0])
+        pool = np.unique(pool)
         others = np.setdiff1d(np.arange(len(store.passage_ids)), pool)
         others = np.random.default_rng(config.seed).permutation(others)
         fill = max(config.dev.pool - len(pool), 0)
