@@ -3,10 +3,12 @@ import itertools
 import numpy as np
 import pytest
 import scipy.optimize
+import scipy.stats
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from rqv2_jax.data.calibration import calibrate, fit_probability, relevance
+from rqv2_jax.data.lists import Candidates
 
 SHARE = 0.2
 
@@ -114,3 +116,69 @@ def test_scores_that_are_all_the_same_give_the_prior(relevant):
     slope, offset = fit_probability(scores_N, relevant_N)
     target = (relevant * (relevant + 1) / (relevant + 2) + (10 - relevant) / (12 - relevant)) / 10
     assert abs(sigmoid(slope * 4.0 + offset) - target) < 1e-3
+
+
+def offset_scores(queries, depth, *, spread, seed):
+    """Candidates whose scores have an offset for each query, one or two in front relevant [Q, N].
+
+    Relevant passages score 3 higher than others, whose deviation is 1.
+    """
+    rng = np.random.default_rng(seed)
+    relevant_QxN = np.zeros((queries, depth), bool)
+    relevant_QxN[:, 0] = True
+    relevant_QxN[: queries // 2, 1] = True
+    scores_QxN = rng.normal(size=(queries, depth)) + 3 * relevant_QxN
+    scores_QxN += spread * rng.normal(size=(queries, 1))
+    rows_QxN = np.tile(np.arange(depth), (queries, 1))
+    unused_QxN = np.zeros((queries, depth), np.float32)
+    found = Candidates(np.arange(queries), rows_QxN, unused_QxN, scores_QxN.astype(np.float32))
+    return found, relevant_QxN
+
+
+def auc(scores_N, relevant_N):
+    ranks_N = scipy.stats.rankdata(scores_N)
+    positives, negatives = relevant_N.sum(), (~relevant_N).sum()
+    return (ranks_N[relevant_N].sum() - positives * (positives + 1) / 2) / (positives * negatives)
+
+
+def measured(judged, to_calibrate, depth):
+    """AUC, and the share of relevant and of other candidates with a probability above .9."""
+    found, relevant_QxN = judged
+    fitted, labels_QxN = to_calibrate
+    if depth:
+        found, fitted = found.centred(depth), fitted.centred(depth)
+    line = calibrate(fitted.reranker_QxN.reshape(-1), labels_QxN.reshape(-1), SHARE)
+    p_QxN = relevance(found.reranker_QxN, line)
+    sure = [(p_QxN[which] > 0.9).mean() for which in (relevant_QxN, ~relevant_QxN)]
+    return auc(p_QxN.reshape(-1), relevant_QxN.reshape(-1)), *sure
+
+
+def test_scores_less_their_querys_mean_tell_relevant_passages_apart():
+    """Listwise training leaves each query's scores an offset; train and dev differ in depth."""
+    train, dev = (offset_scores(400, n, spread=2.5, seed=n) for n in (40, 20))
+    raw, centred = measured(train, dev, 0), measured(train, dev, 20)
+    none = measured(*(offset_scores(400, n, spread=0.0, seed=n) for n in (40, 20)), 0)
+    assert raw[0] < 0.9 < 0.96 < centred[0]
+    assert centred[0] == pytest.approx(none[0], abs=0.01)
+    # Nothing is certain of the raw scores; of the others most that is relevant.
+    assert raw[1] < 0.2 < 0.5 < centred[1]
+    assert centred[1:] == pytest.approx(none[1:], abs=0.06)
+    assert centred[2] < 0.01
+
+
+def test_the_mean_is_that_of_the_scored_among_the_first():
+    nan = np.nan
+    scores = np.array([[1, 3, 8, nan], [nan, 4, nan, 6], [nan, nan, nan, nan]], np.float32)
+    found = Candidates(np.arange(3), np.zeros((3, 4), int), scores, scores).centred(2)
+    expected = np.array([[-1, 1, 6, nan], [nan, 0, nan, 2], [nan] * 4], np.float32)
+    np.testing.assert_array_equal(found.reranker_QxN, expected)
+    assert found.reranker_QxN.dtype == np.float32
+    np.testing.assert_array_equal(found.retriever_QxN, scores)
+
+
+def test_a_probability_stays_what_the_assumed_share_makes_it():
+    found, relevant_QxN = offset_scores(300, 20, spread=0.0, seed=1)
+    scored = found.reranker_QxN.reshape(-1), relevant_QxN.reshape(-1)
+    low, high = (calibrate(*scored, share) for share in (0.1, 0.5))
+    assert low[0] == high[0]
+    assert high[1] - low[1] == pytest.approx(np.log(9))

@@ -285,15 +285,15 @@ def same(a, b):
 def test_lists_are_a_function_of_seed_and_epoch():
     # List size above the number of candidates, so that the random fills are in it.
     candidates, positives_2xN = problem(5, queries=30, depth=6, passages=300)
-    given = [x for x in [*vars(candidates).values(), positives_2xN] if x is not None]
-    before = [x.copy() for x in given]
+    arguments = [x for x in [*vars(candidates).values(), positives_2xN] if x is not None]
+    before = [x.copy() for x in arguments]
     given = dict(list_size=9, num_passages=300)
     first = drawn(candidates, positives_2xN, seed=1, epoch=2, **given)
     np.random.default_rng(0)
     assert same(first, drawn(candidates, positives_2xN, seed=1, epoch=2, **given))
     for seed, epoch in ((1, 3), (2, 2), (2, 1)):
         assert not same(first, drawn(candidates, positives_2xN, seed=seed, epoch=epoch, **given))
-    for array, copy in zip([*vars(candidates).values(), positives_2xN], before):
+    for array, copy in zip(arguments, before):
         np.testing.assert_array_equal(array, copy)
 
 
