@@ -7,6 +7,8 @@ Data: a folder with MS MARCO's collection.tsv, queries.{train,dev.small}.tsv and
 qrels.{train,dev.small}.tsv, each gzipped or not. The paper's passages have titles, which MS MARCO left
 out: RocketQA's para.title.txt in the same folder adds them, config.data.titles=False ignores them.
 With preset rocketqa, RocketQA's corpus/marco.
+Candidates: the first 200, for denoised and undenoised lists alike, so that these differ in denoising
+and not in depth. The paper leaves the depth open; 1,000 would be 500 million pairs to score.
 Weights: a Hugging Face folder of ERNIE 2.0 base (the paper's) or of BERT base, both uncased.
 Command:
   python -m rqv2_jax.main --config configs/msmarco.py --workdir DIR --config.data.path=FOLDER \
@@ -35,7 +37,7 @@ def get_config(preset: str = "full"):
     config.data.dataset = "msmarco"
     config.retriever.epochs = 40.0
     config.joint.update({"epochs": 2.0, "list_size": 128})
-    config.mine.update({"depth": 1000, "scored_depth": 200})
+    config.mine.update({"depth": 200, "scored_depth": 200})
     config.evaluate.update(
         {"retrieve_depth": 1000, "rerank_depth": 50}
         | {"metrics": ("RR@10", "Success@50", "R@1000", "nDCG@10")}

@@ -31,6 +31,7 @@ LOSSES = {
 }
 
 INDEXES = ("exact", "scann")
+SOURCES = ("retriever", "bm25")
 
 
 def _training(**settings) -> dict:
@@ -121,12 +122,26 @@ def default() -> ConfigDict:
             # Warm-up of the retriever with in-batch negatives; 0 epochs skip it.
             "retriever": _training(epochs=30.0, learning_rate=3e-5),
             # Warm-up of the re-ranker on lists of mined negatives; 0 epochs skip it.
-            "reranker": _training(epochs=2.0, list_size=8),
+            "reranker": _training(epochs=2.0, list_size=8, loss="listwise"),
             "mine": {
                 "queries": 1_000_000,  # at most this many training queries, drawn at random
-                "depth": 50,  # retrieved passages of each, candidates of undenoised lists
+                # Who finds candidates: "retriever", "bm25" (as `evaluate.bm25` says), or both, in turn.
+                "sources": ("retriever",),
+                # A run file of any system that lists them in place of the sources.
+                "candidates": "",
+                "depth": 50,  # passages of each, candidates of undenoised lists
+                # Candidates that the retriever scores above the worst labelled positive less this share
+                # of its score's magnitude are no undenoised negatives; 0 keeps them all.
+                "margin": 0.0,
                 "scored_queries": 1_000_000,  # at most this many have denoised lists
                 "scored_depth": 50,  # the first passages of each, scored, their candidates
+                # How the re-ranker's scores become probabilities of relevance: "calibrated" on dev, or
+                # "sigmoid" of the score itself, which a pointwise loss gives a meaning (RocketQA).
+                "probability": "calibrated",
+                # What is calibrated: the "raw" score, or what it is above its "query_mean". Listwise
+                # training leaves open what is added to all scores of a query.
+                "calibrate": "raw",
+                "relevant_share": 0.2,  # of candidates, assumed in calibration
                 "negative_below": 0.1,  # probability of relevance, denoised negatives
                 "positive_above": 0.9,  # and extra positives
             },
@@ -286,6 +301,13 @@ def complete(config: ConfigDict) -> tuple[list[str], list[str]]:
         "retriever.accumulate": 0,
         "dev.hard": 0,
         "dev.metric": "RR@10",
+        "reranker.loss": "listwise",
+        "mine.sources": ("retriever",),
+        "mine.candidates": "",
+        "mine.margin": 0.0,
+        "mine.probability": "calibrated",
+        "mine.calibrate": "raw",
+        "mine.relevant_share": 0.2,
     }
     then |= {f"{stage}.keep": "best" for stage in ("retriever", "reranker", "joint")}
     then |= {

@@ -37,6 +37,9 @@ CHOICES = {
     **{f"{stage}.schedule": ("constant", "linear") for stage in STAGES},
     **{f"{stage}.keep": ("best", "last") for stage in STAGES},
     "evaluate.bm25.stemmer": STEMMERS,
+    "reranker.loss": losses.RERANKER_LOSSES,
+    "mine.probability": ("calibrated", "sigmoid"),
+    "mine.calibrate": ("raw", "query_mean"),
     "joint.loss.kl_direction": losses.KL_DIRECTIONS,
     "joint.loss.kl_reduction": losses.KL_REDUCTIONS,
     "joint.loss.reranker_loss": losses.RERANKER_LOSSES,
@@ -68,6 +71,8 @@ RANGES = {
     "joint.refresh_every": (0, 10**9),
     "joint.kl_weight": (0.0, 1e6),
     "joint.in_batch_weight": (0.0, 1e6),
+    "mine.margin": (0.0, 1.0),
+    "mine.relevant_share": (0.001, 0.999),
     "mine.negative_below": (0.0, 1.0),
     "mine.positive_above": (0.0, 1.0),
     "evaluate.bm25.most_passages": (0, 10**9),
@@ -88,6 +93,7 @@ def check(config: ConfigDict) -> None:
             raise InputError(f"config.{key}: missing; start the config from config.default()")
         _check_value(key, given[key], default)
     _check_stages(given)
+    _check_mining(given)
     _check_evaluation(given)
     _check_joint(given)
     trained = {f"train_{kind}": SHORTEST[kind] for kind in ("passage", "pair")}
@@ -123,11 +129,6 @@ def _check_stages(given: dict[str, Any]) -> None:
             "config.data.path is empty; give the folder of the data as --config.data.path=DIR, or a "
             f"data.dataset that is fetched ({', '.join(FETCHED)})"
         )
-    if given["mine.negative_below"] > given["mine.positive_above"]:
-        raise InputError(
-            "config.mine.negative_below is above config.mine.positive_above, so a passage could be "
-            "both; lower it"
-        )
     for stage in STAGES:
         if given[f"{stage}.most_lists"] < given[f"{stage}.batch"]:
             raise InputError(
@@ -136,13 +137,30 @@ def _check_stages(given: dict[str, Any]) -> None:
             )
 
 
-def _check_evaluation(given: dict[str, Any]) -> None:
-    indexes = given["evaluate.indexes"]
-    if not indexes or len({*indexes}) < len(indexes) or not {*indexes} <= {*config_lib.INDEXES}:
+def _check_mining(given: dict[str, Any]) -> None:
+    if given["mine.negative_below"] > given["mine.positive_above"]:
         raise InputError(
-            f"config.evaluate.indexes is {indexes}; give ('exact', 'scann') or one of the two, as "
-            "('exact',)"
+            "config.mine.negative_below is above config.mine.positive_above, so a passage could be "
+            "both; lower it"
         )
+    _check_names("mine.sources", given["mine.sources"], config_lib.SOURCES)
+    if given["mine.margin"] and (
+        "retriever" not in given["mine.sources"] or given["mine.candidates"]
+    ):
+        raise InputError(
+            "config.mine.margin is one of the retriever's scores, but others find the candidates; set "
+            "it to 0, or name the retriever in config.mine.sources"
+        )
+
+
+def _check_names(key: str, names: tuple, known: tuple[str, str]) -> None:
+    """Raises InputError unless a setting names one or both of two things."""
+    if not names or len({*names}) < len(names) or not {*names} <= {*known}:
+        raise InputError(f"config.{key} is {names}; give {known} or one of the two, as {known[:1]}")
+
+
+def _check_evaluation(given: dict[str, Any]) -> None:
+    _check_names("evaluate.indexes", given["evaluate.indexes"], config_lib.INDEXES)
     if not given["evaluate.metrics"]:
         raise InputError("config.evaluate.metrics is empty; name one or more, as ('RR@10',)")
     named = [("evaluate.metrics", name) for name in given["evaluate.metrics"]]

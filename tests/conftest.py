@@ -163,7 +163,7 @@ class World:
         )
 
     def loss(self, name, models=None, accumulate=1):
-        """(loss_fn, models it trains, in_batch) of "retriever", "reranker" or a joint loss.
+        """(loss_fn, models it trains, in_batch) of "retriever", "reranker", "pointwise" or a joint one.
 
         A joint loss is a preset of LOSSES, or one of JOINT, which changes other settings. With
         ", cosine" behind its name the retriever compares by that, scaled.
@@ -178,8 +178,9 @@ class World:
         if name == "retriever":
             loss_fn = partial(stages.retriever_loss, models, accumulate > 1)
             return loss_fn, ("retriever",), True
-        if name == "reranker":
-            return partial(stages.reranker_loss, models), ("reranker",), False
+        if name in ("reranker", "pointwise"):
+            kind = "listwise" if name == "reranker" else name
+            return partial(stages.reranker_loss, models, kind), ("reranker",), False
         settings = {"kl_weight": 1.0, "in_batch_weight": 0.0, "train_reranker": True}
         settings |= {"loss": config.LOSSES.get(name, config.LOSSES["paper"])} | JOINT.get(name, {})
         in_batch = settings["in_batch_weight"] > 0

@@ -122,6 +122,7 @@ def test_choices_of_the_loss_are_those_the_loss_knows():
     assert config_check.CHOICES["joint.loss.kl_direction"] == losses.KL_DIRECTIONS
     assert config_check.CHOICES["joint.loss.kl_reduction"] == losses.KL_REDUCTIONS
     assert config_check.CHOICES["joint.loss.reranker_loss"] == losses.RERANKER_LOSSES
+    assert config_check.CHOICES["reranker.loss"] == losses.RERANKER_LOSSES
     assert ("", *Stemmer.algorithms()) == config_check.STEMMERS
 
 
@@ -189,6 +190,39 @@ def test_metrics_are_known_before_anything_runs():
 def test_indexes_are_those_there_are(indexes):
     assert "give ('exact', 'scann') or one" in message(**{"evaluate.indexes": indexes})
     config_check.check(usable(**{"evaluate.indexes": ("scann",)}))
+
+
+@pytest.mark.parametrize("sources", [(), ("web",), ("bm25", "bm25"), (1,)])
+def test_sources_of_candidates_are_those_there_are(sources):
+    assert "give ('retriever', 'bm25') or one" in message(**{"mine.sources": sources})
+    config_check.check(usable(**{"mine.sources": ("bm25",)}))
+
+
+def test_a_margin_needs_the_retrievers_candidates():
+    margin = {"mine.margin": 0.05}
+    config_check.check(usable(**margin, **{"mine.sources": ("bm25", "retriever")}))
+    for others in ({"mine.sources": ("bm25",)}, {"mine.candidates": "run.trec"}):
+        assert "config.mine.margin is one of the retriever's" in message(**margin, **others)
+
+
+def test_configs_of_before_mine_and_train_as_they_did():
+    config = usable()
+    then = {
+        "mine.sources": ("retriever",),
+        "mine.candidates": "",
+        "mine.margin": 0.0,
+        "mine.probability": "calibrated",
+        "mine.calibrate": "raw",
+        "mine.relevant_share": 0.2,
+        "reranker.loss": "listwise",
+    }
+    for key in then:
+        group, name = key.split(".")
+        del config[group][name]
+    added, wrong = config_lib.complete(config)
+    assert ({*added}, wrong) == ({*then}, [])
+    config_check.check(config)
+    assert {key: config_lib.flat(config)[key] for key in then} == then
 
 
 def test_thresholds_do_not_cross():
@@ -330,8 +364,8 @@ def test_full_is_the_papers_recipe(name, list_size, joint_epochs, retriever_epoc
     ]
     assert (config.optimizer.weight_decay, config.optimizer.clip_norm) == (0.01, 1.0)
     assert (config.mine.negative_below, config.mine.positive_above) == (0.1, 0.9)
-    # A list takes its negatives from what is retrieved.
-    assert min(config.mine.depth, config.mine.scored_depth) >= list_size - 1
+    # Denoised lists and others take their negatives from the same candidates.
+    assert config.mine.depth == config.mine.scored_depth >= list_size - 1
 
 
 @pytest.mark.parametrize("name", ["nq", "msmarco"])

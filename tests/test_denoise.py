@@ -8,6 +8,7 @@ from rqv2_jax.data.lists import Candidates
 
 # Probabilities 0.119, 0.5 and 0.881 for scores of -2, 0 and 2.
 IDENTITY = (1.0, 0.0)
+BY = {"probability": "calibrated", "calibrate": "raw", "relevant_share": 0.2}
 SCORES = np.array([[2, 0, -2, -2], [2, 2, -2, np.nan], [np.nan] * 4], np.float32)
 PASSAGES = np.array([[0, 1, 2, 3], [4, 5, 6, 7], [0, 1, 2, 3]])
 CANDIDATES = Candidates(np.array([5, 3, 8]), PASSAGES, np.zeros((3, 4), np.float32), SCORES)
@@ -18,7 +19,7 @@ FULLER = np.array([[5, 3, 5, 3], [0, 9, 2, 5]])
 
 def table(fuller_2xN=None, chosen=(0.2, 0.8)):
     report = denoise.table(CANDIDATES, LABELS, IDENTITY, 20, chosen=chosen, fuller_2xN=fuller_2xN)
-    return {**report, "dev": {"candidates": 30, "labelled": 4}}
+    return {**report, "dev": {"candidates": 30, "labelled": 4}, "by": BY}
 
 
 def test_counts_by_hand():
@@ -69,7 +70,9 @@ def test_chosen_thresholds_are_marked():
     assert empty.split() == ["0.990", "0", "6", "-", "0.000"]
     assert "train it longer" not in text
     flat = denoise.table(CANDIDATES, LABELS, (0.0, -1.4), 20, chosen=(0.1, 0.9))
-    assert "train it longer" in denoise.render({**flat, "dev": {"candidates": 30, "labelled": 0}})
+    assert "train it longer" in denoise.render(
+        {**flat, "dev": {"candidates": 30, "labelled": 0}, "by": BY}
+    )
 
 
 @given(

@@ -233,6 +233,24 @@ def test_given_lists_that_contradict_each_other_are_mended(finished, tmp_path, c
     np.testing.assert_array_equal(filled, [engine, engine])
 
 
+def test_given_negatives_with_a_positives_tokens_are_replaced(finished, tmp_path):
+    path = tmp_path / "lists.tsv"
+    # The same tokens: split between title and text, or in capitals.
+    lists = [("a", "\triver stone", n) for n in ("river\tstone", "\tRIVER Stone")]
+    lists.append(("b", "\tforest", "\tsignal"))
+    path.write_text("".join(f"{q}\t{p}\t1\n{q}\t{n}\t0\n" for q, p, n in lists))
+    changed = config_lib.loads(config_lib.dumps(finished[0]))
+    changed.joint.update({"lists": str(path), "list_size": 2, "epochs": 1.0})
+    store, found = mining.read_lists(open_run(changed, tmp_path / "w"))
+    kinds = lists_lib.Provenance
+    texts = {row: len(store.texts.row(row)) + len(store.titles.row(row)) for row in range(5)}
+    for query, (_, negative), (_, kind) in zip(
+        found.query_rows_L, found.passages_LxP, found.provenance_LxP
+    ):
+        assert kind == (kinds.RANDOM_FILL if query == 0 else kinds.GIVEN_NEGATIVE)
+        assert texts[int(negative)] == 1, "one word: of the other query's"
+
+
 def test_given_lists_are_read_before_any_training(finished, tmp_path):
     path = tmp_path / "lists.tsv"
     path.write_text("a\t\triver\t1\na\t\tstone\t0\na\t\tstone\t1\na\t\triver\t0\n")

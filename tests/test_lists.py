@@ -1,24 +1,18 @@
 import collections
-import itertools
 import types
 
 import numpy as np
 import pytest
-import scipy.optimize
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from rqv2_jax.data.lists import (
-    RELEVANT_SHARE,
     Candidates,
     Denoising,
     Lists,
     Provenance,
-    calibrate,
     draw,
-    fit_probability,
     known_positive,
-    relevance,
     training_lists,
     without_known_positives,
 )
@@ -195,7 +189,7 @@ def test_negatives_that_head_another_list_are_replaced(seed, queries, size, more
     provenance_LxP = np.full(passages_LxP.shape, Provenance.GIVEN_NEGATIVE, np.uint8)
     provenance_LxP[:, 0] = Provenance.LABELLED_POSITIVE
     given_lists = Lists(rng.integers(0, queries, 8), passages_LxP, provenance_LxP)
-    found = without_known_positives(given_lists, num_passages=passages, seed=seed)
+    found = without_known_positives(given_lists, np.arange(passages + 1), seed=seed)
     heads = set(zip(given_lists.query_rows_L.tolist(), passages_LxP[:, 0].tolist()))
     count = 0
     for query, before, after, kinds in zip(
@@ -291,14 +285,15 @@ def same(a, b):
 def test_lists_are_a_function_of_seed_and_epoch():
     # List size above the number of candidates, so that the random fills are in it.
     candidates, positives_2xN = problem(5, queries=30, depth=6, passages=300)
-    before = [x.copy() for x in [*vars(candidates).values(), positives_2xN]]
+    arguments = [x for x in [*vars(candidates).values(), positives_2xN] if x is not None]
+    before = [x.copy() for x in arguments]
     given = dict(list_size=9, num_passages=300)
     first = drawn(candidates, positives_2xN, seed=1, epoch=2, **given)
     np.random.default_rng(0)
     assert same(first, drawn(candidates, positives_2xN, seed=1, epoch=2, **given))
     for seed, epoch in ((1, 3), (2, 2), (2, 1)):
         assert not same(first, drawn(candidates, positives_2xN, seed=seed, epoch=epoch, **given))
-    for array, copy in zip([*vars(candidates).values(), positives_2xN], before):
+    for array, copy in zip(arguments, before):
         np.testing.assert_array_equal(array, copy)
 
 
@@ -415,104 +410,3 @@ def test_known_positives_are_the_labelled_pairs(seed, queries, depth):
             candidates.query_rows_Q.tolist(), candidates.passages_QxN.tolist(), strict=True
         )
     ]
-
-
-def negative_log_likelihood(slope, offset, scores_N, relevant_N):
-    """Platt's, with his smoothed targets (Platt 1999, equation 2.2.1)."""
-    positives, negatives = relevant_N.sum(), (~relevant_N).sum()
-    target_N = np.where(relevant_N, (positives + 1) / (positives + 2), 1 / (negatives + 2))
-    logit_N = slope * scores_N.astype(np.float64) + offset
-    return np.sum(np.logaddexp(0, logit_N) - target_N * logit_N)
-
-
-def assert_most_likely(scores_N, relevant_N):
-    fitted = fit_probability(scores_N, relevant_N)
-    assert all(isinstance(x, float) and np.isfinite(x) for x in fitted)
-    mean, scale = float(scores_N.mean(dtype=np.float64)), max(float(scores_N.std()), 1e-6)
-
-    def loss(w):
-        slope = w[0] / scale
-        return negative_log_likelihood(slope, w[1] - slope * mean, scores_N, relevant_N)
-
-    best = scipy.optimize.minimize(loss, np.zeros(2), method="BFGS").fun
-    assert negative_log_likelihood(*fitted, scores_N, relevant_N) <= best + 1e-5 * (1 + best)
-    return fitted
-
-
-@given(
-    st.integers(0, 2**32 - 1),
-    st.integers(2, 400),
-    st.sampled_from([0.003, 0.05, 0.5, 0.95]),
-    st.sampled_from([-2.0, 0.0, 1.0, 4.0, 15.0, 40.0]),
-    st.sampled_from([0.01, 1.0, 10.0]),
-    st.sampled_from([-30.0, 0.0, 7.0]),
-)
-@settings(deadline=None, max_examples=100)
-# Separated by ten standard deviations, one relevant of a thousand: a whole Newton step overshoots.
-@example(0, 1000, 0.001, 10.0, 1.0, 0.0)
-@example(1, 400, 0.05, 40.0, 10.0, -30.0)
-def test_the_probability_is_the_most_likely(seed, count, share, gap, spread, offset):
-    rng = np.random.default_rng(seed)
-    relevant_N = np.arange(count) < max(1, round(share * count))
-    scores_N = (rng.normal(size=count) + gap * relevant_N) * spread + offset
-    assert_most_likely(scores_N.astype(np.float32), relevant_N)
-
-
-def test_the_fit_beats_a_brute_force_search():
-    rng = np.random.default_rng(0)
-    relevant_N = rng.random(300) < 0.2
-    scores_N = (2 * rng.normal(size=300) + 3 * relevant_N).astype(np.float32)
-    slope, offset = fit_probability(scores_N, relevant_N)
-    grid = itertools.product(np.linspace(0, 2, 81), np.linspace(-6, 2, 81))
-    best = min(grid, key=lambda w: negative_log_likelihood(*w, scores_N, relevant_N))
-    assert abs(slope - best[0]) < 0.03
-    assert abs(offset - best[1]) < 0.11
-
-
-@pytest.mark.parametrize("gap", [0.5, 3, 10, 30, 300])
-@pytest.mark.parametrize("positives", [1, 10, 450])
-def test_higher_scores_are_likelier_however_well_separated(gap, positives):
-    rng = np.random.default_rng(positives)
-    relevant_N = np.arange(2000) < positives
-    scores_N = rng.normal(size=2000).astype(np.float32)
-    scores_N[relevant_N] += gap + scores_N[~relevant_N].mean() - scores_N[relevant_N].mean()
-    slope, offset = assert_most_likely(scores_N, relevant_N)
-    assert slope > 0
-    if gap >= 30:
-        p_N = sigmoid(slope * scores_N + offset)
-        # The smoothed targets, and not 0 and 1, are what a perfect re-ranker is fitted to.
-        assert abs(p_N[relevant_N].mean() - (positives + 1) / (positives + 2)) < 0.02
-        assert abs(p_N[~relevant_N].mean() - 1 / (2000 - positives + 2)) < 0.001
-    slope_down, offset_down = fit_probability(-scores_N, relevant_N)
-    np.testing.assert_allclose([slope_down, offset_down], [-slope, offset], rtol=1e-3, atol=1e-6)
-
-
-@pytest.mark.parametrize("times", [1, 3, 20])
-def test_probabilities_do_not_depend_on_how_many_candidates_are_irrelevant(times):
-    rng = np.random.default_rng(times)
-    few, many = rng.normal(2, 1, 4000), rng.normal(0, 1, 4000 * times)
-    scores_N = np.concatenate([few, many]).astype(np.float32)
-    found = calibrate(scores_N, np.arange(len(scores_N)) < len(few))
-    # Two normal distributions two apart: the likelihood ratio is exp(2 x - 2).
-    x = np.linspace(-2, 4, 7)
-    odds = np.exp(2 * x - 2) * RELEVANT_SHARE / (1 - RELEVANT_SHARE)
-    np.testing.assert_allclose(relevance(x, found), odds / (1 + odds), atol=0.02)
-
-
-def test_a_reranker_that_is_wrong_or_untested_is_not_believed():
-    rng = np.random.default_rng(0)
-    scores_N, relevant_N = rng.normal(size=200).astype(np.float32), np.arange(200) < 20
-    scores_N[relevant_N] -= 3
-    for labels_N in (relevant_N, np.zeros(200, bool)):
-        slope, offset = calibrate(scores_N, labels_N)
-        assert slope == pytest.approx(0, abs=1e-6)
-        assert sigmoid(offset) == pytest.approx(RELEVANT_SHARE)
-
-
-@pytest.mark.parametrize("relevant", [0, 3, 10])
-def test_scores_that_are_all_the_same_give_the_prior(relevant):
-    relevant_N = np.arange(10) < relevant
-    scores_N = np.full(10, 4.0, np.float32)
-    slope, offset = fit_probability(scores_N, relevant_N)
-    target = (relevant * (relevant + 1) / (relevant + 2) + (10 - relevant) / (12 - relevant)) / 10
-    assert abs(sigmoid(slope * 4.0 + offset) - target) < 1e-3

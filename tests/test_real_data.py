@@ -21,6 +21,7 @@ from rqv2_jax.errors import InputError
 from rqv2_jax.ranking import trec
 from rqv2_jax.recipe import mining, pipeline
 from rqv2_jax.recipe import scorer as score
+from rqv2_jax.recipe.candidates import Finder
 from rqv2_jax.recipe.claim import claim, open_workdir
 from rqv2_jax.recipe.run import open_run
 from rqv2_jax.recipe.stage import Dev
@@ -109,8 +110,8 @@ def test_a_query_that_is_a_passage_is_no_candidate_and_no_negative(messy):
     assert all(query != passage for query, passage in drawn)
     # The retriever does find it.
     vectors = tokens.open_store(workdir / "data" / "tokens")
-    unmarked = mining._Mine(run, vectors, workdir / "lists" / "unmarked", "unmarked")
-    ignored_by_nothing = unmarked.retrieve(
+    unmarked = Finder(run, vectors, workdir / "lists" / "unmarked", "unmarked")
+    ignored_by_nothing = unmarked.find(
         {"train": candidates["train"].query_rows_Q},
         workdir / "vectors" / "unmarked",
         lambda: run.params(state="retriever", model="retriever"),

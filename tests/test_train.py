@@ -82,6 +82,10 @@ def torch_loss(world, name, batch):
         loss = in_batch(*retriever())
     elif name == "reranker":
         loss = first_is_positive(reranker())
+    elif name == "pointwise":
+        scores_N = reranker()[where_BxP]
+        labels_N = torch.tensor([1.0, 0.0, 0.0]).repeat(8, 1)[where_BxP]
+        loss = F.binary_cross_entropy_with_logits(scores_N, labels_N)
     else:
         queries_BxD, passages_NxD = retriever()
         dots_BxP = (queries_BxD[:, None] * passages_NxD.reshape(8, 3, -1)).sum(-1)
@@ -131,7 +135,7 @@ def test_packed_batches_give_the_gradients_of_padded_ones(world, name, layout):
 @pytest.mark.parametrize(
     "name",
     [
-        *("retriever", "reranker", "paper", "official_code", "in batch"),
+        *("retriever", "reranker", "pointwise", "paper", "official_code", "in batch"),
         *(f"{name}{COSINE}" for name in ("retriever", "paper", "in batch")),
     ],
 )

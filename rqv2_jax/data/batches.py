@@ -81,13 +81,18 @@ class ListBatches:
                 "lower the stage's batch or raise its epochs"
             )
         self.store, self.queries, self.inputs = store, queries, inputs
-        self.never_negative_2xN = queries.never_negative()
         self.batch, self.in_batch = batch, in_batch
         self.slots_SxB = slots(batch, layout.shards, layout.accumulate)
         self.made_O = np.array(layout.made_here)
         self.steps = count // batch
         self.lists = self._balanced(lists)
         self.positive_LxP = self.lists.positive()
+        if in_batch:
+            query_N, passage_N = queries.never_negative()
+            rows = np.append(passage_N, lists.passages_LxP)
+            # A passage with the text of a positive under another id is no negative either.
+            self.text_N = store.same_text(rows, inputs.titles)
+            self.never_negative_2xN = np.stack([query_N, self.text_N[passage_N]])
         if not (self.positive_LxP[:, 0].all() and (self.positive_LxP.sum(axis=1) == 1).all()):
             raise ValueError("a list does not have its one positive first")
         self.shapes = {kind: self._plan(kind, layout) for model in models for kind in READS[model]}
@@ -142,7 +147,7 @@ class ListBatches:
         labels = {"positive": positive_OxBxP, "where": np.ones_like(positive_OxBxP) & real_OxBx1}
         if self.in_batch:
             rows_N = rows_SxB.reshape(-1)
-            passages_NxP = self.lists.passages_LxP[rows_N]
+            passages_NxP = self.text_N[self.lists.passages_LxP[rows_N]]
             made_N = np.arange(len(rows_N)).reshape(rows_SxB.shape)[self.made_O].reshape(-1)
             in_batch = in_batch_labels(
                 self.lists.query_rows_L[rows_N], passages_NxP, self.never_negative_2xN, made_N

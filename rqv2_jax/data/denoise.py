@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from rqv2_jax.data import calibration
 from rqv2_jax.data import lists as lists_lib
 
 # Thresholds on the probability of relevance: negatives are below, positives above.
@@ -30,7 +31,7 @@ def table(
     Args:
       positives_2xN: the training labels; the candidates they name are left out of all counts but
         the histogram.
-      probability: slope and offset of `lists.calibrate`.
+      probability: slope and offset of `calibration.calibrate`.
       chosen: `negative_below` and `positive_above` of the config.
       fuller_2xN: more complete labels of the same queries, if there are any. Candidates that only
         these name are the *hidden* positives, by which denoising is judged.
@@ -45,7 +46,7 @@ def table(
     rows = candidates.query_rows_Q, candidates.passages_QxN, num_passages
     scored_QxN = ~np.isnan(candidates.reranker_QxN)
     score_C = candidates.reranker_QxN[scored_QxN]
-    p_C = lists_lib.relevance(score_C.astype(np.float64), probability)
+    p_C = calibration.relevance(score_C.astype(np.float64), probability)
     labelled_C = lists_lib.known_positive(positives_2xN, *rows)[scored_QxN]
     groups = {"labelled": labelled_C, "unlabelled": ~labelled_C}
     hidden_U = innocent_U = None
@@ -104,7 +105,7 @@ def rejected(
     known_QxN = lists_lib.known_positive(
         positives_2xN, candidates.query_rows_Q, candidates.passages_QxN, num_passages
     )
-    p_QxN = lists_lib.relevance(candidates.reranker_QxN.astype(np.float64), probability)
+    p_QxN = calibration.relevance(candidates.reranker_QxN.astype(np.float64), probability)
     places_Fx2 = np.argwhere(~known_QxN & (p_QxN >= negative_below))
     places_Fx2 = np.random.default_rng(seed).permutation(places_Fx2)[:count]
     rows = [
@@ -115,17 +116,25 @@ def rejected(
 
 
 def render(report: dict) -> str:
-    """Renders a `table` with the counts of `dev` added; the chosen thresholds carry a star."""
+    """Renders a `table` with `dev`, its counts there, and `by`, three settings of `config.mine`, added.
+
+    The chosen thresholds carry a star.
+    """
     judged = "hidden" in report
     hidden = f", {report['hidden']} of them relevant by the fuller labels" if judged else ""
     slope, offset = report["probability"].values()
     lowest, highest = report["range"]
+    by, dev = report["by"], report["dev"]
+    relative = by["calibrate"] == "query_mean" and by["probability"] == "calibrated"
+    fitted = (
+        f", from {dev['candidates']} dev candidates, of which {dev['labelled']} are labelled, as if "
+        f"{by['relevant_share']:.0%} were" + ", scores less the mean of their query's" * relative
+    )
     lines = [
         f"{report['queries']} queries with scored candidates: {report['labelled']} labelled, "
         f"{report['unlabelled']} unlabelled{hidden}",
-        f"probability of relevance: sigmoid({slope:.3f} score {offset:+.3f}), from "
-        f"{report['dev']['candidates']} dev candidates, of which {report['dev']['labelled']} are "
-        f"labelled, as if {lists_lib.RELEVANT_SHARE:.0%} were",
+        f"probability of relevance: sigmoid({slope:.3f} score {offset:+.3f})"
+        + fitted * (by["probability"] == "calibrated"),
         f"of unlabelled candidates: {lowest:.3f} to {highest:.3f}",
     ]
     if slope == 0:

@@ -15,10 +15,8 @@ import enum
 import ml_collections
 import numpy as np
 
+from rqv2_jax.data import calibration
 from rqv2_jax.errors import InputError
-
-# Share of relevant candidates assumed in calibration.
-RELEVANT_SHARE = 0.2
 
 
 class Provenance(enum.IntEnum):
@@ -34,21 +32,81 @@ class Provenance(enum.IntEnum):
 
 @dataclasses.dataclass(frozen=True)
 class Candidates:
-    """Passages that the retriever found for each query, best first.
+    """Passages that were found for each query, best first.
 
-    `query_rows_Q` and `passages_QxN` are row numbers, `retriever_QxN` and `reranker_QxN` scores in
-    float32 (the latter NaN where the re-ranker has not seen them).
+    `query_rows_Q` and `passages_QxN` are row numbers, passage -1 where fewer were found.
+    `retriever_QxN` and `reranker_QxN` are scores in float32, NaN where the retriever has not found a
+    passage or the re-ranker not seen it. Passages that the retriever scores above `highest_Q` are too
+    near the labelled ones to be undenoised negatives; None if there is no such limit.
     """
 
     query_rows_Q: np.ndarray
     passages_QxN: np.ndarray
     retriever_QxN: np.ndarray
     reranker_QxN: np.ndarray
+    highest_Q: np.ndarray | None = None
 
     def first(self, queries: int, depth: int) -> "Candidates":
         """Returns the first `depth` candidates of the first `queries` queries."""
         tables = self.passages_QxN, self.retriever_QxN, self.reranker_QxN
-        return Candidates(self.query_rows_Q[:queries], *(x[:queries, :depth] for x in tables))
+        highest_Q = None if self.highest_Q is None else self.highest_Q[:queries]
+        passages, retriever, reranker = (x[:queries, :depth] for x in tables)
+        rows_Q = self.query_rows_Q[:queries]
+        return Candidates(rows_Q, passages, retriever, reranker, highest_Q)
+
+    def centred(self, depth: int) -> "Candidates":
+        """Returns re-ranker scores less the mean of those that a query's first `depth` candidates have.
+
+        A query without any keeps NaN.
+        """
+        first_QxN = self.reranker_QxN[:, :depth]
+        scored_QxN = ~np.isnan(first_QxN)
+        count_Qx1 = scored_QxN.sum(axis=1, keepdims=True)
+        total_Qx1 = np.where(scored_QxN, first_QxN, 0).sum(axis=1, keepdims=True)
+        mean_Qx1 = total_Qx1 / np.where(count_Qx1, count_Qx1, np.nan)
+        reranker_QxN = (self.reranker_QxN - mean_Qx1).astype(np.float32)
+        return dataclasses.replace(self, reranker_QxN=reranker_QxN)
+
+    def too_near(self) -> np.ndarray:
+        """Returns which candidates the retriever scores above `highest_Q` [Q, N]."""
+        if self.highest_Q is None:
+            return np.zeros(self.passages_QxN.shape, bool)
+        return self.retriever_QxN > self.highest_Q[:, None]
+
+
+def interleaved(
+    rankings: list[tuple[np.ndarray, np.ndarray]], depth: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Takes passages [Q, N] of rankings in turn, each once, and returns the first `depth` and scores.
+
+    Passage -1 is padding, and where a query has fewer. A score is that of any ranking in which it is
+    not NaN.
+    """
+    width = max(passages_QxN.shape[1] for passages_QxN, _ in rankings)
+    passages_QxM, scores_QxM = (
+        np.stack(
+            [np.pad(x, ((0, 0), (0, width - x.shape[1])), constant_values=fill) for x in of], 2
+        )
+        for of, fill in zip(zip(*rankings), (-1, np.nan))
+    )
+    passages_QxM, scores_QxM = (x.reshape(len(x), -1) for x in (passages_QxM, scores_QxM))
+    order_QxM = np.argsort(passages_QxM, axis=1, kind="stable")
+    sorted_QxM, score_QxM = (
+        np.take_along_axis(x, order_QxM, axis=1) for x in (passages_QxM, scores_QxM)
+    )
+    again_QxM = sorted_QxM[:, 1:] == sorted_QxM[:, :-1]
+    # At most two rankings have a passage, so that its entries are neighbours.
+    score_QxM[:, :-1] = np.where(
+        again_QxM, np.fmax(score_QxM[:, :-1], score_QxM[:, 1:]), score_QxM[:, :-1]
+    )
+    np.put_along_axis(scores_QxM, order_QxM, score_QxM, axis=1)
+    dropped_QxM = passages_QxM < 0
+    np.put_along_axis(dropped_QxM, order_QxM[:, 1:], again_QxM | (sorted_QxM[:, 1:] < 0), axis=1)
+    first_QxN = np.argsort(dropped_QxM, axis=1, kind="stable")[:, :depth]
+    dropped_QxN, passages_QxN, scores_QxN = (
+        np.take_along_axis(x, first_QxN, axis=1) for x in (dropped_QxM, passages_QxM, scores_QxM)
+    )
+    return np.where(dropped_QxN, -1, passages_QxN), np.where(dropped_QxN, np.nan, scores_QxN)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +130,8 @@ class Lists:
 class Denoising:
     """The share of lists to denoise, and thresholds on the probability of relevance.
 
-    `probability` is slope and offset of `calibrate`; it and the thresholds are not used if the share
-    is 0.
+    `probability` is slope and offset of `calibration.calibrate`; it and the thresholds are not used if
+    the share is 0.
     """
 
     share: float
@@ -87,62 +145,8 @@ def known_positive(
 ) -> np.ndarray:
     """Returns which candidates are labelled relevant for their query [Q, N]."""
     labelled = np.unique(pairs_2xN[0] * num_passages + pairs_2xN[1])
-    return np.isin(query_rows_Q[:, None] * num_passages + passages_QxN, labelled)
-
-
-def fit_probability(scores_N: np.ndarray, relevant_N: np.ndarray) -> tuple[float, float]:
-    """Fits slope and offset of P(relevant) = sigmoid(slope * score + offset): Platt scaling.
-
-    Uses Newton's method on the log-likelihood of dev candidates, with Platt's smoothed targets (Platt
-    1999), which keep it finite where the two classes do not overlap.
-    """
-    positives, negatives = relevant_N.sum(), (~relevant_N).sum()
-    target_N = np.where(relevant_N, (positives + 1) / (positives + 2), 1 / (negatives + 2))
-    scores_N = scores_N.astype(np.float64)
-    centre, scale = scores_N.mean(), max(scores_N.std(), 1e-6)
-    x_Nx2 = np.stack([(scores_N - centre) / scale, np.ones_like(scores_N)], axis=1)
-
-    def loss(w: np.ndarray) -> float:
-        logit_N = x_Nx2 @ w
-        return np.sum(np.logaddexp(0, logit_N) - target_N * logit_N)
-
-    w = np.array([0.0, np.log((positives + 1) / (negatives + 1))])
-    for _ in range(50):
-        p_N = _sigmoid(x_Nx2 @ w)
-        hessian = (x_Nx2 * (p_N * (1 - p_N))[:, None]).T @ x_Nx2 + 1e-6 * np.eye(2)
-        step = np.linalg.solve(hessian, x_Nx2.T @ (target_N - p_N))
-        # A full step overshoots, and then diverges, where the classes hardly overlap.
-        while loss(w + step) > loss(w):
-            step = step / 2
-        w = w + step
-    slope = w[0] / scale
-    return float(slope), float(w[1] - slope * centre)
-
-
-def calibrate(scores_N: np.ndarray, relevant_N: np.ndarray) -> tuple[float, float]:
-    """Returns slope and offset of P(relevant) for `relevance`, as if `RELEVANT_SHARE` were relevant.
-
-    The share of relevant dev candidates depends on their depth: at depth 50, where one of 50 has a
-    label, no score would make a passage relevant. So the odds of `fit_probability` are multiplied by
-    the odds of `RELEVANT_SHARE` over the odds of the share in dev. A re-ranker that scores relevant
-    candidates no higher than others gets slope 0: all passages are equally likely.
-    """
-    slope, offset = fit_probability(scores_N, relevant_N)
-    positives, total = relevant_N.sum() + 1, len(relevant_N) + 2
-    log_odds = np.log(positives / (total - positives))
-    if not slope > 0:
-        slope, offset = 0.0, log_odds
-    return slope, float(offset - log_odds + np.log(RELEVANT_SHARE / (1 - RELEVANT_SHARE)))
-
-
-def _sigmoid(x: np.ndarray) -> np.ndarray:
-    return 0.5 * (1 + np.tanh(0.5 * x))
-
-
-def relevance(scores: np.ndarray, probability: tuple[float, float]) -> np.ndarray:
-    """Returns P(relevant) of re-ranker scores by slope and offset of `calibrate`; NaN stays NaN."""
-    slope, offset = probability
-    return _sigmoid(slope * scores + offset)
+    codes_QxN = query_rows_Q[:, None] * num_passages + passages_QxN
+    return np.isin(codes_QxN, labelled) & (passages_QxN >= 0)
 
 
 def draw(
@@ -165,7 +169,8 @@ def draw(
 
     Args:
       positives_2xN: the labelled pairs of the split: query row, passage row.
-      own_2xN: further pairs that are no negatives either, passages that are the query itself.
+      own_2xN: further pairs that are no negatives either: passages that are the query itself, or have
+        the text of a positive.
       num_passages: of the whole collection, to draw fills from.
     """
     rng = np.random.default_rng([seed, epoch])
@@ -173,12 +178,14 @@ def draw(
     known_QxN = known_positive(
         never_negative_2xN, candidates.query_rows_Q, candidates.passages_QxN, num_passages
     )
+    known_QxN |= candidates.passages_QxN < 0
+    near_QxN = candidates.too_near()
     trusted_QxN, relevant_QxN = _judged(candidates, known_QxN, denoising)
     query_L, head_L, kind_L, denoised_L = _choose_heads(
         candidates, positives_2xN, relevant_QxN, denoising.share, rng
     )
     denoised_Lx1, passages_LxN = denoised_L[:, None], candidates.passages_QxN[query_L]
-    eligible_LxN = np.where(denoised_Lx1, trusted_QxN[query_L], ~known_QxN[query_L])
+    eligible_LxN = np.where(denoised_Lx1, trusted_QxN[query_L], ~(known_QxN | near_QxN)[query_L])
     negatives_LxK = _choose_negatives(passages_LxN, eligible_LxN, list_size - 1, rng)
     passages_LxP = np.concatenate([head_L[:, None], negatives_LxK], axis=1)
     provenance_LxP = np.where(
@@ -187,9 +194,9 @@ def draw(
     provenance_LxP[:, 0] = kind_L
     provenance_LxP[passages_LxP < 0] = Provenance.RANDOM_FILL
     lists = Lists(candidates.query_rows_Q[query_L], passages_LxP, provenance_LxP.astype(np.uint8))
-    # A candidate that denoising rejects must not come back by chance.
+    # A candidate that is rejected must not come back by chance.
     rejected_QxN = ~np.isnan(candidates.reranker_QxN) & ~trusted_QxN
-    barred_LxN = np.where(denoised_Lx1, rejected_QxN[query_L], relevant_QxN[query_L])
+    barred_LxN = np.where(denoised_Lx1, rejected_QxN[query_L], (relevant_QxN | near_QxN)[query_L])
     barred_LxN = np.where(barred_LxN, passages_LxN, -1)
     _fill(lists, barred_LxN, never_negative_2xN, num_passages, rng)
     return lists.take(rng.permutation(len(query_L)))
@@ -213,7 +220,7 @@ def _judged(
             f"({above}), so a passage could be both; lower it"
         )
     # NaN where there is no score, which is on neither side of a threshold.
-    p_QxN = relevance(candidates.reranker_QxN, denoising.probability)
+    p_QxN = calibration.relevance(candidates.reranker_QxN, denoising.probability)
     return ~known_QxN & (p_QxN < below), ~known_QxN & (p_QxN > above)
 
 
@@ -265,12 +272,29 @@ def _choose_negatives(
     return np.pad(negatives_LxK, ((0, 0), (0, missing)), constant_values=-1)
 
 
-def without_known_positives(lists: Lists, *, num_passages: int, seed: int) -> Lists:
+def same_text(
+    pairs_2xN: np.ndarray, query_rows_Q: np.ndarray, passages_QxN: np.ndarray, text_N: np.ndarray
+) -> np.ndarray:
+    """Returns the candidates that have the text of one labelled for their query: pairs [2, N].
+
+    Those labelled themselves are not among them. `text_N` is `Store.same_text` of all these passages.
+    """
+    texts_2xN = np.stack([pairs_2xN[0], text_N[pairs_2xN[1]]])
+    same_QxN = known_positive(texts_2xN, query_rows_Q, text_N[passages_QxN], len(text_N))
+    same_QxN &= ~known_positive(pairs_2xN, query_rows_Q, passages_QxN, len(text_N))
+    query_N, place_N = np.nonzero(same_QxN)
+    return np.stack([query_rows_Q[query_N], passages_QxN[query_N, place_N]])
+
+
+def without_known_positives(lists: Lists, text_N: np.ndarray, *, seed: int) -> Lists:
     """Replaces negatives that head another list of the same query by random passages (`RANDOM_FILL`).
 
-    Raises InputError if the collection, of `num_passages`, has too few for that.
+    So it does with those that have the text of a head. `text_N` is `Store.same_text` of all passages.
+    Raises InputError if the collection has too few for that.
     """
     heads_2xL = np.stack([lists.query_rows_L, lists.passages_LxP[:, 0]])
+    twins_2xN = same_text(heads_2xL, lists.query_rows_L, lists.passages_LxP, text_N)
+    heads_2xL, num_passages = np.concatenate([heads_2xL, twins_2xN], axis=1), len(text_N) - 1
     known_LxP = known_positive(heads_2xL, lists.query_rows_L, lists.passages_LxP, num_passages)
     known_LxP[:, 0] = False
     filled = dataclasses.replace(

@@ -17,6 +17,7 @@ Shape suffix: N pairs of a query and a passage, or passages.
 """
 
 import dataclasses
+import hashlib
 import json
 import pathlib
 
@@ -107,6 +108,23 @@ class Store:
         """Returns row numbers of passages without tokens, counting the title if `titles`."""
         lengths_N = np.diff(self.texts.offsets)
         return np.flatnonzero(lengths_N + np.diff(self.titles.offsets) * titles == 0)
+
+    def same_text(self, rows: np.ndarray, titles: bool) -> np.ndarray:
+        """Returns numbers [N + 1] that are equal for passages of `rows` with the same tokens.
+
+        Those of the title count if `titles`. Row -1, padding, has number -1, and so have all passages
+        that are not among `rows`.
+        """
+        wanted_N = np.zeros(len(self.texts) + 1, bool)
+        wanted_N[rows] = True
+        wanted = np.flatnonzero(wanted_N[:-1])
+        digests = np.empty(len(wanted), np.uint64)
+        for i, row in enumerate(wanted.tolist()):
+            tokens = self.titles.row(row).tobytes() * titles + self.texts.row(row).tobytes()
+            digests[i] = int.from_bytes(hashlib.blake2b(tokens, digest_size=8).digest(), "little")
+        numbers_N = np.full(len(self.texts) + 1, -1)
+        numbers_N[wanted] = np.unique(digests, return_inverse=True)[1]
+        return numbers_N
 
     def sample(self) -> np.ndarray:
         """Returns row numbers of passages, evenly spread, whose lengths are measured."""

@@ -23,6 +23,8 @@ from rqv2_jax.recipe.workdir import BEGUN, begun, finished
 # and those of evaluation, whose files record what they were made by.
 PARTS = tuple(f"{stage}.accumulate:" for stage in config_check.STAGES)
 FREE = ("mesh.", "model.remat:", *PARTS, "evaluate.")
+# Settings of evaluation that are not free where BM25 finds candidates.
+BM25 = tuple(f"evaluate.bm25.{key}:" for key in ("k1", "b", "stemmer"))
 # Folders of models; free too while they hold what SOURCES describes.
 PLACES = ("model.weights:", "model.reranker.weights:")
 # What "auto" attention becomes depends on the device; both drop out weights.
@@ -167,10 +169,13 @@ def _check_claim(run: Run, path: pathlib.Path):
     free: tuple[str, ...] = FREE if (joint / BEGUN).is_file() else (*FREE, "joint.")
     if _same_sources(run):
         free += PLACES
+    tied = BM25 if "bm25" in run.config.mine.sources else ()
     changed = [
         line
         for line in config_lib.differences(made_by, run.config)
-        if not line.startswith(free) and not _moved(run, line) and line not in ATTENTION
+        if (line.startswith(tied) or not line.startswith(free))
+        and not _moved(run, line)
+        and line not in ATTENTION
     ]
     if not changed:
         return

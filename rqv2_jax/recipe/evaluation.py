@@ -14,7 +14,7 @@ import ml_collections
 import numpy as np
 
 from rqv2_jax import artifacts, hosts
-from rqv2_jax.data import collection, own_texts, tokens
+from rqv2_jax.data import collection, tokens
 from rqv2_jax.data import lists as lists_lib
 from rqv2_jax.errors import InputError
 from rqv2_jax.ranking import answers as answers_lib
@@ -22,7 +22,7 @@ from rqv2_jax.ranking import metrics, significance, trec
 from rqv2_jax.recipe import rankings, results
 from rqv2_jax.recipe.rankings import Ranking
 from rqv2_jax.recipe.run import STATES, Run
-from rqv2_jax.recipe.texts import rows_of, texts_of
+from rqv2_jax.recipe.texts import texts_of
 from rqv2_jax.retrieval import bm25, rerank
 
 # The re-ranker is trained from state reranker on.
@@ -277,7 +277,8 @@ def evaluate_candidates(
     does not name have no candidates and count 0.
     """
     board = Scoreboard(run, store, split)
-    ranking, named = _read_candidates(board, path)
+    where = board.store, split, board.rows_Q, board.reranked_R
+    ranking, named = rankings.read_candidates(path, *where)
     asked = tuple(array[board.reranked_R] for array in ranking)
     given, joint = ("candidates", "given", name), ("joint", "reranker", name)
     board.add(given, board.rows_Q[board.reranked_R], asked, queries_named=named)
@@ -285,27 +286,3 @@ def evaluate_candidates(
         board.add_reranked(ranking, state=state, index=name)
     pairs = [(joint, ("reranker", "reranker", name)), (joint, given)]
     return board.write(f"{split}.{name}", pairs, name)
-
-
-def _read_candidates(board: Scoreboard, path: pathlib.Path) -> tuple[Ranking, int]:
-    """Reads candidates of re-ranked queries, none of the others; counts queries that have any."""
-    listed, passage_rows = trec.read_run(path), rows_of(board.store.passage_ids)
-    every_id = [board.queries.ids[row] for row in board.rows_Q]
-    query_ids = [every_id[number] for number in board.reranked_R]
-    listed = {query: listed[query] for query in query_ids if query in listed}
-    if not listed:
-        raise InputError(
-            f"{path}: holds none of the {len(query_ids)} {board.split} queries of "
-            f"{board.run.workdir} that are re-ranked; give a run of these"
-        )
-    for query, candidates in listed.items():
-        for passage, _ in candidates:
-            if passage not in passage_rows:
-                raise InputError(
-                    f"{path}: passage {passage!r} of query {query!r} is not in the collection; give "
-                    "a run over its passages"
-                )
-    passages_QxK, scores_QxK = trec.run_arrays(listed, every_id, passage_rows)
-    own_Q = own_texts.of_rows(board.queries, board.rows_Q)
-    passages_QxK = np.where(passages_QxK == own_Q[:, None], -1, passages_QxK)
-    return metrics.sort_run(passages_QxK, scores_QxK, board.store.passage_ids), len(listed)

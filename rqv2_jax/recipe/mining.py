@@ -15,108 +15,65 @@ import numpy as np
 import tqdm
 
 from rqv2_jax import artifacts, hosts
-from rqv2_jax.data import collection, own_texts, tokenise, tokens
+from rqv2_jax.data import calibration, collection, tokenise, tokens
 from rqv2_jax.data import lists as lists_lib
 from rqv2_jax.data.readers import joint_tsv
 from rqv2_jax.errors import InputError
+from rqv2_jax.recipe.candidates import Candidates, Finder, drawn_queries
 from rqv2_jax.recipe.rankings import source_of
 from rqv2_jax.recipe.run import Run
 from rqv2_jax.recipe.texts import open_store, texts_of
-from rqv2_jax.retrieval import encode, index, rerank
+from rqv2_jax.retrieval import rerank
 
 MINED_AT_ONCE = 1024
 
-# By split, "train" and "dev".
-Candidates = dict[str, lists_lib.Candidates]
 
+def score(finder: Finder, candidates: Candidates, reranker: Callable[[], dict]) -> Candidates:
+    """Returns the candidates with the scores that `config` wants; all others keep NaN."""
+    config, reranker = finder.run.config, functools.cache(reranker)
+    if config.joint.denoised_share == 0:
+        return candidates
 
-@dataclasses.dataclass(frozen=True)
-class _Mine:
-    """Candidates in a folder of a run, with the name of the models and the corpus they come from."""
+    def scored(split: str, queries: int, depth: int) -> lists_lib.Candidates:
+        first, texts = candidates[split].first(queries, depth), finder.store.splits[split].texts
+        parts = []
+        for start in range(0, len(first.query_rows_Q), MINED_AT_ONCE):
+            part = slice(start, start + MINED_AT_ONCE)
+            pairs = finder.store, texts, first.query_rows_Q[part], first.passages_QxN[part]
+            path = finder.folder / f"{split}.scores" / f"{start // MINED_AT_ONCE:05}.npz"
 
-    run: Run
-    store: tokens.Store
-    folder: pathlib.Path
-    source: str
+            def compute(pairs: tuple = pairs) -> dict[str, np.ndarray]:
+                scores_QxN = rerank.scores(finder.run.forward, reranker(), *pairs)
+                return {"scores": np.where(pairs[-1] >= 0, scores_QxN, np.float32(np.nan))}
 
-    def retrieve(
-        self, rows: dict[str, np.ndarray], vectors: pathlib.Path, retriever: Callable[[], dict]
-    ) -> Candidates:
-        """Returns top passages by the params `retriever()`; `vectors` is the corpus's folder."""
-        config, forward = self.run.config, self.run.forward
+            parts.append(artifacts.cached(path, finder.source, compute)["scores"])
+        reranker_QxN = candidates[split].reranker_QxN.copy()
+        reranker_QxN[:queries, :depth] = np.concatenate(parts)
+        return dataclasses.replace(candidates[split], reranker_QxN=reranker_QxN)
 
-        def candidates(split: str, depth: int) -> lists_lib.Candidates:
-            rows_Q, queries = rows[split], self.store.splits[split]
-
-            def compute():
-                towers, own_Q = retriever(), own_texts.of_rows(queries, rows_Q)
-                vectors_QxD = encode.queries(forward, towers["query"], queries.texts, rows_Q)
-                passages = towers["passage"], self.store, vectors, self.source
-                shards = encode.corpus(forward, *passages)
-                ranking = index.exact(vectors_QxD, shards, own_texts.deeper(depth, own_Q))
-                passages_QxN, scores_QxN = own_texts.without(*ranking, own_Q)
-                return {"query_rows": rows_Q, "passages": passages_QxN, "scores": scores_QxN}
-
-            path = self.folder / f"{split}.retrieved.npz"
-            kept = artifacts.cached(path, self.source, compute)
-            unseen_QxN = np.full(kept["scores"].shape, np.nan, np.float32)
-            ranking = kept["query_rows"], kept["passages"], kept["scores"]
-            return lists_lib.Candidates(*ranking, unseen_QxN)
-
-        depths = {"train": config.mine.depth, "dev": config.dev.depth}
-        return {split: candidates(split, depths[split]) for split in rows}
-
-    def score(self, candidates: Candidates, reranker: Callable[[], dict]) -> Candidates:
-        """Returns the candidates with the scores that `config` wants; all others keep NaN."""
-        config, reranker = self.run.config, functools.cache(reranker)
-        if config.joint.denoised_share == 0:
-            return candidates
-
-        def scored(split: str, queries: int, depth: int) -> lists_lib.Candidates:
-            first, texts = candidates[split].first(queries, depth), self.store.splits[split].texts
-            parts = []
-            for start in range(0, len(first.query_rows_Q), MINED_AT_ONCE):
-                part = slice(start, start + MINED_AT_ONCE)
-                pairs = self.store, texts, first.query_rows_Q[part], first.passages_QxN[part]
-                path = self.folder / f"{split}.scores" / f"{start // MINED_AT_ONCE:05}.npz"
-
-                def compute(pairs: tuple = pairs) -> dict[str, np.ndarray]:
-                    return {"scores": rerank.scores(self.run.forward, reranker(), *pairs)}
-
-                parts.append(artifacts.cached(path, self.source, compute)["scores"])
-            reranker_QxN = candidates[split].reranker_QxN.copy()
-            reranker_QxN[:queries, :depth] = np.concatenate(parts)
-            return dataclasses.replace(candidates[split], reranker_QxN=reranker_QxN)
-
-        most = {
-            "train": (config.mine.scored_queries, config.mine.scored_depth),
-            "dev": (config.dev.queries, config.dev.depth),
-        }
-        return {split: scored(split, *most[split]) for split in candidates}
+    most = {
+        "train": (config.mine.scored_queries, config.mine.scored_depth),
+        "dev": (config.dev.queries, config.dev.depth),
+    }
+    return {split: scored(split, *most[split]) for split in candidates}
 
 
 def retrieve(run: Run, store: tokens.Store) -> Candidates:
-    """Returns the warmed-up retriever's top passages for training and dev queries, kept in `lists/`.
+    """Returns passages found for training and dev queries by `config.mine`, kept in `lists/`.
 
-    Dev queries only, if no training lists are drawn from the others.
+    The retriever is the warmed-up one.
     """
-    most = {"dev": run.config.dev.queries}
-    if run.config.reranker.epochs > 0 or not run.config.joint.lists:
-        most = {"train": run.config.mine.queries, **most}
-    rows = {
-        split: lists_lib.subset(len(store.splits[split].ids), count, run.config.seed)
-        for split, count in most.items()
-    }
     warm = {"state": "retriever", "model": "retriever"}
     vectors = run.workdir / "vectors" / run.trained_by(**warm)
-    kept = _Mine(run, store, run.workdir / "lists", source_of(run, store, "retriever"))
-    return kept.retrieve(rows, vectors, functools.partial(run.params, **warm))
+    finder = Finder(run, store, run.workdir / "lists", source_of(run, store, "retriever"))
+    rows = drawn_queries(run, store)
+    return finder.find(rows, vectors, functools.partial(run.params, **warm))
 
 
 def mine(run: Run, store: tokens.Store, candidates: Candidates) -> Candidates:
     """Returns the candidates with the warmed-up re-ranker's scores, kept in `lists/`."""
-    kept = _Mine(run, store, run.workdir / "lists", f"{warmed_up(run)} {store.fingerprint}")
-    return kept.score(candidates, lambda: run.params(state="reranker", model="reranker"))
+    finder = Finder(run, store, run.workdir / "lists", f"{warmed_up(run)} {store.fingerprint}")
+    return score(finder, candidates, lambda: run.params(state="reranker", model="reranker"))
 
 
 def warmed_up(run: Run) -> str:
@@ -155,11 +112,11 @@ def refresh(
             )
         return params[name]
 
-    kept = _Mine(run, store, folder, f"joint {step} {store.fingerprint}")
+    finder = Finder(run, store, folder, f"joint {step} {store.fingerprint}")
     rows = {split: each.query_rows_Q for split, each in candidates.items()}
     vectors = run.workdir / "vectors" / "refreshed"
-    new = kept.retrieve(rows, vectors, lambda: model("retriever"))
-    return kept.score(new, lambda: model("reranker"))
+    new = finder.find(rows, vectors, lambda: model("retriever"))
+    return score(finder, new, lambda: model("reranker"))
 
 
 def _known_positive(
@@ -178,8 +135,26 @@ def labelled_scores(
     store: tokens.Store, dev: lists_lib.Candidates
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns the re-ranker's scores of all dev candidates [N], and which are labelled relevant."""
-    relevant_QxN = _known_positive(store, "dev", dev)
-    return dev.reranker_QxN.reshape(-1), relevant_QxN.reshape(-1)
+    scored_QxN = ~np.isnan(dev.reranker_QxN)
+    return dev.reranker_QxN[scored_QxN], _known_positive(store, "dev", dev)[scored_QxN]
+
+
+def comparable(
+    config: ml_collections.ConfigDict, store: tokens.Store, candidates: Candidates
+) -> tuple[Candidates, tuple[float, float]]:
+    """Returns candidates with scores that mean the same for every query, as `config.mine` asks.
+
+    And slope and offset, by which `calibration.relevance` makes them probabilities.
+    """
+    mine = config.mine
+    if mine.probability == "sigmoid":
+        return candidates, (1.0, 0.0)
+    if mine.calibrate == "query_mean":
+        # The mean depends on the depth, so that it is the same for all.
+        depth = min(config.dev.depth, mine.scored_depth)
+        candidates = {split: each.centred(depth) for split, each in candidates.items()}
+    judged = labelled_scores(store, candidates["dev"])
+    return candidates, calibration.calibrate(*judged, mine.relevant_share)
 
 
 def draw_lists(
@@ -199,13 +174,14 @@ def draw_lists(
     share = settings.denoised_share if stage == "joint" else 0.0
     probability = (1.0, 0.0)
     if share > 0:
-        probability = lists_lib.calibrate(*labelled_scores(store, candidates["dev"]))
+        candidates, probability = comparable(config, store, candidates)
+    queries, twins_2xN = store.splits["train"], _twins(config, store, candidates["train"])
 
     def draw(epoch: int) -> lists_lib.Lists:
         return lists_lib.draw(
             candidates["train"],
-            store.splits["train"].positives(),
-            store.splits["train"].own_2xN,
+            queries.positives(),
+            np.concatenate([queries.own_2xN, twins_2xN], axis=1),
             list_size=settings.list_size,
             denoising=lists_lib.Denoising(
                 share, probability, config.mine.negative_below, config.mine.positive_above
@@ -220,9 +196,26 @@ def draw_lists(
     if share > 0:
         train = candidates["train"]
         unlabelled_QxN = ~np.isnan(train.reranker_QxN) & ~_known_positive(store, "train", train)
-        p_U = lists_lib.relevance(train.reranker_QxN[unlabelled_QxN], probability)
+        p_U = calibration.relevance(train.reranker_QxN[unlabelled_QxN], probability)
         _warn_of_missing(config.mine, p_U, lists)
     return lists
+
+
+def _twins(
+    config: ml_collections.ConfigDict, store: tokens.Store, candidates: lists_lib.Candidates
+) -> np.ndarray:
+    """Returns candidates with the text of a positive under another id, as `lists.same_text` does."""
+    positives_2xN = store.splits["train"].positives()
+    passages = np.append(positives_2xN[1], candidates.passages_QxN)
+    text_N = store.same_text(passages, config.data.titles)
+    rows = candidates.query_rows_Q, candidates.passages_QxN
+    twins_2xN = lists_lib.same_text(positives_2xN, *rows, text_N)
+    if count := twins_2xN.shape[1]:
+        tqdm.tqdm.write(
+            f"  {count:,} candidates have the text of a positive of their query under another id, so "
+            "they are no negatives"
+        )
+    return twins_2xN
 
 
 def _warn_of_missing(mine: ml_collections.ConfigDict, p_U: np.ndarray, lists: lists_lib.Lists):
@@ -248,9 +241,8 @@ def read_lists(run: Run) -> tuple[tokens.Store, lists_lib.Lists]:
     for line in texts.remarks:
         tqdm.tqdm.write(f"  {settings.lists}: {line}")
     try:
-        given = lists_lib.without_known_positives(
-            given, num_passages=len(store.passage_ids), seed=run.config.seed
-        )
+        text_N = store.same_text(given.passages_LxP, run.config.data.titles)
+        given = lists_lib.without_known_positives(given, text_N, seed=run.config.seed)
     except InputError:
         raise InputError(
             f"{settings.lists}: has too few passages to stand in for negatives that are positives of "

@@ -20,6 +20,7 @@ from rqv2_jax.data import own_texts, tokenise, tokens
 from rqv2_jax.data.readers import joint_tsv
 from rqv2_jax.errors import InputError
 from rqv2_jax.recipe import budget, evaluation, mining, rankings, results
+from rqv2_jax.recipe import candidates as candidates_lib
 from rqv2_jax.recipe.claim import claim
 from rqv2_jax.recipe.opening import in_training
 from rqv2_jax.recipe.run import Run, open_run
@@ -45,7 +46,7 @@ def main(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     )
 
 
-def warm_up(run: Run) -> tuple[tokens.Store, mining.Candidates]:
+def warm_up(run: Run) -> tuple[tokens.Store, candidates_lib.Candidates]:
     """Runs all stages before joint training; returns the token store and the candidates."""
     config = run.config
     tqdm.tqdm.write("prepare: tokenise the collection")
@@ -56,6 +57,8 @@ def warm_up(run: Run) -> tuple[tokens.Store, mining.Candidates]:
     if config.joint.lists and not begun(run.workdir / "joint"):
         # A file that cannot be used is better known before training than after it.
         mining.read_lists(run)
+    if config.mine.candidates:
+        candidates_lib.read_given(run, store, candidates_lib.drawn_queries(run, store))
     if config.retriever.epochs > 0:
         tqdm.tqdm.write("retriever: warm-up with in-batch negatives")
         with budget.timed(run, "retriever"):
@@ -75,7 +78,7 @@ def warm_up(run: Run) -> tuple[tokens.Store, mining.Candidates]:
 
 
 def finish(
-    run: Run, store: tokens.Store, candidates: mining.Candidates, indexes: tuple[str, ...]
+    run: Run, store: tokens.Store, candidates: candidates_lib.Candidates, indexes: tuple[str, ...]
 ) -> dict:
     """Trains jointly and evaluates every state on test; returns what results.json holds."""
     tqdm.tqdm.write("joint: dynamic listwise distillation")
@@ -150,7 +153,7 @@ def _found_by_start(run: Run, store: tokens.Store) -> np.ndarray:
     return rankings.retrieve(run, store, queries, rows_Q, **how)[0][:, : settings.hard]
 
 
-def train_reranker(run: Run, store: tokens.Store, candidates: mining.Candidates) -> None:
+def train_reranker(run: Run, store: tokens.Store, candidates: candidates_lib.Candidates) -> None:
     """Warms up the re-ranker on undenoised lists."""
     params = {"reranker": run.initial("reranker")}
     lists = mining.draw_lists(run.config, store, candidates, "reranker")
@@ -158,7 +161,7 @@ def train_reranker(run: Run, store: tokens.Store, candidates: mining.Candidates)
     train_stage(run, store, "reranker", params, run.weights_hash, lists, dev)
 
 
-def train_joint(run: Run, store: tokens.Store, candidates: mining.Candidates) -> None:
+def train_joint(run: Run, store: tokens.Store, candidates: candidates_lib.Candidates) -> None:
     """Trains both warmed-up models jointly on hybrid lists."""
 
     def redraw(step: int, state: train.TrainState, number: int) -> lists_lib.Lists:

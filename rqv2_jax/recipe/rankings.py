@@ -15,9 +15,9 @@ import tqdm
 from rqv2_jax import artifacts, hosts, optional
 from rqv2_jax.data import own_texts, tokens
 from rqv2_jax.errors import InputError
-from rqv2_jax.ranking import metrics
+from rqv2_jax.ranking import metrics, trec
 from rqv2_jax.recipe.run import Run, as_released
-from rqv2_jax.recipe.texts import texts_of
+from rqv2_jax.recipe.texts import rows_of, texts_of
 from rqv2_jax.retrieval import bm25, encode, index
 
 # Passage rows [Q, K] and scores [Q, K] of some queries.
@@ -145,7 +145,7 @@ def by_released(run: Run, store: tokens.Store, split: str, rows_Q: np.ndarray) -
 
 def by_bm25(run: Run, store: tokens.Store, split: str, rows_Q: np.ndarray) -> Ranking | None:
     """Returns what BM25 finds; None, with a line that says why, where it is left out."""
-    settings, queries, titles = run.config.evaluate, store.splits[split], run.config.data.titles
+    settings, queries = run.config.evaluate, store.splits[split]
     if _too_large("bm25", settings.bm25.most_passages, store):
         return None
     try:
@@ -160,15 +160,10 @@ def by_bm25(run: Run, store: tokens.Store, split: str, rows_Q: np.ndarray) -> Ra
         if not hosts.first():
             return {}
         try:
-            texts = texts_of(run, store.fingerprint)
+            (ranking,) = search_bm25(run, store, {split: rows_Q}, settings.retrieve_depth)
         except InputError as e:
             tqdm.tqdm.write(f"  bm25: left out, as the texts cannot be read ({e})")
             return {}
-        strings = queries.strings or tuple(query.text for query in texts.queries(split))
-        passages = (f"{p.title} {p.text}" if titles else p.text for p in texts.passages())
-        depth = own_texts.deeper(settings.retrieve_depth, own_Q)
-        ranking = bm25.search(passages, [strings[row] for row in rows_Q], depth, settings.bm25)
-        ranking = own_texts.without(*ranking, own_Q)
         if (ranking[0] < 0).all():
             tqdm.tqdm.write(
                 "  bm25: left out, as no query has a word of a passage; words are runs of two letters "
@@ -178,7 +173,62 @@ def by_bm25(run: Run, store: tokens.Store, split: str, rows_Q: np.ndarray) -> Ra
         return dict(zip(("passages", "scores"), metrics.sort_run(*ranking, store.passage_ids)))
 
     method = json.dumps(bm25.described(settings.bm25), sort_keys=True)
-    source = f"{store.fingerprint} {queries.fingerprint} {method} {titles} "
+    source = f"{store.fingerprint} {queries.fingerprint} {method} {run.config.data.titles} "
     source = artifacts.digest(source + str(settings.retrieve_depth), rows_Q, own_Q)
     arrays = artifacts.cached(run.workdir / "eval" / f"{split}.bm25.npz", source, search)
     return (arrays["passages"], arrays["scores"]) if arrays else None
+
+
+def search_bm25(
+    run: Run, store: tokens.Store, rows: dict[str, np.ndarray], depth: int
+) -> list[Ranking]:
+    """Returns what BM25 finds, `depth` passages at most, for some queries of each split.
+
+    The passages are read and indexed once for all. Raises InputError if the texts cannot be read.
+    """
+    texts, titles = texts_of(run, store.fingerprint), run.config.data.titles
+    asked, deepest = [], depth
+    own = {split: own_texts.of_rows(store.splits[split], rows_Q) for split, rows_Q in rows.items()}
+    for split, rows_Q in rows.items():
+        strings = store.splits[split].strings or [query.text for query in texts.queries(split)]
+        asked += [strings[row] for row in rows_Q]
+        deepest = max(deepest, own_texts.deeper(depth, own[split]))
+    passages = (f"{p.title} {p.text}" if titles else p.text for p in texts.passages())
+    found = bm25.search(passages, asked, deepest, run.config.evaluate.bm25)
+    ends = np.cumsum([len(rows_Q) for rows_Q in rows.values()])[:-1]
+    rankings = []
+    for *part, own_Q in zip(*(np.split(array, ends) for array in found), own.values()):
+        passages_QxK, scores_QxK = own_texts.without(part[0], part[1], own_Q)
+        rankings.append((passages_QxK[:, :depth], scores_QxK[:, :depth]))
+    return rankings
+
+
+def read_candidates(
+    path: pathlib.Path, store: tokens.Store, split: str, rows_Q: np.ndarray, chosen_R: np.ndarray
+) -> tuple[Ranking, int]:
+    """Reads candidates of some of a split's queries from a run file, best first.
+
+    Only those numbered `chosen_R` get any; also returns how many of them do. Raises InputError if that
+    is none, or the file names a passage that is not in the collection.
+    """
+    queries = store.splits[split]
+    listed, passage_rows = trec.read_run(path), rows_of(store.passage_ids)
+    every_id = [queries.ids[row] for row in rows_Q]
+    query_ids = [every_id[number] for number in chosen_R]
+    listed = {query: listed[query] for query in query_ids if query in listed}
+    if not listed:
+        raise InputError(
+            f"{path}: holds none of the {len(query_ids)} {split} queries that are to be re-ranked; "
+            "give a run of these"
+        )
+    for query, candidates in listed.items():
+        for passage, _ in candidates:
+            if passage not in passage_rows:
+                raise InputError(
+                    f"{path}: passage {passage!r} of query {query!r} is not in the collection; give "
+                    "a run over its passages"
+                )
+    passages_QxK, scores_QxK = trec.run_arrays(listed, every_id, passage_rows)
+    own_Q = own_texts.of_rows(queries, rows_Q)
+    passages_QxK = np.where(passages_QxK == own_Q[:, None], -1, passages_QxK)
+    return metrics.sort_run(passages_QxK, scores_QxK, store.passage_ids), len(listed)

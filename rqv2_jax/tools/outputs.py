@@ -13,7 +13,6 @@ import tqdm
 from ml_collections import ConfigDict
 
 from rqv2_jax.data import collection, denoise, files, own_texts, tokens
-from rqv2_jax.data import lists as lists_lib
 from rqv2_jax.data.readers import topics
 from rqv2_jax.errors import InputError
 from rqv2_jax.models import exported
@@ -110,14 +109,16 @@ def denoise_report(run: Run, labels: str, samples: int) -> tuple[dict, list[dict
     if labels and config.data.dataset != "beir":
         raise InputError(f"--labels: {config.data.dataset} has no other labels; leave the flag out")
     store, candidates, texts = mining.mined(run)
-    scores_N, relevant_N = mining.labelled_scores(store, candidates["dev"])
+    candidates, probability = mining.comparable(config, store, candidates)
+    _, relevant_N = mining.labelled_scores(store, candidates["dev"])
     positives_2xN = store.splits["train"].positives()
     fuller_2xN = _fuller_labels(config.data, labels, store) if labels else None
     below, above = config.mine.negative_below, config.mine.positive_above
-    probability = lists_lib.calibrate(scores_N, relevant_N)
     known = (candidates["train"], positives_2xN, probability, len(store.passage_ids))
     report = denoise.table(*known, chosen=(below, above), fuller_2xN=fuller_2xN)
     report["dev"] = {"candidates": len(relevant_N), "labelled": int(relevant_N.sum())}
+    by = ("probability", "calibrate", "relevant_share")
+    report["by"] = {key: config.mine[key] for key in by}
     shown = denoise.rejected(*known, negative_below=below, count=samples, seed=config.seed)
     labelled = dict(positives_2xN.T[::-1].tolist())
     passages = texts.shown({row for query, row, _ in shown for row in (row, labelled[query])})

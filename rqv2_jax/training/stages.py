@@ -82,11 +82,14 @@ def retriever_loss(
     return loss, {"loss": loss}
 
 
-def reranker_loss(models: Models, params: Params, batch: Batch, key: Array, gather: Gather) -> Loss:
-    """Computes the listwise cross-entropy of the re-ranker (paper eq. 5)."""
+def reranker_loss(
+    models: Models, kind: str, params: Params, batch: Batch, key: Array, gather: Gather
+) -> Loss:
+    """Computes the "listwise" cross-entropy of the re-ranker (paper eq. 5) or the "pointwise" one."""
     positive_BxP, where_BxP = gather(batch["positive"]), gather(batch["where"])
     scores_N = gather(models.reranker_scores(params["reranker"], batch["pairs"], key))
-    loss = losses.listwise(scores_N.reshape(where_BxP.shape), positive_BxP, where_BxP=where_BxP)
+    loss_fn = {"listwise": losses.listwise, "pointwise": losses.pointwise}[kind]
+    loss = loss_fn(scores_N.reshape(where_BxP.shape), positive_BxP, where_BxP=where_BxP)
     return loss, {"loss": loss}
 
 
@@ -155,7 +158,8 @@ def make_stage(config: ConfigDict, models: Models, name: str) -> Stage:
         return Stage(partial(retriever_loss, models, by_part), ("retriever",), {}, 1, *how)
     size = settings.list_size
     if name == "reranker":
-        return Stage(partial(reranker_loss, models), ("reranker",), {}, size, *how)
+        loss_fn = partial(reranker_loss, models, settings.loss)
+        return Stage(loss_fn, ("reranker",), {}, size, *how)
     terms = settings.to_dict() | {"averaged": 1 if by_part else parts, "by_part": by_part}
     rates = {"reranker": settings.reranker_rate if settings.train_reranker else 0.0}
     loss_fn = partial(joint_loss, models, terms)
