@@ -307,3 +307,13 @@ def test_a_stage_may_keep_its_last_params(joint_again):
     for model, params in last.items():
         kept = restore_best(folder / "joint", model, params)
         jax.tree.map(np.testing.assert_array_equal, kept, params)
+
+
+def test_in_batch_negatives_can_be_trained_in_parts(joint_again, finished):
+    last, folder, _ = joint_again(in_batch_weight=1.0, accumulate=2)
+    curves = figures.curves(folder / "joint")
+    assert curves["in_batch"][-1][1] > 0
+    warm = open_workdir(finished[1]).params(state="reranker", model="retriever")
+    for tower in ("query", "passage"):
+        leaves = zip(*(map(np.asarray, _leaves(tree[tower])) for tree in (warm, last["retriever"])))
+        assert max(float(np.abs(a - b).max()) for a, b in leaves) > 0

@@ -14,12 +14,13 @@ from conftest import B1, COSINE, SCALE
 from ml_collections import ConfigDict
 from safetensors.torch import save_file
 
+from rqv2_jax import config as config_lib
 from rqv2_jax.config import LOSSES
 from rqv2_jax.errors import InputError
 from rqv2_jax.models import losses, weights
 from rqv2_jax.models.scoring import retriever_scores
 from rqv2_jax.training import sharding as sharding_lib
-from rqv2_jax.training import train
+from rqv2_jax.training import stages, train
 
 KEY = jax.random.key(0, impl="rbg")
 
@@ -667,3 +668,23 @@ def test_models_are_clipped_together_or_each_alone(optimizer_settings, stage_set
     np.testing.assert_allclose(clipped["retriever"]["kernel"], [6 / norm, 8 / norm], rtol=1e-5)
     kept = 0.5 / norm if clip == "together" else 0.5
     np.testing.assert_allclose(clipped["reranker"]["kernel"], kept, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "weight", "asked", "parts", "by_part"),
+    [
+        ("retriever", 0.0, 0, 1, False),
+        ("retriever", 0.0, 4, 4, True),
+        ("reranker", 0.0, 4, 4, False),
+        ("joint", 0.0, 4, 4, False),
+        ("joint", 0.5, 4, 4, True),
+        ("joint", 0.5, 0, 1, False),
+    ],
+)
+def test_parts_share_a_loss_where_negatives_are_in_batch(
+    world, name, weight, asked, parts, by_part
+):
+    config = config_lib.default()
+    config.joint.in_batch_weight, config[name].accumulate = weight, asked
+    stage = stages.make_stage(config, world.models, name)
+    assert (stage.accumulate, stage.by_part) == (parts, by_part)
