@@ -5,6 +5,7 @@ A config file in `configs/` starts from `default()`, overrides what differs, and
 setting may have.
 """
 
+# size: most of it is the table of defaults, which a reader wants in one place.
 import json
 from typing import Any
 
