@@ -133,6 +133,7 @@ def test_a_slice_moves_its_own_bytes_only():
 def config(bert_folder):
     config = config_lib.default()
     config.data.update({"query_length": 16, "passage_length": 16, "pair_length": 32})
+    config.data.update({"train_passage_length": 16, "train_pair_length": 32})
     config.model.update({"weights": str(bert_folder), "num_layers": 2})
     config.data.path = "nowhere"
     config.retriever.batch = 8
@@ -238,6 +239,7 @@ def test_each_model_is_planned_with_its_own_shape(config, make_bert):
 def test_lengths_like_msmarcos_cost_little_more_than_their_tokens(config):
     own = config_lib.loads(config_lib.dumps(config))
     own.data.update({"query_length": 32, "passage_length": 128, "pair_length": 144})
+    own.data.update({"train_passage_length": 128, "train_pair_length": 144})
     own.joint.update({"batch": 16, "list_size": 8, "accumulate": 1})
     own.packing.blocks = 4
     drawn = workload.draw_lengths(own, "msmarco", 16, 8)
@@ -340,3 +342,12 @@ def test_this_machine_can_be_planned_for():
     assert 2**30 < found.memory < 2**50
     assert 1e8 < found.flops < 1e14
     assert np.isfinite(found.bandwidth)
+
+
+def test_training_is_planned_at_its_own_lengths(config):
+    own = config_lib.loads(config_lib.dumps(config))
+    own.data.update({"train_passage_length": 9, "train_pair_length": 12})
+    for training, expected in ((True, (16, 9, 12)), (False, (16, 16, 32))):
+        drawn = workload.draw_lengths(own, "full", 4, 3, training=training)
+        longest = tuple(drawn[kind].max() for kind in ("queries", "passages", "pairs"))
+        assert longest == expected
