@@ -214,7 +214,7 @@ def test_a_static_teacher_that_is_trained_alike_has_seen_as_many_labels_as_a_dyn
         for name in ("teachers/0", f"rows/{ablation_study.AS_TAUGHT.replace(' ', '_')}.0")
     }
     (taught, static), full = config_of.values(), json.loads(json.dumps(settings.joint.to_dict()))
-    assert taught == full | {"kl_weight": 0.0}
+    assert taught == full | {"kl_weight": 0.0, "keep": "last"}
     assert static == full | {"train_reranker": False}
     # The teacher has learnt, and the row leaves it as it is.
     name = ablation_study.AS_TAUGHT.replace(" ", "_")

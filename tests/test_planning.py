@@ -285,12 +285,13 @@ def test_gpus_are_counted(config, make_bert):
 
 
 def test_a_policy_that_a_later_stage_has_no_room_for_is_given_up(config):
-    """Joint training could be done in parts that keep all, but the retriever's warm-up cannot."""
+    """Joint training could be done in parts that keep all, but a batch of one list has no parts."""
     own = config_lib.loads(config_lib.dumps(config))
-    own.retriever.batch, own.joint.batch = 512, 8
+    own.joint.batch = 8
+    own.reranker.update({"batch": 1, "list_size": 512})
     gpus = machines.machine("h100:2")
     steps = planning.make(own, gpus, "full", report=lambda line: None).steps
-    tight = dataclasses.replace(gpus, memory=steps["retriever"].memory - 1)
+    tight = dataclasses.replace(gpus, memory=steps["reranker"].memory - 1)
     assert steps["joint"].memory < tight.memory
     found = planning.make(own, tight, "full", report=lambda line: None).steps
     assert steps["joint"].remat == "none"

@@ -97,6 +97,7 @@ def branch(workdir: pathlib.Path, warm: pathlib.Path) -> None:
         for path in warm.glob(pattern):
             link = workdir / path.relative_to(warm)
             link.parent.mkdir(parents=True, exist_ok=True)
-            if not link.is_symlink():
+            # What the workdir has made again in a link's place stays.
+            if not (link.is_symlink() or link.exists()):
                 # Relative, so that the folder of both may be moved.
                 link.symlink_to(os.path.relpath(path.resolve(), link.parent.resolve()))

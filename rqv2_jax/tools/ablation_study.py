@@ -173,7 +173,8 @@ def _teach(
     candidates: mining.Candidates,
 ) -> None:
     """Trains the re-ranker of the warm start as joint training would, but for the KL term."""
-    alone_by_labels = {"joint.train_reranker": True, "joint.kl_weight": 0.0}
+    # As many labels as the dynamic teacher sees, whatever dev prefers.
+    alone_by_labels = {"joint.train_reranker": True, "joint.kl_weight": 0.0, "joint.keep": "last"}
     run = open_run(_changed(config, alone_by_labels), workdir)
     with alone(workdir):
         claim(run)
