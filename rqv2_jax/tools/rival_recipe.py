@@ -146,10 +146,10 @@ class Recipe:
         candidates_QxK, _ = self._search(
             self.passages_NxD, self._dev_queries(), self.run.config.dev.depth
         )
-        longest = self.reranker.max_length = min(self.reranker.max_length or 512, 512)
+        longest = self.reranker.max_seq_length = min(self.reranker.max_seq_length or 512, 512)
 
         def score() -> float:
-            self.reranker.max_length = longest
+            self.reranker.max_seq_length = longest
             return self._dev_score(
                 candidates_QxK, self._rerank(self._dev_queries(), candidates_QxK)
             )
