@@ -50,6 +50,7 @@ class Finder:
         """
         mine, dev = self.run.config.mine, self.run.config.dev
         further = functools.cache(lambda: _further(self.run, self.store, rows))
+        retriever = functools.cache(retriever)
 
         def candidates(split: str, depth: int) -> lists_lib.Candidates:
             def compute() -> Arrays:

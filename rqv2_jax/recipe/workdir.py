@@ -98,6 +98,6 @@ def branch(workdir: pathlib.Path, warm: pathlib.Path) -> None:
             link = workdir / path.relative_to(warm)
             link.parent.mkdir(parents=True, exist_ok=True)
             # What the workdir has made again in a link's place stays.
-            if not (link.is_symlink() or link.exists()):
+            if not os.path.lexists(link):
                 # Relative, so that the folder of both may be moved.
                 link.symlink_to(os.path.relpath(path.resolve(), link.parent.resolve()))

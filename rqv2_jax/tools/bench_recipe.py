@@ -1,5 +1,6 @@
 """The recipe as a whole against sentence-transformers: the same start, minutes and machine, in turn."""
 
+import itertools
 import json
 import pathlib
 from collections.abc import Iterator
@@ -7,6 +8,7 @@ from collections.abc import Iterator
 from ml_collections import ConfigDict
 
 from rqv2_jax.data import tokens
+from rqv2_jax.ranking import trec
 from rqv2_jax.recipe import compare, pipeline
 from rqv2_jax.recipe.run import open_run
 from rqv2_jax.recipe.texts import open_store
@@ -38,7 +40,7 @@ def recipe(config: ConfigDict, folder: pathlib.Path, minutes: float, rival: bool
         other = rival_recipe.Recipe(run, store, minutes)
         other.train()
         (folder / "rival").mkdir(exist_ok=True)
-        reranked = set(compare.trec.read_run(runs["ours.reranker"]))
+        reranked = set(trec.read_run(runs["ours.reranker"]))
         other.write(folder / "rival", reranked, run.config.evaluate.rerank_depth)
         yield line | {"system": "sentence-transformers", **other.report}
         runs |= {f"rival.{model}": folder / "rival" / f"{model}.trec" for model in OURS}
@@ -51,14 +53,14 @@ def _comparisons(
     """Yields a line for each pair of systems that is worth a test, of those that there are."""
     runs = {name: path for name, path in runs.items() if path.is_file()}
     store = tokens.open_store(folder / "ours" / "data" / "tokens")
-    pairs = [(a, b) for a in runs for b in runs if a.startswith(("ours", "rival")) and a != b]
-    for a, b in pairs:
-        if b.startswith("ours"):
+    ranked = {name: trec.read_run(path).keys() for name, path in runs.items()}
+    trained = [name for name in runs if name.startswith(("ours", "rival"))]
+    others = [name for name in runs if not name.startswith("ours")]
+    qrels, queries, settings = folder / "qrels.trec", store.splits["test"], config.evaluate
+    for a, b in itertools.product(trained, others):
+        if a == b:
             continue
-        qrels = folder / "qrels.trec"
-        both = set.intersection(*(set(compare.trec.read_run(runs[name])) for name in (a, b)))
-        queries = store.splits["test"]
-        labels = zip(*queries.qrels_3xN.tolist())
+        both, labels = ranked[a] & ranked[b], zip(*queries.qrels_3xN.tolist())
         qrels.write_text(
             "".join(
                 f"{queries.ids[q]} 0 {store.passage_ids[p]} {relevance}\n"
@@ -66,7 +68,6 @@ def _comparisons(
                 if queries.ids[q] in both
             )
         )
-        settings = config.evaluate
         rows, count, _ = compare.compare(
             *(runs[a], runs[b], qrels),
             names=settings.metrics,
