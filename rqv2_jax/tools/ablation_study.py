@@ -35,7 +35,7 @@ MEASURES = (
 )
 # By a teacher that has trained on the labels of the same lists beforehand, as in `full`, and so has
 # seen as many labelled lists as a dynamic one.
-AS_TAUGHT = "static distillation, teacher trained alike"
+AS_TAUGHT = "static distillation of equal supervision"
 # Half-way through joint training: the number of steps is known once the lists are.
 REFRESHED = "half of the steps"
 
