@@ -106,8 +106,9 @@ def default() -> ConfigDict:
                 # jax.nn.dot_product_attention, which do not drop out attention weights.
                 "attention": "auto",
                 "remat": "none",  # of each layer's activations; "dots" or "full" save memory
-                # The re-ranker's; "", 0 and a negative dropout mean the same as above.
-                "reranker": {"weights": "", "num_layers": 0, "dropout": -1.0},
+                # The re-ranker's; "", 0 and a negative dropout mean the same as above. A folder with a
+                # re-ranker decides itself how the states are pooled that its score reads.
+                "reranker": {"weights": "", "num_layers": 0, "dropout": -1.0, "pooling": ""},
             },
             "mesh": {"data": 1, "fsdp": 1},  # devices
             # Different widths of a batch's rows, at most; one sequence a row. Unused by "ragged".
@@ -298,6 +299,7 @@ def complete(config: ConfigDict) -> tuple[list[str], list[str]]:
         "model.scale": 1.0,
         "model.query_prompt": NO_PROMPT,
         "model.passage_prompt": NO_PROMPT,
+        "model.reranker.pooling": "cls",
         "optimizer.clip": "together",
         "retriever.accumulate": 0,
         "dev.hard": 0,

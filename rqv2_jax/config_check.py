@@ -28,6 +28,7 @@ CHOICES = {
     "data.preset": ("core", "full"),
     "data.ignore_identical_ids": ("auto", "always", "never"),
     "model.pooling": ("", "cls", "mean"),
+    "model.reranker.pooling": ("", "cls", "mean"),
     "model.similarity": ("", "dot", "cosine"),
     "model.passage_format": ("", "title_sep_text", "title_text"),
     "model.dtype": ("float32", "bfloat16"),

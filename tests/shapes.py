@@ -17,6 +17,17 @@ def read_shape(folder, num_layers, *, dropout=0.1, unrolled=True):
     )
 
 
-def models_of(config, pooling="cls", *, similarity="dot", scale=1.0, head="linear", reranker=None):
+def models_of(
+    config,
+    pooling="cls",
+    *,
+    similarity="dot",
+    scale=1.0,
+    head="linear",
+    reranker=None,
+    reranker_pooling="cls",
+):
     """Both models with encoders of one shape, or with the re-ranker's own."""
-    return models.Models(config, reranker or config, pooling, similarity, scale, head)
+    return models.Models(
+        config, reranker or config, pooling, similarity, scale, head, reranker_pooling
+    )

@@ -44,7 +44,7 @@ def test_the_joint_step_and_its_rival_do_the_same_work(run, texts, teacher, make
     if teacher is not None:
         folder, _ = make_bert(6, teacher, num_labels=1, num_hidden_layers=1)
         own.model.update({"pooling": "cls", "similarity": "dot", "scale": 1.0})
-        own.model.reranker.update({"weights": str(folder), "num_layers": 1})
+        own.model.reranker.update({"weights": str(folder), "num_layers": 1, "pooling": "cls"})
     # Large enough that the third loss tells whether both were updated alike.
     own.joint.learning_rate = 3e-3
     opened = open_run(own, run.workdir)

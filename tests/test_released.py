@@ -289,6 +289,7 @@ def test_resolving_again_changes_nothing(make_st, classifier):
         "weights": str(classifier),
         "num_layers": 2,
         "dropout": 0.0,
+        "pooling": "cls",
     }
 
 
@@ -660,7 +661,7 @@ def test_a_head_without_its_tensors(classifier, copy, tmp_path, change, named):
             "activation_function is not Identity",
         ),
         ("2_Dense/config.json", {"module_output_name": "vector"}, "module_output_name"),
-        ("1_Pooling/config.json", {"pooling_mode_cls_token": False}, "reads mean pooling"),
+        ("1_Pooling/config.json", {"pooling_mode": "max"}, "reads max pooling"),
     ],
 )
 def test_dense_heads_that_are_not_understood(tiny_bert, tmp_path, file, changes, named):
@@ -681,17 +682,20 @@ def write_reranker(source, folder):
     else:
         params = weights.load_head(head, shape.hidden_size)
     exported.save_encoder(folder, source, shape, encoder, params)
-    exported.describe_reranker(folder, shape.hidden_size, opened.models.head, 64)
+    how = opened.models.head, opened.models.reranker_pooling
+    exported.describe_reranker(folder, shape.hidden_size, *how, 64)
     return folder
 
 
-@pytest.mark.parametrize("kind", ["linear", "pooler"])
-def test_cross_encoder_opens_ours_with_our_logits(tiny_bert, classifier, tmp_path, kind):
+@pytest.mark.parametrize("kind", ["linear", "mean", "pooler"])
+def test_cross_encoder_opens_ours_with_our_logits(tiny_bert, make_st, classifier, tmp_path, kind):
     """Without being told of an activation, and never with a pooler of random numbers."""
-    source = tiny_bert if kind == "linear" else classifier
+    source = {"linear": tiny_bert, "mean": make_st(), "pooler": classifier}[kind]
     folder = write_reranker(source, tmp_path / "model")
     run = open_run(config_of(folder), tmp_path / "w")
-    assert (run.models.head, run.config.data.pair_length) == (kind, 64)
+    assert run.models.head == ("pooler" if kind == "pooler" else "linear")
+    assert run.models.reranker_pooling == ("mean" if kind == "mean" else "cls")
+    assert run.config.data.pair_length == 64
     found = logits_of(run)
     model = CrossEncoder(str(folder), device="cpu")
     assert isinstance(model.activation_fn, torch.nn.Identity)
@@ -705,6 +709,21 @@ def test_cross_encoder_opens_ours_with_our_logits(tiny_bert, classifier, tmp_pat
         said = json.loads((folder / "config.json").read_text())
         assert said["sbert_ce_default_activation_function"] == sbert.IDENTITY
         np.testing.assert_allclose(expected, predict(source), rtol=0, atol=1e-4)
+
+
+def test_a_new_head_reads_what_its_encoder_was_made_for(tiny_bert, make_st, classifier):
+    """A folder's own head reads what it was trained on, a new one what the folder's vectors are."""
+
+    def pooling(folder, asked=""):
+        return open_models(config_of(folder, **{"model.reranker.pooling": asked}))
+
+    for folder, expected in ((tiny_bert, "cls"), (make_st(), "mean"), (make_st("cls"), "cls")):
+        assert pooling(folder).models.reranker_pooling == expected
+    asked = pooling(make_st(), "cls")
+    assert (asked.models.pooling, asked.models.reranker_pooling) == ("mean", "cls")
+    assert asked.config.model.reranker.pooling == "cls"
+    assert pooling(classifier).models.reranker_pooling == "cls"
+    refused(lambda: pooling(classifier, "mean"), classifier, "its score cannot read another")
 
 
 def test_token_classifiers_with_one_label_still_load(make_bert, tmp_path):

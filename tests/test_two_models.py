@@ -51,7 +51,12 @@ def taught(tmp_path_factory, bert_folder, teacher):
 def test_the_workdir_says_what_the_folders_said(taught, teacher):
     config, workdir = taught
     said = json.loads((workdir / "config.json").read_text())["model"]
-    assert said["reranker"] == {"weights": str(teacher), "num_layers": 2, "dropout": 0.1}
+    assert said["reranker"] == {
+        "weights": str(teacher),
+        "num_layers": 2,
+        "dropout": 0.1,
+        "pooling": "cls",
+    }
     assert (said["pooling"], said["similarity"], said["scale"]) == ("mean", "cosine", 20.0)
     assert (said["query_prompt"], said["passage_format"]) == ("none", "title_sep_text")
     # The same command goes on with it.
@@ -175,6 +180,7 @@ def test_workdirs_of_before_open_with_the_values_of_then(old):
         "weights": config.model.weights,
         "num_layers": 1,
         "dropout": 0.1,
+        "pooling": "cls",
     }
     claim(open_run(config, workdir))
     config.model.similarity = "cosine"

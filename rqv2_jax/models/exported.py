@@ -86,11 +86,6 @@ def describe_retriever(folder: pathlib.Path, size: int, model: ConfigDict, lengt
     """
     names = ["Transformer", "Pooling"] + ["Normalize"] * (model.similarity == "cosine")
     prompts = {"query": model.query_prompt, "document": model.passage_prompt}
-    pooling = {
-        "word_embedding_dimension": size,
-        "pooling_mode_cls_token": model.pooling == "cls",
-        "pooling_mode_mean_tokens": model.pooling == "mean",
-    }
     settings = {
         "model_type": "SentenceTransformer",
         "similarity_fn_name": model.similarity,
@@ -99,20 +94,31 @@ def describe_retriever(folder: pathlib.Path, size: int, model: ConfigDict, lengt
         sbert.OWN_KEY: {"passage_format": model.passage_format},
     }
     _describe(folder, names, length, settings)
-    _write(folder / "1_Pooling" / "config.json", pooling)
+    _write(folder / "1_Pooling" / "config.json", _pooling(size, model.pooling))
 
 
-def describe_reranker(folder: pathlib.Path, size: int, head: str, length: int) -> None:
+def _pooling(size: int, pooling: str) -> dict[str, Any]:
+    """Returns what 1_Pooling/config.json holds of states with `size` columns."""
+    return {
+        "word_embedding_dimension": size,
+        "pooling_mode_cls_token": pooling == "cls",
+        "pooling_mode_mean_tokens": pooling == "mean",
+    }
+
+
+def describe_reranker(
+    folder: pathlib.Path, size: int, head: str, pooling: str, length: int
+) -> None:
     """Adds the files by which CrossEncoder opens a re-ranker and gives its logits.
 
-    Its states have `size` columns, its inputs at most `length` tokens; `head` is "linear" or "pooler".
+    Its states have `size` columns, its inputs at most `length` tokens; `head` and `pooling`
+    are those of `scoring.Models`.
     """
     settings = {"model_type": "CrossEncoder", "activation_fn": sbert.IDENTITY, "prompts": {}}
     names = ["Transformer"] + ["Pooling", "Dense"] * (head == "linear")
     _describe(folder, names, length, settings)
     if head == "linear":
-        pooling = {"word_embedding_dimension": size, "pooling_mode_cls_token": True}
-        _write(folder / "1_Pooling" / "config.json", pooling)
+        _write(folder / "1_Pooling" / "config.json", _pooling(size, pooling))
         dense: dict[str, Any] = {"in_features": size, "out_features": 1, "bias": True}
         dense |= {"activation_function": sbert.IDENTITY, "module_input_name": "sentence_embedding"}
         _write(folder / "2_Dense" / "config.json", {**dense, "module_output_name": "scores"})

@@ -43,13 +43,15 @@ OWN_KEY = "rqv2_jax"
 class Head(NamedTuple):
     """Where the score of a re-ranker lies, and its form.
 
-    `form`: "linear" (the first token's state times a vector) or "pooler" (BERT's pooler, a dense layer
-    and tanh, before that). `prefix` names the tensors of the vector in the tensor files of `folder`.
+    `form`: "linear" (a state times a vector) or "pooler" (BERT's pooler, a dense layer and tanh, before
+    that). `prefix` names the tensors of the vector in the tensor files of `folder`. The state is the
+    first token's, or with `pooling` "mean" the mean of all.
     """
 
     form: str
     folder: pathlib.Path
     prefix: str
+    pooling: str = "cls"
 
 
 class Description:
@@ -218,9 +220,7 @@ class Description:
                 return f"{path}: {key} is {said.get(key)!r}, and a re-ranker's is {value!r}"
         if not str(said.get("activation_function")).endswith("Identity"):
             return f"{path}: activation_function is not Identity, which alone is understood"
-        if pooling != "cls":
-            return (
-                f"{self.folder}: its score reads {pooling} pooling, a re-ranker's the first token"
-            )
+        if pooling not in ("cls", "mean"):
+            return f"{self.folder}: its score reads {pooling} pooling, which is not understood"
         self._note_activation({})
-        return Head("linear", folder, "linear")
+        return Head("linear", folder, "linear", pooling)

@@ -1,7 +1,7 @@
 """The two models: from params and packed tokens to vectors or scores.
 
 Retriever (dual encoder, paper eq. 1): `s_de(q, p) = E_Q(q) . E_P(p)`, two towers. Re-ranker (cross
-encoder): one encoder over the pair, one logit from its first token.
+encoder): one encoder over the pair, one logit from its first token, or from the mean of all.
 
 Params are plain dicts: `{"query": encoder, "passage": encoder}` for the retriever and
 `{"encoder": encoder, "head": {"kernel": [D], "bias": []}}` for the re-ranker, whose head has a
@@ -31,9 +31,10 @@ SHORTEST = 1e-12
 class Models:
     """The shapes and settings of both models, without their params.
 
-    `pooling` is "cls" or "mean". With similarity "cosine" vectors are divided by their length; with
-    "dot" they stay as pooled. In training alone the retriever's scores are multiplied by `scale`.
-    `head` is "linear", or "pooler" with BERT's dense layer and tanh before the linear one.
+    `pooling`, the retriever's, and `reranker_pooling` are "cls" or "mean". With similarity "cosine"
+    vectors are divided by their length; with "dot" they stay as pooled. In training alone the
+    retriever's scores are multiplied by `scale`. `head` is "linear", or "pooler" with BERT's dense
+    layer and tanh before the linear one.
     """
 
     retriever: BertConfig
@@ -42,6 +43,7 @@ class Models:
     similarity: str
     scale: float
     head: str
+    reranker_pooling: str
 
     @property
     def flat(self) -> bool:
@@ -56,39 +58,38 @@ class Models:
 
     def vectors(self, params: Params, packed: Packed, key: Array | None = None) -> Array:
         """Returns one tower's vectors [N, D] in float32, not scaled; `key` is that of dropout."""
-        vectors_NxD = self._pooled(params, packed, key)
+        vectors_NxD = _pooled(self.retriever, self.pooling, params, packed, key)
         if self.similarity == "dot":
             return vectors_NxD
         squares_Nx1 = jnp.sum(vectors_NxD**2, axis=1, keepdims=True)
         return vectors_NxD * jax.lax.rsqrt(jnp.maximum(squares_Nx1, SHORTEST**2))
 
-    def _pooled(self, params: Params, packed: Packed, key: Array | None) -> Array:
-        if self.pooling == "cls":
-            return _first_states(self.retriever, params, packed, key)
-        states = bert.states(self.retriever, params, packed.blocks, key).astype(jnp.float32)
-        if packed.blocks[0].first_RxS.shape[1] > 1:
-            return _flat_means(packed, states)
-        parts = zip(packed.blocks, bert.by_block(states, packed.blocks))
-        return jnp.concatenate([_means(*part) for part in parts])[packed.slot_N]
-
     def reranker_scores(self, params: Params, packed: Packed, key: Array | None = None) -> Array:
         """Returns the re-ranker's logit for every pair [N], in float32."""
         config, head = self.reranker, params["head"]
-        first_NxD = _first_states(config, params["encoder"], packed, key)
+        pooled_NxD = _pooled(config, self.reranker_pooling, params["encoder"], packed, key)
         if self.head == "pooler":
             pooler = head["pooler"]
-            first_NxD = jnp.tanh(first_NxD @ pooler["kernel"] + pooler["bias"])
+            pooled_NxD = jnp.tanh(pooled_NxD @ pooler["kernel"] + pooler["bias"])
         if key is not None and config.dropout > 0:
             # No layer has this number, so the head's mask differs from all of the encoder's.
             head_key = jax.random.fold_in(key, config.num_layers + 1)
-            first_NxD = bert.drop(first_NxD, config.dropout, head_key)
-        return first_NxD @ head["kernel"] + head["bias"]
+            pooled_NxD = bert.drop(pooled_NxD, config.dropout, head_key)
+        return pooled_NxD @ head["kernel"] + head["bias"]
 
 
-def _first_states(config: BertConfig, params: Params, packed: Packed, key: Array | None) -> Array:
-    """Returns the hidden state of every sequence's first token [N, D] in float32."""
-    states = bert.first_states(config, params, packed.blocks, key)
-    return states[packed.slot_N].astype(jnp.float32)
+def _pooled(
+    config: BertConfig, pooling: str, params: Params, packed: Packed, key: Array | None
+) -> Array:
+    """Returns the first token's hidden state of every sequence, or the mean, [N, D] in float32."""
+    if pooling == "cls":
+        states = bert.first_states(config, params, packed.blocks, key)
+        return states[packed.slot_N].astype(jnp.float32)
+    states = bert.states(config, params, packed.blocks, key).astype(jnp.float32)
+    if packed.blocks[0].first_RxS.shape[1] > 1:
+        return _flat_means(packed, states)
+    parts = zip(packed.blocks, bert.by_block(states, packed.blocks))
+    return jnp.concatenate([_means(*part) for part in parts])[packed.slot_N]
 
 
 def _means(block: Block, states_RxTxD: Array) -> Array:

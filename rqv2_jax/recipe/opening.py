@@ -49,13 +49,7 @@ def open_models(config: ml_collections.ConfigDict) -> Opened:
             "folder with query/, passage/ and reranker/, name a cross-encoder as "
             "config.model.reranker.weights, or train one"
         )
-    for key in ("pooling", "similarity", "passage_format"):
-        said = [getattr(tower, key) for tower in (query, passage)]
-        if said[0] != said[1]:
-            raise InputError(
-                f"{passage.folder}: has {key} {said[1]!r}, but {query.folder} has {said[0]!r}; give "
-                "the two towers of one model"
-            )
+    _check_towers(query, passage)
     config, notes = resolve(config, sources)
     config_check.check(config)
     shape, passage_shape = (
@@ -82,8 +76,20 @@ def open_models(config: ml_collections.ConfigDict) -> Opened:
         similarity=config.model.similarity,
         scale=config.model.scale,
         head="linear" if head is None else head.form,
+        reranker_pooling=config.model.reranker.pooling,
     ).reshaped(attention=config.model.attention)
     return Opened(config, sources, models, list(dict.fromkeys(notes)))
+
+
+def _check_towers(query: released.Released, passage: released.Released) -> None:
+    """Raises InputError unless the two towers' folders describe one retriever."""
+    for key in ("pooling", "similarity", "passage_format"):
+        said = [getattr(tower, key) for tower in (query, passage)]
+        if said[0] != said[1]:
+            raise InputError(
+                f"{passage.folder}: has {key} {said[1]!r}, but {query.folder} has {said[0]!r}; give "
+                "the two towers of one model"
+            )
 
 
 def _left_unused(sources: released.Sources, head: sbert.Head | None) -> list[str]:
@@ -261,5 +267,25 @@ def resolve(
         )
     if own.dropout < 0:
         own.dropout = model.dropout
+    _choose_pooling(own, reranker, notes)
     described = [*query.notes, *passage.notes, *reranker.notes]
     return resolved, list(dict.fromkeys([*described, *notes]))
+
+
+def _choose_pooling(
+    own: ml_collections.ConfigDict, source: released.Released, notes: list[str]
+) -> None:
+    """Fills in how a re-ranker's states are pooled: a new head reads what the encoder was made for."""
+    head = source.head if isinstance(source.head, sbert.Head) else None
+    said = source.pooling if head is None else head.pooling
+    if said not in config_check.CHOICES["model.reranker.pooling"]:
+        # A retriever's that is not understood is no re-ranker's.
+        said = "cls"
+    own.pooling = own.pooling or said
+    if head is not None and own.pooling != said:
+        where = (
+            f"config.model.reranker.pooling is {own.pooling!r}, where {source.folder} has {said!r}"
+        )
+        if head.form == "pooler":
+            raise InputError(f"{where}, and its score cannot read another; leave it out")
+        notes.append(where)

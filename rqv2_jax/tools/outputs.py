@@ -79,7 +79,9 @@ def write_models(run: Run, state: str, path: pathlib.Path) -> str:
         exported.describe_retriever(partial / tower, shape.hidden_size, run.config.model, length)
     source, shape, folder = run.sources.reranker.folder, models.reranker, partial / "reranker"
     exported.save_encoder(folder, source, shape, reranker["encoder"], reranker["head"])
-    exported.describe_reranker(folder, shape.hidden_size, models.head, data.pair_length)
+    exported.describe_reranker(
+        folder, shape.hidden_size, models.head, models.reranker_pooling, data.pair_length
+    )
     os.replace(partial, path)
     joined = "title and text joined by a space" if data.titles else "text"
     if data.titles and run.config.model.passage_format == "title_sep_text":

@@ -110,7 +110,8 @@ def _bert_base(config: ConfigDict) -> tuple[ConfigDict, Models]:
         for each in (model, model.reranker)
     )
     how = model.pooling, model.similarity, model.scale
-    return config, Models(retriever, reranker, *how, head="linear")
+    pooling = model.reranker.pooling
+    return config, Models(retriever, reranker, *how, head="linear", reranker_pooling=pooling)
 
 
 def _training_steps(

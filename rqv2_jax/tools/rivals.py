@@ -111,12 +111,16 @@ class Joint:
             input_ids=tokens_NxT, token_type_ids=types_NxT, attention_mask=mask_NxT.long()
         ).last_hidden_state
 
+    def _pooled(self, model: Any, padded: list, pooling: str) -> Any:
+        """Returns the first state or the mean [N, D] of padded sequences."""
+        states_NxTxD = self._states(model, padded).float()
+        if pooling == "cls":
+            return states_NxTxD[:, 0]
+        weights_NxTx1 = padded[-1][..., None].float()
+        return (states_NxTxD * weights_NxTx1).sum(1) / weights_NxTx1.sum(1)
+
     def _vectors(self, model: Any, padded: list) -> Any:
-        states_NxTxD = self._states(model, padded)
-        vectors_NxD = states_NxTxD[:, 0].float()
-        if self.models.pooling != "cls":
-            weights_NxTx1 = padded[-1][..., None].float()
-            vectors_NxD = (states_NxTxD.float() * weights_NxTx1).sum(1) / weights_NxTx1.sum(1)
+        vectors_NxD = self._pooled(model, padded, self.models.pooling)
         if self.models.similarity == "cosine":
             return self.torch.nn.functional.normalize(vectors_NxD)
         return vectors_NxD
@@ -128,8 +132,8 @@ class Joint:
             passages_BxPxD = self._vectors(self.passage, padded["passages"]).reshape(
                 len(queries_BxD), -1, queries_BxD.shape[1]
             )
-            first_NxD = self._states(self.reranker, padded["pairs"])[:, 0]
-            scores_BxP = self.head(first_NxD).float().reshape(passages_BxPxD.shape[:2])
+            pooled_NxD = self._pooled(self.reranker, padded["pairs"], self.models.reranker_pooling)
+            scores_BxP = self.head(pooled_NxD).float().reshape(passages_BxPxD.shape[:2])
         total = self._loss((queries_BxD[:, None] * passages_BxPxD).sum(-1), scores_BxP)
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()
