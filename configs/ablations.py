@@ -18,20 +18,20 @@ def get_config(preset: str = "docstrings"):
     config_lib.two_cores(config)
     dataset, *more = preset.split(",")
     config.data.dataset = dataset
-    if dataset == "beir":
-        # Cut at 48 tokens, passages of an encyclopedia or a manual often lose the answer.
-        config.data.update({"passage_length": 96, "pair_length": 112})
-    # The same number of lists for all data. After so short a warm-up the re-ranker has much to learn
-    # in joint training, at a higher rate than the retriever, which starts trained; only then does
-    # dynamic distillation differ from static.
-    config.reranker.update({"epochs": 4.0, "most_lists": 320})
-    config.joint.update({"epochs": 4.0, "most_lists": 800, "reranker_rate": 5.0})
-    config.joint.update({"evaluate_every": 25, "save_every": 25})
+    # Every row has the same number of lists, and reads as many tokens in search as in training.
+    config.budget = 0.0
+    config.data.update({"passage_length": 128, "pair_length": 160})
+    config.retriever.most_lists = 3200
+    # Dynamic distillation differs from static while the re-ranker still learns in joint training.
+    config.reranker.most_lists = 800
+    config.joint.update({"most_lists": 800, "evaluate_every": 25, "save_every": 25})
+    # So that a model is clipped alike whether the other trains or not.
+    config.optimizer.clip = "apart"
     # Half of the queries have denoised lists, from the same depth as the others', so that a row
     # without them differs in denoising alone. A weak re-ranker gives its lowest probabilities to easy
     # negatives; a higher threshold lets harder ones in.
     config.mine.update({"queries": 1600, "depth": 32, "negative_below": 0.5})
-    config.mine.update({"scored_queries": 800, "scored_depth": 32})
+    config.mine.update({"scored_queries": 800, "scored_depth": 32, "calibrate": "query_mean"})
     config.joint.denoised_share = 1.0
     # The retriever is cheap to measure on all queries, the re-ranker is not.
     config.evaluate.rerank_queries = 300
@@ -48,13 +48,10 @@ def get_config(preset: str = "docstrings"):
 
 def _shallow(config):
     config.model.num_layers = 3
-    if config.data.dataset == "beir":
-        config.data.update({"passage_length": 64, "pair_length": 80})
-    # With half the layers the weights are a poor retriever, which needs a warm-up.
-    config.retriever.update(
-        {"epochs": 4.0, "most_lists": 7168, "batch": 64, "learning_rate": 1e-4, "warmup_steps": 10}
-        | {"schedule": "linear", "log_every": 20, "save_every": 50}
-    )
+    config.data.update({"passage_length": 64, "pair_length": 80})
+    config.data.update({"train_passage_length": 0, "train_pair_length": 0})
+    # With half the layers the weights are a poor retriever, which needs a longer warm-up.
+    config.retriever.update({"most_lists": 7168, "learning_rate": 1e-4, "log_every": 20})
     # Most queries of joint training are new to the re-ranker.
     config.mine.update({"queries": 2400, "scored_queries": 1200})
     config.reranker.most_lists = 800

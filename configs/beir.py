@@ -18,7 +18,7 @@ def get_config(preset: str = "official_code"):
     """Returns the config of a preset: paper or official_code (the loss)."""
     config = config_lib.default()
     config_lib.two_cores(config)
-    config.data.update({"dataset": "beir", "passage_length": 64, "pair_length": 80})
+    config.data.dataset = "beir"
     if preset not in config_lib.LOSSES:
         raise ValueError(f"no preset {preset!r}; choose one of {', '.join(config_lib.LOSSES)}")
     config.joint.loss.update(config_lib.LOSSES[preset])

@@ -14,7 +14,9 @@ def get_config(preset: str = "core"):
     """Returns the config of presets joined by commas: core or full, paper or official_code (loss)."""
     config = config_lib.default()
     config_lib.two_cores(config)
+    config.budget = 8.0
     config.data.dataset = "docstrings"
+    config.evaluate.update({"rerank_queries": 200, "rerank_depth": 10})
     for name in preset.split(","):
         if name in config_lib.LOSSES:
             config.joint.loss.update(config_lib.LOSSES[name])

@@ -30,7 +30,8 @@ def test_every_row_changes_one_thing_of_full():
     assert found["teacher gradient on"] == {"joint.loss.teacher_gradient": True}
     # Labels without a teacher.
     alone = found["in-batch negatives alone"]
-    assert alone == found["in-batch negatives"] | {"joint.kl_weight": 0.0}
+    assert alone == {"joint.in_batch_weight": 1.0, "joint.kl_weight": 0.0}
+    assert found["without in-batch negatives"] == {"joint.in_batch_weight": 0.0}
     assert {name for name in found if name.startswith("list size")} == {
         "list size 2",
         "list size 8",
@@ -50,6 +51,8 @@ def test_every_row_changes_one_thing_of_full():
     found = ablation_study.rows(full)
     assert "preset paper" not in found
     assert "teacher gradient off" in found
+    full.joint.in_batch_weight = 0.0
+    assert ablation_study.rows(full)["in-batch negatives"] == {"joint.in_batch_weight": 1.0}
 
 
 def measured(values):

@@ -59,7 +59,9 @@ def rows(config: ConfigDict, sizes: Sequence[int] | None = None) -> dict[str, di
         f"teacher gradient {'on' if through else 'off'}": {"joint.loss.teacher_gradient": through},
         f"temperature {warmer:g}": {"joint.loss.temperature": warmer},
         "one learning rate": {"joint.reranker_rate": 1.0},
-        "in-batch negatives": {"joint.in_batch_weight": 1.0},
+        f"{'without ' if joint.in_batch_weight else ''}in-batch negatives": {
+            "joint.in_batch_weight": 0.0 if joint.in_batch_weight else 1.0
+        },
         # What the labels alone would gain, without a teacher.
         "in-batch negatives alone": {"joint.in_batch_weight": 1.0, "joint.kl_weight": 0.0},
         "refreshed candidates": {"joint.refresh_every": REFRESHED},
