@@ -178,7 +178,7 @@ def plan(
         for name in seconds
         if name != "retriever" and not (name == "joint" and config.joint.lists)
     }
-    counts["mine.queries"] = min(mine.queries, queries, math.ceil(max(wanted.values(), default=1)))
+    counts["mine.queries"] = min(mine.queries, queries, max(math.ceil(sum(wanted.values())), 1))
     denoised = min(mine.scored_queries, counts["mine.queries"], math.ceil(wanted.get("joint", 1)))
     pairs = int(scoring / costs.pair)
     depth = min(mine.scored_depth, mine.depth, max(LEAST_DEPTH, pairs // denoised))

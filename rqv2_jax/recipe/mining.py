@@ -168,17 +168,52 @@ def draw_lists(
 ) -> lists_lib.Lists:
     """Draws lists of the re-ranker's warm-up or of joint training, as `lists.draw` orders them.
 
-    All of the stage's, or `number` of them for the steps from `step` on.
+    All of the stage's, or `number` of them for the steps from `step` on. Joint training begins with
+    queries that the warm-up has not read: of those it has, a re-ranker knows the labels by heart, and
+    teaches no more than these.
     """
-    settings = config[stage]
-    share = settings.denoised_share if stage == "joint" else 0.0
-    probability = (1.0, 0.0)
+    probability, read_L = (1.0, 0.0), np.zeros(0, int)
+    if stage == "joint" and not step and config.reranker.epochs > 0:
+        warm = _draw(config, store, _unscored(candidates), "reranker", read_L, probability)
+        read_L = warm.query_rows_L
+    share = config.joint.denoised_share if stage == "joint" else 0.0
     if share > 0:
         candidates, probability = comparable(config, store, candidates)
-    queries, twins_2xN = store.splits["train"], _twins(config, store, candidates["train"])
+    how = {"number": number, "step": step}
+    lists = _counted(_draw(config, store, candidates, stage, read_L, probability, **how))
+    if share > 0:
+        train = candidates["train"]
+        unlabelled_QxN = ~np.isnan(train.reranker_QxN) & ~_known_positive(store, "train", train)
+        p_U = calibration.relevance(train.reranker_QxN[unlabelled_QxN], probability)
+        _warn_of_missing(config.mine, p_U, lists)
+    return lists
+
+
+def _unscored(candidates: Candidates) -> Candidates:
+    """Returns the candidates of the training queries as they were before the re-ranker scored them."""
+    train = candidates["train"]
+    unscored_QxN = np.full_like(train.reranker_QxN, np.nan)
+    return {"train": dataclasses.replace(train, reranker_QxN=unscored_QxN)}
+
+
+def _draw(
+    config: ml_collections.ConfigDict,
+    store: tokens.Store,
+    candidates: Candidates,
+    stage: str,
+    read_L: np.ndarray,
+    probability: tuple[float, float],
+    *,
+    number: int = 0,
+    step: int = 0,
+) -> lists_lib.Lists:
+    """Draws lists as `draw_lists` says, in each epoch those of the queries in `read_L` last."""
+    queries, settings = store.splits["train"], config[stage]
+    twins_2xN = _twins(config, store, candidates["train"])
+    share = settings.denoised_share if stage == "joint" else 0.0
 
     def draw(epoch: int) -> lists_lib.Lists:
-        return lists_lib.draw(
+        drawn = lists_lib.draw(
             candidates["train"],
             queries.positives(),
             np.concatenate([queries.own_2xN, twins_2xN], axis=1),
@@ -191,14 +226,9 @@ def draw_lists(
             seed=2 * config.seed + (stage == "joint"),
             epoch=(step << 20) + epoch,
         )
+        return drawn.take(np.argsort(np.isin(drawn.query_rows_L, read_L), kind="stable"))
 
-    lists = _counted(epochs_of_lists(draw, settings, number=number))
-    if share > 0:
-        train = candidates["train"]
-        unlabelled_QxN = ~np.isnan(train.reranker_QxN) & ~_known_positive(store, "train", train)
-        p_U = calibration.relevance(train.reranker_QxN[unlabelled_QxN], probability)
-        _warn_of_missing(config.mine, p_U, lists)
-    return lists
+    return epochs_of_lists(draw, settings, number=number)
 
 
 def _twins(
