@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_run import tiny_config, write_beir
 
+from rqv2_jax import config as config_lib
 from rqv2_jax.data import denoise
 from rqv2_jax.data.lists import (
     Candidates,
@@ -341,6 +342,30 @@ def doubled(tmp_path_factory, bert_folder):
     config.retriever.epochs = 0.0
     run = untrained(open_run(config, tmp_path_factory.mktemp("doubled") / "w"))
     return run, pipeline.prepare(run)
+
+
+@pytest.mark.parametrize("warm", [8, 24, 1000])
+def test_joint_training_begins_with_queries_that_the_warm_up_has_not_read(doubled, warm):
+    run, store = doubled
+    config = config_lib.loads(config_lib.dumps(run.config))
+    config.reranker.update({"epochs": 1.0, "most_lists": warm})
+    config.joint.update({"epochs": 2.0, "most_lists": 1000})
+    candidates = mining.mine(run, store, mining.retrieve(run, store))
+    read = mining.draw_lists(config, store, candidates, "reranker").query_rows_L
+    lists = mining.draw_lists(config, store, candidates, "joint")
+    every = len(lists.query_rows_L) // 2
+    assert len(read) == min(warm, every)
+    for start in (0, every):
+        known_L = np.isin(lists.query_rows_L[start : start + every], read)
+        # Those that are new come first, each labelled pair once in a pass.
+        assert known_L.sum() == len(read)
+        assert (np.diff(known_L.astype(int)) >= 0).all()
+    config.reranker.epochs = 0.0
+    plain = mining.draw_lists(config, store, candidates, "joint")
+    assert warm == 1000 or (plain.query_rows_L != lists.query_rows_L).any()
+    assert sorted(plain.query_rows_L) == sorted(lists.query_rows_L)
+    if warm == 1000:
+        np.testing.assert_array_equal(plain.passages_LxP, lists.passages_LxP)
 
 
 @pytest.mark.parametrize("stage", ["reranker", "joint"])

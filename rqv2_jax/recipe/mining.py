@@ -7,7 +7,7 @@ U unlabelled candidates.
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ml_collections
@@ -26,6 +26,8 @@ from rqv2_jax.recipe.texts import open_store, texts_of
 from rqv2_jax.retrieval import rerank
 
 MINED_AT_ONCE = 1024
+# Of lists that are not denoised.
+UNDENOISED = lists_lib.Denoising(0.0, (1.0, 0.0), 0.0, 1.0)
 
 
 def score(finder: Finder, candidates: Candidates, reranker: Callable[[], dict]) -> Candidates:
@@ -172,55 +174,55 @@ def draw_lists(
     queries that the warm-up has not read: of those it has, a re-ranker knows the labels by heart, and
     teaches no more than these.
     """
-    probability, read_L = (1.0, 0.0), np.zeros(0, int)
-    if stage == "joint" and not step and config.reranker.epochs > 0:
-        warm = _draw(config, store, _unscored(candidates), "reranker", read_L, probability)
-        read_L = warm.query_rows_L
-    share = config.joint.denoised_share if stage == "joint" else 0.0
+    queries, train, share = store.splits["train"], candidates["train"], 0.0
+    never_2xN = np.concatenate([queries.own_2xN, _twins(config, store, train)], axis=1)
+    read_L, probability = np.zeros(0, int), (1.0, 0.0)
+    if stage == "joint":
+        share = config.joint.denoised_share
+        if config.reranker.epochs > 0 and not step:
+            read_L = _draw(config, store, train, never_2xN, "reranker").query_rows_L
     if share > 0:
         candidates, probability = comparable(config, store, candidates)
-    how = {"number": number, "step": step}
-    lists = _counted(_draw(config, store, candidates, stage, read_L, probability, **how))
-    if share > 0:
         train = candidates["train"]
+    trusted = config.mine.negative_below, config.mine.positive_above
+    lists = _draw(
+        *(config, store, train, never_2xN, stage),
+        denoising=lists_lib.Denoising(share, probability, *trusted),
+        read_L=read_L,
+        part=(number, step),
+    )
+    _print_kinds(lists)
+    if share > 0:
         unlabelled_QxN = ~np.isnan(train.reranker_QxN) & ~_known_positive(store, "train", train)
         p_U = calibration.relevance(train.reranker_QxN[unlabelled_QxN], probability)
         _warn_of_missing(config.mine, p_U, lists)
     return lists
 
 
-def _unscored(candidates: Candidates) -> Candidates:
-    """Returns the candidates of the training queries as they were before the re-ranker scored them."""
-    train = candidates["train"]
-    unscored_QxN = np.full_like(train.reranker_QxN, np.nan)
-    return {"train": dataclasses.replace(train, reranker_QxN=unscored_QxN)}
-
-
 def _draw(
     config: ml_collections.ConfigDict,
     store: tokens.Store,
-    candidates: Candidates,
+    train: lists_lib.Candidates,
+    never_2xN: np.ndarray,
     stage: str,
-    read_L: np.ndarray,
-    probability: tuple[float, float],
     *,
-    number: int = 0,
-    step: int = 0,
+    denoising: lists_lib.Denoising = UNDENOISED,
+    read_L: Sequence[int] | np.ndarray = (),
+    part: tuple[int, int] = (0, 0),
 ) -> lists_lib.Lists:
-    """Draws lists as `draw_lists` says, in each epoch those of the queries in `read_L` last."""
-    queries, settings = store.splits["train"], config[stage]
-    twins_2xN = _twins(config, store, candidates["train"])
-    share = settings.denoised_share if stage == "joint" else 0.0
+    """Draws lists as `draw_lists` says, in each epoch those of the queries in `read_L` last.
+
+    `never_2xN` are pairs that are no negatives beside the labelled ones, `part` is (number, step).
+    """
+    settings, (number, step) = config[stage], part
 
     def draw(epoch: int) -> lists_lib.Lists:
         drawn = lists_lib.draw(
-            candidates["train"],
-            queries.positives(),
-            np.concatenate([queries.own_2xN, twins_2xN], axis=1),
+            train,
+            store.splits["train"].positives(),
+            never_2xN,
             list_size=settings.list_size,
-            denoising=lists_lib.Denoising(
-                share, probability, config.mine.negative_below, config.mine.positive_above
-            ),
+            denoising=denoising,
             num_passages=len(store.passage_ids),
             # The two stages draw apart, and so do all refreshes.
             seed=2 * config.seed + (stage == "joint"),
@@ -288,15 +290,16 @@ def read_lists(run: Run) -> tuple[tokens.Store, lists_lib.Lists]:
         rng = np.random.default_rng([run.config.seed, epoch])
         return given.take(rng.permutation(len(given.query_rows_L)))
 
-    return store, _counted(epochs_of_lists(draw, settings))
+    lists = epochs_of_lists(draw, settings)
+    _print_kinds(lists)
+    return store, lists
 
 
-def _counted(lists: lists_lib.Lists) -> lists_lib.Lists:
-    """Returns the lists, and prints how many passages of each kind they hold."""
+def _print_kinds(lists: lists_lib.Lists) -> None:
+    """Prints how many passages of each kind lists hold."""
     kinds = np.bincount(lists.provenance_LxP.reshape(-1), minlength=len(lists_lib.Provenance))
     counts = ", ".join(f"{n} {k.name.lower()}" for k, n in zip(lists_lib.Provenance, kinds) if n)
     tqdm.tqdm.write(f"  {len(lists.query_rows_L)} lists of {lists.passages_LxP.shape[1]}: {counts}")
-    return lists
 
 
 def epochs_of_lists(
