@@ -726,6 +726,22 @@ def test_a_new_head_reads_what_its_encoder_was_made_for(tiny_bert, make_st, clas
     refused(lambda: pooling(classifier, "mean"), classifier, "its score cannot read another")
 
 
+def test_a_new_re_ranker_on_a_model_of_single_texts_begins_with_one_type(
+    tiny_bert, make_st, classifier, tmp_path
+):
+    """Such a model has never used the second token type; all else is as the folder has it."""
+    for folder, same in ((make_st(), True), (tiny_bert, False), (classifier, False)):
+        run = open_run(config_of(folder), tmp_path / "w")
+        found = run.initial("reranker")["encoder"]
+        given = weights.load_encoder(run.sources.reranker.folder, run.models.reranker)
+        types_2xD = np.array(found["embeddings"]["type"].pop("embedding"))
+        given_2xD = given["embeddings"]["type"].pop("embedding")
+        np.testing.assert_array_equal(types_2xD[0], given_2xD[0])
+        np.testing.assert_array_equal(types_2xD[1], given_2xD[0 if same else 1])
+        assert (given_2xD[0] != given_2xD[1]).any()
+        jax.tree.map(np.testing.assert_array_equal, found, given)
+
+
 def test_token_classifiers_with_one_label_still_load(make_bert, tmp_path):
     """As exports were until commit 8355232: the first token's logit is the score."""
     settings = {"num_labels": 1, "num_hidden_layers": 1}

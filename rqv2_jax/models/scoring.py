@@ -117,7 +117,17 @@ def retriever_scores(query_BxD: Array, passage_BPxD: Array) -> Array:
     )
 
 
-def init_reranker(encoder: Params, config: BertConfig, key: Array) -> Params:
-    """Adds a new linear head to an encoder: normal with BERT's standard deviation, bias 0."""
+def init_reranker(
+    encoder: Params, config: BertConfig, key: Array, *, one_type: bool = False
+) -> Params:
+    """Adds a new linear head to an encoder: normal with BERT's standard deviation, bias 0.
+
+    With `one_type` the second token type, a passage's, begins as a copy of the first, a query's.
+    """
+    if one_type:
+        embeddings = encoder["embeddings"]
+        types_2xD = jnp.asarray(embeddings["type"]["embedding"])
+        types = {"embedding": types_2xD.at[1].set(types_2xD[0])}
+        encoder = {**encoder, "embeddings": {**embeddings, "type": types}}
     kernel_D = jax.random.normal(key, (config.hidden_size,)) * config.initializer_range
     return {"encoder": encoder, "head": {"kernel": kernel_D, "bias": jnp.zeros(())}}

@@ -54,10 +54,13 @@ class Run:
             else:
                 params["passage"] = weights.load_encoder(passage, self.models.retriever)
             return self.sharding.put_params(params)
-        config, head = self.models.reranker, self.sources.reranker.head
-        encoder = weights.load_encoder(reranker, config)
+        config, source = self.models.reranker, self.sources.reranker
+        encoder, head = weights.load_encoder(reranker, config), source.head
         if not isinstance(head, sbert.Head):
-            params = models_lib.init_reranker(encoder, config, jax.random.key(self.config.seed))
+            key = jax.random.key(self.config.seed)
+            # A model made for single texts has never used the second type, and reads worse with it.
+            single = source.passage_format == "title_text"
+            params = models_lib.init_reranker(encoder, config, key, one_type=single)
         else:
             params = {"encoder": encoder, "head": weights.load_head(head, config.hidden_size)}
         return self.sharding.put_params(params)

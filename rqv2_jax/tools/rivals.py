@@ -46,9 +46,12 @@ class Joint:
         self.sequences, self.device = sequences, device()
         self.half = run.config.model.dtype == "bfloat16"
         torch.manual_seed(0)
-        model, head = run.config.model, run.initial("reranker")["head"]
+        model, initial = run.config.model, run.initial("reranker")
+        head, types = initial["head"], initial["encoder"]["embeddings"]["type"]["embedding"]
         towers = [self._encoder(source.folder, model) for source in run.sources[:2]]
         towers.append(self._encoder(run.sources.reranker.folder, model.reranker))
+        with torch.no_grad():
+            towers[2].embeddings.token_type_embeddings.weight.copy_(torch.tensor(np.array(types)))
         pooled = run.models.head == "pooler"
         pooler = [self._linear(head["pooler"]), torch.nn.Tanh()] if pooled else []
         dropout = torch.nn.Dropout(model.reranker.dropout)
