@@ -271,7 +271,7 @@ def two_cores(config: ConfigDict) -> None:
     short = {"schedule": "linear", "warmup_steps": 10, "evaluate_every": 1000, "save_every": 40}
     # At most so many passes; on large data the budget ends all of them before.
     config.retriever.update({"epochs": 3.0, "batch": 64, "learning_rate": 5e-5, "log_every": 5})
-    config.reranker.update({"epochs": 2.0, "batch": 8, "list_size": 4, "learning_rate": 2e-4})
+    config.reranker.update({"epochs": 2.0, "batch": 8, "list_size": 4, "learning_rate": 3e-4})
     config.reranker.log_every = 20
     config.joint.update({"epochs": 2.0, "batch": 16, "list_size": 4, "learning_rate": 3e-5})
     config.joint.update({"reranker_rate": 4.0, "in_batch_weight": 1.0, "denoised_share": 0.0})
