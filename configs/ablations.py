@@ -5,8 +5,8 @@ Command:
   launch/ablations.sh docstrings
   launch/ablations.sh FOLDER
   PRESET=shallow launch/ablations.sh FOLDER
-Time and scores: a row and seed takes 4 to 10 minutes on docstrings and 7 to 14 on a BEIR folder, 3 to
-5 with `shallow`; docs/lab.md.
+Time: not measured since texts are 128 tokens long; at 48 to 96, docs/lab.md, a row and seed took 4 to
+14 minutes.
 """
 
 from rqv2_jax import config as config_lib
