@@ -5,7 +5,7 @@ recipe of configs/beir.py in a third of its time. More makes better models: --co
 --config.STAGE.most_lists=100000 for each stage and --config.mine.queries=100000.
 Command:
   python -m rqv2_jax.main --config configs/docstrings.py --workdir workdir/docstrings
-Time: about 12 minutes of training and 8 of evaluation. Scores: docs/results.md.
+Time: about 17 minutes of training and 8 of evaluation. Scores: docs/results.md.
 """
 
 from rqv2_jax import config as config_lib
