@@ -715,7 +715,8 @@ def test_wrong_flags_are_one_line(arguments, message):
 def test_the_program_prints_the_report(tmp_path):
     folder = write(tmp_path)
     arguments = ["--config=configs/beir.py", f"--config.data.path={folder}"]
-    ended = run_program("rqv2_jax.check", *arguments, "--config.reranker.batch=9")
+    arguments += ["--config.retriever.epochs=0", "--config.reranker.batch=17"]
+    ended = run_program("rqv2_jax.check", *arguments)
     assert ended.returncode == 1, ended.stderr
-    assert "\nerror    reranker stage: 8 lists in 1 epochs, fewer than" in ended.stdout
+    assert "\nerror    reranker stage: 8 lists in 2 epochs, fewer than" in ended.stdout
     assert ended.stdout.endswith("\n\nnot usable: 1 error\n")
