@@ -25,7 +25,7 @@ def get_config(preset: str = "core"):
     )
     config.mine.queries = 800
     config.dev.update({"depth": 5, "pool": 500})
-    config.evaluate.update({"rerank_queries": 200, "rerank_depth": 10})
+    config.evaluate.update({"rerank_queries": 100, "rerank_depth": 10})
     for name in preset.split(","):
         if name in config_lib.LOSSES:
             config.joint.loss.update(config_lib.LOSSES[name])

@@ -718,5 +718,5 @@ def test_the_program_prints_the_report(tmp_path):
     arguments += ["--config.retriever.epochs=0", "--config.reranker.batch=17"]
     ended = run_program("rqv2_jax.check", *arguments)
     assert ended.returncode == 1, ended.stderr
-    assert "\nerror    reranker stage: 8 lists in 2 epochs, fewer than" in ended.stdout
+    assert "\nerror    reranker stage: 16 lists in 2 epochs, fewer than" in ended.stdout
     assert ended.stdout.endswith("\n\nnot usable: 1 error\n")
