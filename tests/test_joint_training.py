@@ -272,7 +272,9 @@ def test_the_retriever_learns_from_the_reranker_alone(tmp_path):
     """
     config = config_lib.default()
     config_lib.two_cores(config)
-    config.data.dataset = "docstrings"
+    config.budget = config.retriever.epochs = config.joint.in_batch_weight = 0.0
+    config.data.update({"dataset": "docstrings", "passage_length": 48, "pair_length": 64})
+    config.data.update({"train_passage_length": 0, "train_pair_length": 0})
     config.model.num_layers = 3
     config.optimizer.weight_decay = 0.0
     config.mine.update({"queries": 800, "depth": 16})
