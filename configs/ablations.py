@@ -54,6 +54,5 @@ def _shallow(config):
     config.retriever.update({"most_lists": 7168, "learning_rate": 1e-4, "log_every": 20})
     # Most queries of joint training are new to the re-ranker.
     config.mine.update({"queries": 2400, "scored_queries": 1200})
-    config.reranker.most_lists = 800
     # Runs are short: saving the optimizer would take longer than repeating half a run.
     config.joint.update({"most_lists": 640, "evaluate_every": 20, "save_every": 1000})

@@ -18,11 +18,8 @@ def get_config(preset: str = "core"):
     config.data.dataset = "docstrings"
     # Counts in place of a budget, so that every machine trains the same and none measures its speed.
     config.budget = 0.0
-    config.retriever.most_lists, config.reranker.most_lists, config.joint.most_lists = (
-        1280,
-        480,
-        256,
-    )
+    for stage, lists in {"retriever": 1280, "reranker": 480, "joint": 256}.items():
+        config[stage].most_lists = lists
     config.mine.queries = 800
     config.dev.update({"depth": 5, "pool": 500})
     config.evaluate.update({"rerank_queries": 100, "rerank_depth": 10})
