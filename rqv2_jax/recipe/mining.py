@@ -179,7 +179,10 @@ def draw_lists(
     read_L, probability = np.zeros(0, int), (1.0, 0.0)
     if stage == "joint":
         share = config.joint.denoised_share
-        if config.reranker.epochs > 0 and not step:
+        one_pass = int(np.isin(queries.positives()[0], train.query_rows_Q).sum())
+        # A warm-up of a whole pass has read all queries, which leaves the order as it is.
+        partial = 0 < lists_lib.training_lists(config.reranker, one_pass) < one_pass
+        if partial and not step:
             read_L = _draw(config, store, train, never_2xN, "reranker").query_rows_L
     if share > 0:
         candidates, probability = comparable(config, store, candidates)
