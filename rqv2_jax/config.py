@@ -101,6 +101,9 @@ def default() -> ConfigDict:
                 "passage_format": "",  # "title_sep_text", or "title_text" (sentence-transformers)
                 "dropout": 0.1,
                 "dtype": "float32",  # of activations; params and losses stay float32
+                # Of the factors of float32 activations' matrix products, in training alone; their sums
+                # stay float32. "auto" is bfloat16 on a CPU with tiles for it (AMX).
+                "products": "auto",
                 # "ragged" is a kernel of ours for GPUs, "plain" serves all others; "auto" goes by the
                 # device. "xla" or "cudnn" (half precision on a GPU) name implementations of
                 # jax.nn.dot_product_attention, which do not drop out attention weights.
@@ -298,6 +301,7 @@ def complete(config: ConfigDict) -> tuple[list[str], list[str]]:
     then = {key: value for key, value in known.items() if key.startswith(floors)} | {
         "budget": 0.0,
         "data.ignore_identical_ids": "never",
+        "model.products": "float32",
         "model.similarity": "dot",
         "model.scale": 1.0,
         "model.query_prompt": NO_PROMPT,

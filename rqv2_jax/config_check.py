@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from rqv2_jax import config as config_lib
 from rqv2_jax.errors import InputError
-from rqv2_jax.models import losses
+from rqv2_jax.models import losses, products
 from rqv2_jax.ranking import metrics
 
 STAGES = ("retriever", "reranker", "joint")
@@ -32,6 +32,7 @@ CHOICES = {
     "model.similarity": ("", "dot", "cosine"),
     "model.passage_format": ("", "title_sep_text", "title_text"),
     "model.dtype": ("float32", "bfloat16"),
+    "model.products": products.CHOICES,
     "model.remat": ("none", "dots", "full"),
     "model.attention": ("auto", "plain", "ragged", "xla", "cudnn"),
     "optimizer.clip": ("together", "apart"),

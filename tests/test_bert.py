@@ -393,6 +393,23 @@ def test_bfloat16_runs_close_to_float32(tiny):
     assert np.linalg.norm(rounded - full) < 0.05 * np.linalg.norm(full)
 
 
+def test_half_products_run_close_to_float32(tiny):
+    config, params, _, seqs = tiny
+    block = one_row_each(seqs)
+    directions_NxD = np.random.default_rng(4).normal(size=(ROWS * WIDTH, 32)).astype(np.float32)
+    (full, full_grads), (states, grads) = (
+        pull_back(c, params, block, directions_NxD)
+        for c in (config, dataclasses.replace(config, half_products=True))
+    )
+    assert states.dtype == jnp.float32
+    assert 1e-4 < np.abs(np.asarray(states - full)).mean() < 0.01
+    full_grads, grads = (
+        np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+        for tree in (full_grads, grads)
+    )
+    assert np.linalg.norm(grads - full_grads) < 0.02 * np.linalg.norm(full_grads)
+
+
 def test_dropout_in_bfloat16_scales_as_in_float32():
     x = jax.random.normal(jax.random.key(8), 2**16).astype(jnp.bfloat16)
     key = jax.random.key(7)

@@ -17,7 +17,7 @@ import numpy as np
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from rqv2_jax.models import attention, ragged_attention
+from rqv2_jax.models import attention, products, ragged_attention
 from rqv2_jax.models.attention import Blocks
 from rqv2_jax.models.dropout import survive
 
@@ -47,8 +47,9 @@ ACTIVATIONS = {
 class BertConfig:
     """The shape of an encoder; field meanings are those of a Hugging Face `config.json`.
 
-    `remat` is one of `REMAT`, `attention` comes from `attention.implementation`, and `unrolled` says
-    whether the layer loop is unrolled.
+    `remat` is one of `REMAT`, `attention` comes from `attention.implementation`, `unrolled` says
+    whether the layer loop is unrolled, and `half_products`, which training alone may set, whether
+    matrix products are `products.rounded`.
     """
 
     vocab_size: int
@@ -66,11 +67,16 @@ class BertConfig:
     remat: str
     attention: str
     unrolled: bool
+    half_products: bool = False
 
     @property
     def head_size(self) -> int:
         """Returns the number of columns of one head."""
         return self.hidden_size // self.num_heads
+
+    def multiply(self, x: Array, y: Array) -> Array:
+        """Returns the matrix product of x [..., N, K] and y [..., K, M], or [K, M]."""
+        return products.rounded(x, y) if self.half_products else x @ y
 
 
 class Dropout(nn.Module):
@@ -132,9 +138,9 @@ class Projections(nn.Module):
         kernel_DxE = self.param("kernel", init, (size, 3 * size)).astype(c.dtype)
         bias_E = self.param("bias", nn.initializers.zeros, (3 * size,)).astype(c.dtype)
         if query_AxD is x_NxD:
-            return (checkpoint_name(x_NxD @ kernel_DxE + bias_E, KEPT),)
-        q_AxD = query_AxD @ kernel_DxE[:, :size] + bias_E[:size]
-        kv_NxE = x_NxD @ kernel_DxE[:, size:] + bias_E[size:]
+            return (checkpoint_name(c.multiply(x_NxD, kernel_DxE) + bias_E, KEPT),)
+        q_AxD = c.multiply(query_AxD, kernel_DxE[:, :size]) + bias_E[:size]
+        kv_NxE = c.multiply(x_NxD, kernel_DxE[:, size:]) + bias_E[size:]
         return checkpoint_name(q_AxD, KEPT), checkpoint_name(kv_NxE, KEPT)
 
 
@@ -157,7 +163,8 @@ class Layer(nn.Module):
 
         def dense(x: Array, features: int, name: str) -> Array:
             init = nn.initializers.normal(c.initializer_range)
-            layer = nn.Dense(features, dtype=c.dtype, kernel_init=init, name=name)
+            how: dict[str, Any] = {"dot_general": lambda x, y, *_, **__: c.multiply(x, y)}
+            layer = nn.Dense(features, dtype=c.dtype, kernel_init=init, name=name, **how)
             return checkpoint_name(layer(x), KEPT)
 
         def add_norm(x: Array, y: Array, name: str) -> Array:

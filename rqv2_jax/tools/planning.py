@@ -94,7 +94,11 @@ def open_models(
     if asked == "auto" and machine.counted:
         sizes = models.retriever.head_size, models.reranker.head_size
         models = models.reshaped(attention=attention.implementation(asked, "gpu", sizes))
-    return config, models.reshaped(unrolled=machine.devices[0].platform == "cpu")
+    cpu = machine.devices[0].platform == "cpu"
+    if config.model.products == "auto" and (machine.counted or not cpu):
+        # Not by this machine's kind of CPU.
+        config.model.products = "float32"
+    return config, models.reshaped(unrolled=cpu)
 
 
 def _bert_base(config: ConfigDict) -> tuple[ConfigDict, Models]:

@@ -17,6 +17,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from rqv2_jax.data.packing import Ragged
+from rqv2_jax.models import products
 from rqv2_jax.recipe.run import Run
 from rqv2_jax.tools import machines
 
@@ -35,7 +36,7 @@ class Joint:
     """A step of joint training with transformers' BertModel and PyTorch's fused attention.
 
     The same weights, lists and loss; batches padded to their longest sequence, each query encoded
-    once, gradients clipped, AdamW. Under bfloat16, with automatic mixed precision. `sequences` are the
+    once, gradients clipped, AdamW. Where ours multiplies in bfloat16, with automatic mixed precision. `sequences` are the
     inputs of each step, by kind.
     """
 
@@ -44,9 +45,11 @@ class Joint:
 
         self.torch, self.settings, self.models = torch, run.config.joint, run.models
         self.sequences, self.device = sequences, device()
-        self.half = run.config.model.dtype == "bfloat16"
+        model = run.config.model
+        rounded = products.half(model.products, jax.default_backend())
+        self.half = model.dtype == "bfloat16" or rounded
         torch.manual_seed(0)
-        model, initial = run.config.model, run.initial("reranker")
+        initial = run.initial("reranker")
         head, types = initial["head"], initial["encoder"]["embeddings"]["type"]["embedding"]
         towers = [self._encoder(source.folder, model) for source in run.sources[:2]]
         towers.append(self._encoder(run.sources.reranker.folder, model.reranker))

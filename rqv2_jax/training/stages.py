@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 from ml_collections import ConfigDict
 
-from rqv2_jax.models import losses
+from rqv2_jax.models import losses, products
 from rqv2_jax.models.bert import Params
 from rqv2_jax.models.scoring import Models, retriever_scores
 
@@ -150,6 +150,9 @@ class Stage(NamedTuple):
 def make_stage(config: ConfigDict, models: Models, name: str) -> Stage:
     """Returns the stage "retriever", "reranker" or "joint" of a config."""
     settings, parts = config[name], _parts(config, name)
+    if config.model.dtype == "float32":
+        half = products.half(config.model.products, jax.default_backend())
+        models = models.reshaped(half_products=half)
     in_batch = _in_batch_terms(config, name)
     # Every query's loss is over the passages of all parts.
     by_part = in_batch and parts > 1
