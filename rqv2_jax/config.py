@@ -127,7 +127,16 @@ def default() -> ConfigDict:
             # Warm-up of the retriever with in-batch negatives; 0 epochs skip it.
             "retriever": _training(epochs=30.0, learning_rate=3e-5),
             # Warm-up of the re-ranker on lists of mined negatives; 0 epochs skip it.
-            "reranker": _training(epochs=2.0, list_size=8, loss="listwise"),
+            "reranker": _training(
+                epochs=2.0,
+                list_size=8,
+                loss="listwise",
+                # Another ranker whose scores of the lists it learns too: "bm25" (as `evaluate.bm25`
+                # says), or a run file that ranks the training queries' passages; "" for none.
+                teacher="",
+                teacher_weight=0.5,
+                teacher_temperature=1.0,  # by which the scores are divided
+            ),
             "mine": {
                 "queries": 1_000_000,  # at most this many training queries, drawn at random
                 # Who finds candidates: "retriever", "bm25" (as `evaluate.bm25` says), or both, in turn.
@@ -281,7 +290,7 @@ def two_cores(config: ConfigDict) -> None:
     config.joint.update({"log_every": 5, "loss": LOSSES["official_code"]})
     for stage in ("retriever", "reranker", "joint"):
         config[stage].update(short)
-    config.mine.depth = 30
+    config.mine.update({"sources": ("retriever", "bm25"), "depth": 30})
     config.dev.update({"queries": 100, "depth": 10, "pool": 1000})
     config.evaluate.update({"batch_tokens": 8192, "rerank_queries": 300, "rerank_depth": 20})
 
@@ -312,6 +321,9 @@ def complete(config: ConfigDict) -> tuple[list[str], list[str]]:
         "dev.hard": 0,
         "dev.metric": "RR@10",
         "reranker.loss": "listwise",
+        "reranker.teacher": "",
+        "reranker.teacher_weight": 0.5,
+        "reranker.teacher_temperature": 1.0,
         "mine.sources": ("retriever",),
         "mine.candidates": "",
         "mine.margin": 0.0,

@@ -66,6 +66,7 @@ RANGES = {
     "reranker.epochs": (0.0, 1e6),
     **{f"{stage}.warmup_steps": (0, 10**9) for stage in STAGES},
     "reranker.list_size": (2, 10**6),
+    "reranker.teacher_weight": (0.0, 1e6),
     **{f"{stage}.accumulate": (0, 10**6) for stage in STAGES},
     "dev.hard": (0, 10**6),
     "joint.list_size": (2, 10**6),

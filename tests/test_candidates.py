@@ -23,7 +23,7 @@ from rqv2_jax.data.lists import (
 )
 from rqv2_jax.errors import InputError
 from rqv2_jax.recipe import candidates as candidates_lib
-from rqv2_jax.recipe import mining, pipeline
+from rqv2_jax.recipe import mining, pipeline, rankings, teacher
 from rqv2_jax.recipe.claim import claim
 from rqv2_jax.recipe.run import open_run
 from rqv2_jax.recipe.stage import Dev, stage_batches
@@ -318,6 +318,50 @@ def test_settings_of_bm25_are_fixed_where_it_finds_candidates(opened):
                 claim(run)
         else:
             claim(run)
+
+
+def taught_lists(run, store):
+    lists = mining.draw_lists(run.config, store, mining.retrieve(run, store), "reranker", number=16)
+    return lists, teacher.taught(run, store, lists)
+
+
+def test_bm25_teaches_by_the_scores_it_searches_by(made):
+    run, store = made(sources=("bm25",), depth=48)
+    run.config.reranker.teacher = "bm25"
+    teacher.check(run)
+    drawn, lists = taught_lists(run, store)
+    np.testing.assert_array_equal(lists.passages_LxP, drawn.passages_LxP)
+    (ranking,) = rankings.search_bm25(run, store, {"train": lists.query_rows_L}, 48)
+    for passages, scores, *found in zip(lists.passages_LxP, lists.teacher_LxP, *ranking):
+        known = dict(zip(*(x.tolist() for x in found)))
+        np.testing.assert_allclose(scores, [known.get(p, 0.0) for p in passages], rtol=1e-5)
+    # Lists that are dealt to batches take their scores along.
+    stage = stages.make_stage(run.config, run.models, "reranker")
+    batches = stage_batches(run, store, "reranker", stage, lists)
+    given = {
+        (q, *p): t for q, p, t in zip(lists.query_rows_L, lists.passages_LxP, lists.teacher_LxP)
+    }
+    dealt = batches.make(1)["teacher"].reshape(8, -1)
+    order = batches.lists
+    for q, p, t in zip(order.query_rows_L[8:16], order.passages_LxP[8:16], dealt):
+        np.testing.assert_array_equal(given[(q, *p)], t)
+
+
+def test_a_run_file_teaches_what_it_scores(made, tmp_path):
+    run, store = made()
+    path = tmp_path / "teacher.trec"
+    run.config.reranker.teacher = str(path)
+    with pytest.raises(InputError, match=r"teacher\.trec: no such file"):
+        teacher.check(run)
+    path.write_text("q39 Q0 p1 1 0.5 x\n")
+    teacher.check(run)
+    with pytest.raises(InputError, match="scores no passage of a training list"):
+        taught_lists(run, store)
+    path.write_text("".join(f"q{i} Q0 p{i} 1 {i / 2} x\n" for i in range(32)))
+    _, lists = taught_lists(run, store)
+    heads = [int(store.splits["train"].ids[row][1:]) / 2 for row in lists.query_rows_L]
+    np.testing.assert_array_equal(lists.teacher_LxP[:, 0], np.array(heads, np.float32))
+    assert np.isnan(lists.teacher_LxP[:, 1:]).all()
 
 
 def test_equal_texts_are_found_by_their_tokens():

@@ -355,6 +355,27 @@ def test_kl_and_entropy_count_valid_passages_alone():
     assert entropy == pytest.approx(-0.5 * math.log(0.5) - 0.2 * math.log(0.2), rel=1e-5)
 
 
+def test_a_teacher_is_followed_where_it_has_a_score():
+    rng = np.random.default_rng(12)
+    teacher, scores = rng.normal(0, 2, (2, 3, 5)).astype(np.float32)
+    teacher[0, 2] = teacher[1, :4] = teacher[2] = np.nan
+    where = np.ones((3, 5), bool)
+    where[0, 4] = False
+    value, grad = jax.value_and_grad(lambda s: losses.taught(teacher, s, where_BxP=where))(scores)
+    # The first list has three scores; the second one, which says nothing; the third none.
+    known = [0, 1, 3]
+    expected = F.kl_div(
+        torch.tensor(scores[0, known]).log_softmax(-1),
+        torch.tensor(teacher[0, known]).softmax(-1),
+        reduction="sum",
+    )
+    assert float(value) == pytest.approx(expected.item() / 2, rel=1e-5)
+    assert np.isfinite(grad).all()
+    assert np.abs(grad[0, known]).min() > 0
+    np.testing.assert_array_equal(grad[0, [2, 4]], 0)
+    np.testing.assert_allclose(grad[1:], 0, atol=1e-7)
+
+
 def test_a_list_of_nothing_changes_nothing():
     scores = np.random.default_rng(9).normal(0, 2, (2, 5, 5)).astype(np.float32)
     where = WHERE.copy()

@@ -239,6 +239,9 @@ def test_bm25_in_closed_form():
     assert (np.isneginf(scores) == (rows < 0)).all()
     for found, row, each in zip(scores, rows, expected):
         np.testing.assert_allclose(found[row >= 0], each[row[row >= 0]], rtol=1e-5)
+    every = np.array([[3, 2, 1, 0]] * 4)
+    found = bm25.scores(iter(passages), queries, every, BM25)
+    np.testing.assert_allclose(found, expected[:, ::-1], rtol=1e-5)
 
 
 def test_bm25_without_a_stemmer_tells_words_of_one_stem_apart():
@@ -253,6 +256,8 @@ def test_bm25_of_passages_without_words_finds_nothing():
     rows, scores = bm25.search(["?", "!"], ["a question"], 5, BM25)
     np.testing.assert_array_equal(rows, [[-1, -1]])
     assert np.isneginf(scores).all()
+    found = bm25.scores(["?", "!"], ["a question"], np.array([[1, 0]]), BM25)
+    np.testing.assert_array_equal(found, [[0, 0]])
 
 
 def test_recall_in_closed_form():

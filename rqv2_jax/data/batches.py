@@ -145,6 +145,8 @@ class ListBatches:
         real_OxBx1 = real_SxB[self.made_O][..., None]
         positive_OxBxP = self.positive_LxP[rows_OxB] & real_OxBx1
         labels = {"positive": positive_OxBxP, "where": np.ones_like(positive_OxBxP) & real_OxBx1}
+        if self.lists.teacher_LxP is not None:
+            labels["teacher"] = self.lists.teacher_LxP[rows_OxB]
         if self.in_batch:
             rows_N = rows_SxB.reshape(-1)
             passages_NxP = self.text_N[self.lists.passages_LxP[rows_N]]

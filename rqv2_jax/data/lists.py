@@ -116,6 +116,7 @@ class Lists:
     query_rows_L: np.ndarray
     passages_LxP: np.ndarray
     provenance_LxP: np.ndarray
+    teacher_LxP: np.ndarray | None = None  # another ranker's scores, NaN where it has none
 
     def positive(self) -> np.ndarray:
         """Returns which passage of each list is its positive [L, P]."""
@@ -123,7 +124,7 @@ class Lists:
 
     def take(self, numbers_L: np.ndarray) -> "Lists":
         """Returns the lists with these numbers, in this order."""
-        return Lists(*(x[numbers_L] for x in vars(self).values()))
+        return Lists(**{name: x[numbers_L] for name, x in vars(self).items() if x is not None})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -57,6 +57,17 @@ def kl(p_log_BxP: jax.Array, q_log_BxP: jax.Array, *, where_BxP: jax.Array) -> j
     return jnp.sum(jnp.where(where_BxP, p_BxP * (p_log_BxP - q_log_BxP), 0.0), axis=-1)
 
 
+def taught(teacher_BxP: jax.Array, scores_BxP: jax.Array, *, where_BxP: jax.Array) -> jax.Array:
+    """Returns KL(teacher || scores) over the passages that both score, mean over lists.
+
+    A teacher's score is NaN where it has none.
+    """
+    where_BxP = where_BxP & ~jnp.isnan(teacher_BxP)
+    teacher_log_BxP, log_BxP = (_log_softmax(x, where_BxP) for x in (teacher_BxP, scores_BxP))
+    kl_B = kl(teacher_log_BxP, log_BxP, where_BxP=where_BxP)
+    return _mean(kl_B, jnp.any(where_BxP, axis=-1))
+
+
 def entropy(log_p_BxP: jax.Array, *, where_BxP: jax.Array) -> jax.Array:
     """Returns the entropy of every list [B] in nats, from log-probabilities."""
     return -jnp.sum(jnp.where(where_BxP, jnp.exp(log_p_BxP) * log_p_BxP, 0.0), axis=-1)

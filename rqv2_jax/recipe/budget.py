@@ -4,8 +4,6 @@ The budget covers both warm-ups, mining, joint training and compiling; reading t
 apart. The settings of the config are the most that is taken: `epochs` and `most_lists` of a stage, and
 `mine.queries`, `mine.scored_queries` and `mine.scored_depth`. The counts are written to the workdir
 before training, so that a run that resumes has the same, and equal counts give equal numbers.
-
-Shape suffixes: L lists, P passages of a list, N passages or positives.
 """
 
 import contextlib
@@ -13,22 +11,17 @@ import json
 import math
 import pathlib
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
-import jax
 import ml_collections
-import numpy as np
 import tqdm
 
 from rqv2_jax import artifacts, hosts
-from rqv2_jax.data import lists as lists_lib
 from rqv2_jax.data import tokens
 from rqv2_jax.errors import DAMAGE, InputError, one_line
+from rqv2_jax.recipe.costs import Costs, measure, stages_of
 from rqv2_jax.recipe.run import Run
-from rqv2_jax.recipe.stage import stage_batches
-from rqv2_jax.retrieval import encode, rerank
-from rqv2_jax.training import stages, train
 
 FILE, TOOK = "budget.json", "budget.took.json"
 # Share of the budget for what is not measured: search, drawing lists, checkpoints, a slower moment.
@@ -45,19 +38,6 @@ RISING = 0.1
 ENCODING = 1 / 3
 # Candidates of a query that are scored, at least, unless the config wants fewer.
 LEAST_DEPTH = 16
-# Steps that are timed, and the batches of a forward pass.
-TIMED_STEPS, TIMED_BATCHES = 3, 2
-
-
-class Costs(NamedTuple):
-    """Seconds that the parts of a run take; `step` and `dev` by stage, of the stages there are."""
-
-    # By part, whatever the counts: "measuring", "retrieve" (encoding the corpus), "mine" (scores of
-    # dev's candidates), and compiling each stage's step.
-    once: dict[str, float]
-    pair: float  # a query and a candidate, scored by the re-ranker
-    step: dict[str, float]
-    dev: dict[str, float]  # measured once
 
 
 def use(run: Run, store: tokens.Store) -> None:
@@ -126,15 +106,11 @@ def _read(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str,
         return None
 
 
-def _stages(config: ml_collections.ConfigDict) -> list[str]:
-    return [name for name in SHARES if config[name].epochs > 0]
-
-
 def _keys(config: ml_collections.ConfigDict) -> set[str]:
     """Returns the settings that are counts of a run by this config."""
     counts = ("most_lists", "warmup_steps", "evaluate_every")
     mine = {f"mine.{key}" for key in ("queries", "scored_queries", "scored_depth")}
-    return mine | {f"{name}.{key}" for name in _stages(config) for key in counts}
+    return mine | {f"{name}.{key}" for name in stages_of(config) for key in counts}
 
 
 def plan(
@@ -223,87 +199,6 @@ def _share(
         if not full:
             return {n: (shared | parts)[n] for n in step}
         shared |= full
-
-
-def measure(run: Run, store: tokens.Store) -> Costs:
-    """Measures what the parts of the run take, by its own models, lengths, batches and devices."""
-    started, config = time.monotonic(), run.config
-    tqdm.tqdm.write("budget: measure speed")
-    (passage, pair), size = _forward(run, store), len(store.texts)
-    steps = {name: _steps(run, store, name) for name in _stages(config)}
-    asked = min(config.dev.queries, len(store.splits["dev"].ids))
-    rerank_dev = asked * config.dev.depth * pair
-    warm, both = (
-        min(max(config.dev.pool, asked * each), size) * passage
-        for each in (1, 1 + config.dev.depth)
-    )
-    compiling = {name: max(first - later, 0.0) for name, (first, later) in steps.items()}
-    scored = config.joint.denoised_share > 0 and not config.joint.lists
-    return Costs(
-        once={"measuring": time.monotonic() - started, "retrieve": size * passage}
-        | compiling
-        | {"mine": rerank_dev * scored},
-        pair=pair,
-        step={name: later for name, (_, later) in steps.items()},
-        dev={
-            name: {"retriever": warm, "reranker": rerank_dev, "joint": both + rerank_dev}[name]
-            for name in steps
-        },
-    )
-
-
-def _forward(run: Run, store: tokens.Store) -> tuple[float, float]:
-    """Returns the seconds of a passage encoded, and of a pair scored."""
-    forward = run.forward
-    lengths_N = forward.inputs.passage_lengths(store, store.sample())
-    tokens_once = TIMED_BATCHES * forward.batch_tokens * run.sharding.shards
-    rows_N = np.resize(store.sample(), max(int(tokens_once / lengths_N.mean()), 1))
-    rows_N = np.random.default_rng(0).permutation(rows_N)
-    tower, queries = run.initial("retriever")["passage"], store.splits["train"].texts
-    passage = _second(lambda: encode.passages(forward, tower, store, rows_N)) / len(rows_N)
-    reranker, asked_N = run.initial("reranker"), np.resize(np.arange(len(queries)), len(rows_N))
-    pairs = forward, reranker, store, queries, asked_N, rows_N[:, None]
-    pair = _second(lambda: rerank.scores(*pairs)) / len(rows_N)
-    tqdm.tqdm.write(
-        f"  {lengths_N.mean() / passage:,.0f} passage tokens and {1 / pair:,.1f} pairs a second"
-    )
-    return passage, pair
-
-
-def _second(work: Callable[[], Any]) -> float:
-    """Returns the seconds of some work when it is done again, everything being compiled."""
-    work()
-    started = time.monotonic()
-    work()
-    return time.monotonic() - started
-
-
-def _steps(run: Run, store: tokens.Store, name: str) -> tuple[float, float]:
-    """Returns the seconds of a stage's first step, which compiles, and of a later one."""
-    settings, stage = run.config[name], stages.make_stage(run.config, run.models, name)
-    rng, positives_2xN = np.random.default_rng(0), store.splits["train"].positives()
-    count = (TIMED_STEPS + 1) * settings.batch
-    query_rows_L, heads_L = np.resize(
-        positives_2xN[:, rng.permutation(positives_2xN.shape[1])[:count]].T, (count, 2)
-    ).T
-    passages_LxP = rng.integers(len(store.texts), size=(count, stage.list_size))
-    passages_LxP[:, 0] = heads_L
-    provenance_LxP = np.full(passages_LxP.shape, lists_lib.Provenance.UNDENOISED_NEGATIVE)
-    provenance_LxP[:, 0] = lists_lib.Provenance.LABELLED_POSITIVE
-    lists = lists_lib.Lists(query_rows_L, passages_LxP, provenance_LxP)
-    batches = stage_batches(run, store, name, stage, lists)
-    optimizer = train.make_optimizer(run.config.optimizer, settings, TIMED_STEPS + 1, stage.rates)
-    params = {model: run.initial(model) for model in stage.models}
-    state = train.init_state(params, optimizer, run.sharding)
-    step_fn, key = train.make_step(stage.loss_fn, optimizer, run.sharding), jax.random.key(0)
-    seconds = []
-    for step in range(TIMED_STEPS + 1):
-        batch = run.sharding.put_batch(batches.make(step))
-        started = time.monotonic()
-        state, terms = step_fn(state, batch, key)
-        jax.block_until_ready((state.params, terms))
-        seconds.append(time.monotonic() - started)
-    return seconds[0], float(np.median(seconds[1:]))
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from rqv2_jax.recipe.workdir import BEGUN, begun, finished
 # and those of evaluation, whose files record what they were made by.
 PARTS = tuple(f"{stage}.accumulate:" for stage in config_check.STAGES)
 FREE = ("mesh.", "model.remat:", *PARTS, "evaluate.")
-# Settings of evaluation that are not free where BM25 finds candidates.
+# Settings of evaluation that are not free where BM25 finds candidates or teaches.
 BM25 = tuple(f"evaluate.bm25.{key}:" for key in ("k1", "b", "stemmer"))
 # Folders of models; free too while they hold what SOURCES describes.
 PLACES = ("model.weights:", "model.reranker.weights:")
@@ -169,7 +169,7 @@ def _check_claim(run: Run, path: pathlib.Path):
     free: tuple[str, ...] = FREE if (joint / BEGUN).is_file() else (*FREE, "joint.")
     if _same_sources(run):
         free += PLACES
-    tied = BM25 if "bm25" in run.config.mine.sources else ()
+    tied = BM25 if "bm25" in (*run.config.mine.sources, run.config.reranker.teacher) else ()
     changed = [
         line
         for line in config_lib.differences(made_by, run.config)

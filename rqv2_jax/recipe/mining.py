@@ -313,5 +313,5 @@ def epochs_of_lists(
     wanted = number or lists_lib.training_lists(stage, len(parts[0].query_rows_L))
     while sum(len(part.query_rows_L) for part in parts) < wanted:
         parts.append(draw(len(parts)))
-    fields = zip(*(vars(part).values() for part in parts))
+    fields = zip(*((x.query_rows_L, x.passages_LxP, x.provenance_LxP) for x in parts))
     return lists_lib.Lists(*(np.concatenate(arrays)[:wanted] for arrays in fields))

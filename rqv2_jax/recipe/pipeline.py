@@ -19,7 +19,7 @@ from rqv2_jax.data import lists as lists_lib
 from rqv2_jax.data import own_texts, tokenise, tokens
 from rqv2_jax.data.readers import joint_tsv
 from rqv2_jax.errors import InputError
-from rqv2_jax.recipe import budget, evaluation, mining, rankings, results
+from rqv2_jax.recipe import budget, evaluation, mining, rankings, results, teacher
 from rqv2_jax.recipe import candidates as candidates_lib
 from rqv2_jax.recipe.claim import claim
 from rqv2_jax.recipe.opening import in_training
@@ -57,6 +57,8 @@ def warm_up(run: Run) -> tuple[tokens.Store, candidates_lib.Candidates]:
     if config.joint.lists and not begun(run.workdir / "joint"):
         # A file that cannot be used is better known before training than after it.
         mining.read_lists(run)
+    if config.reranker.epochs > 0:
+        teacher.check(run)
     if config.mine.candidates:
         candidates_lib.read_given(run, store, candidates_lib.drawn_queries(run, store))
     if config.retriever.epochs > 0:
@@ -154,9 +156,10 @@ def _found_by_start(run: Run, store: tokens.Store) -> np.ndarray:
 
 
 def train_reranker(run: Run, store: tokens.Store, candidates: candidates_lib.Candidates) -> None:
-    """Warms up the re-ranker on undenoised lists."""
+    """Warms up the re-ranker on undenoised lists, and on the scores of its teacher if it has one."""
     params = {"reranker": run.initial("reranker")}
     lists = mining.draw_lists(run.config, store, candidates, "reranker")
+    lists = teacher.taught(run, store, lists)
     dev = Dev(run.config, run.forward, store, candidates["dev"])
     train_stage(run, store, "reranker", params, run.weights_hash, lists, dev)
 

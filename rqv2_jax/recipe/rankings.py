@@ -7,13 +7,14 @@ Shape suffixes: Q queries, K passages of a query, best first, D vector size.
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import tqdm
 
 from rqv2_jax import artifacts, hosts, optional
 from rqv2_jax.data import own_texts, tokens
+from rqv2_jax.data.lists import Lists
 from rqv2_jax.errors import InputError
 from rqv2_jax.ranking import metrics, trec
 from rqv2_jax.recipe.run import Run, as_released
@@ -186,21 +187,35 @@ def search_bm25(
 
     The passages are read and indexed once for all. Raises InputError if the texts cannot be read.
     """
-    texts, titles = texts_of(run, store.fingerprint), run.config.data.titles
-    asked, deepest = [], depth
     own = {split: own_texts.of_rows(store.splits[split], rows_Q) for split, rows_Q in rows.items()}
-    for split, rows_Q in rows.items():
-        strings = store.splits[split].strings or [query.text for query in texts.queries(split)]
-        asked += [strings[row] for row in rows_Q]
-        deepest = max(deepest, own_texts.deeper(depth, own[split]))
-    passages = (f"{p.title} {p.text}" if titles else p.text for p in texts.passages())
-    found = bm25.search(passages, asked, deepest, run.config.evaluate.bm25)
+    deepest = max(depth, *(own_texts.deeper(depth, own_Q) for own_Q in own.values()))
+    found = bm25.search(*_strings(run, store, rows), deepest, run.config.evaluate.bm25)
     ends = np.cumsum([len(rows_Q) for rows_Q in rows.values()])[:-1]
     rankings = []
     for *part, own_Q in zip(*(np.split(array, ends) for array in found), own.values()):
         passages_QxK, scores_QxK = own_texts.without(part[0], part[1], own_Q)
         rankings.append((passages_QxK[:, :depth], scores_QxK[:, :depth]))
     return rankings
+
+
+def score_bm25(run: Run, store: tokens.Store, lists: Lists) -> np.ndarray:
+    """Returns BM25's scores [L, P] of the passages of training lists; InputError as `search_bm25`."""
+    rows_Q, query_L = np.unique(lists.query_rows_L, return_inverse=True)
+    passages, asked = _strings(run, store, {"train": rows_Q})
+    asked = [asked[number] for number in query_L]
+    return bm25.scores(passages, asked, lists.passages_LxP, run.config.evaluate.bm25)
+
+
+def _strings(
+    run: Run, store: tokens.Store, rows: dict[str, np.ndarray]
+) -> tuple[Iterator[str], list[str]]:
+    """Returns the texts of all passages and of some queries of each split, one after the other."""
+    texts, titles = texts_of(run, store.fingerprint), run.config.data.titles
+    asked: list[str] = []
+    for split, rows_Q in rows.items():
+        strings = store.splits[split].strings or [query.text for query in texts.queries(split)]
+        asked += [strings[row] for row in rows_Q]
+    return (f"{p.title} {p.text}" if titles else p.text for p in texts.passages()), asked
 
 
 def read_candidates(

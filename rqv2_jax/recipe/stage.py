@@ -95,7 +95,9 @@ def stage_batches(
     run: Run, store: tokens.Store, name: str, stage: stages.Stage, lists: lists_lib.Lists
 ) -> ListBatches:
     """Returns the batches that a training stage makes of its lists, the same on every host."""
-    hosts.check_same(f"the lists of stage {name}", lists.query_rows_L, lists.passages_LxP)
+    drawn = lists.query_rows_L, lists.passages_LxP
+    taught = () if lists.teacher_LxP is None else (lists.teacher_LxP,)
+    hosts.check_same(f"the lists of stage {name}", *drawn, *taught)
     shards = run.sharding.shards
     layout = BatchLayout(
         batch=run.config[name].batch,

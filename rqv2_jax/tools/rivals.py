@@ -36,8 +36,8 @@ class Joint:
     """A step of joint training with transformers' BertModel and PyTorch's fused attention.
 
     The same weights, lists and loss; batches padded to their longest sequence, each query encoded
-    once, gradients clipped, AdamW. Where ours multiplies in bfloat16, with automatic mixed precision. `sequences` are the
-    inputs of each step, by kind.
+    once, gradients clipped, AdamW. With automatic mixed precision where ours multiplies in bfloat16.
+    `sequences` are the inputs of each step, by kind.
     """
 
     def __init__(self, run: Run, sequences: list[dict[str, Ragged]], *, compiled: bool):

@@ -83,14 +83,24 @@ def retriever_loss(
 
 
 def reranker_loss(
-    models: Models, kind: str, params: Params, batch: Batch, key: Array, gather: Gather
+    models: Models, settings: Mapping, params: Params, batch: Batch, key: Array, gather: Gather
 ) -> Loss:
-    """Computes the "listwise" cross-entropy of the re-ranker (paper eq. 5) or the "pointwise" one."""
+    """Computes the "listwise" cross-entropy of the re-ranker (paper eq. 5) or the "pointwise" one.
+
+    A batch with the scores of a teacher adds their KL term. `settings` are the stage's (`loss`,
+    `teacher_weight`, and `teacher_temperature`, by which the teacher's scores are divided).
+    """
     positive_BxP, where_BxP = gather(batch["positive"]), gather(batch["where"])
     scores_N = gather(models.reranker_scores(params["reranker"], batch["pairs"], key))
-    loss_fn = {"listwise": losses.listwise, "pointwise": losses.pointwise}[kind]
-    loss = loss_fn(scores_N.reshape(where_BxP.shape), positive_BxP, where_BxP=where_BxP)
-    return loss, {"loss": loss}
+    loss_fn = {"listwise": losses.listwise, "pointwise": losses.pointwise}[settings["loss"]]
+    scores_BxP = scores_N.reshape(where_BxP.shape)
+    supervised = loss_fn(scores_BxP, positive_BxP, where_BxP=where_BxP)
+    if "teacher" not in batch:
+        return supervised, {"loss": supervised}
+    teacher_BxP = gather(batch["teacher"]) / settings["teacher_temperature"]
+    teacher = losses.taught(teacher_BxP, scores_BxP, where_BxP=where_BxP)
+    loss = supervised + settings["teacher_weight"] * teacher
+    return loss, {"loss": loss, "supervised": supervised, "teacher": teacher}
 
 
 def joint_loss(
@@ -161,7 +171,7 @@ def make_stage(config: ConfigDict, models: Models, name: str) -> Stage:
         return Stage(partial(retriever_loss, models, by_part), ("retriever",), {}, 1, *how)
     size = settings.list_size
     if name == "reranker":
-        loss_fn = partial(reranker_loss, models, settings.loss)
+        loss_fn = partial(reranker_loss, models, settings.to_dict())
         return Stage(loss_fn, ("reranker",), {}, size, *how)
     terms = settings.to_dict() | {"averaged": 1 if by_part else parts, "by_part": by_part}
     rates = {"reranker": settings.reranker_rate if settings.train_reranker else 0.0}
