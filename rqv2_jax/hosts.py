@@ -99,6 +99,14 @@ def check_same(what: str, *arrays: np.ndarray) -> None:
         )
 
 
+def stop_asked(step: int) -> bool:
+    """Says, alike in all processes, whether one of several has received SIGTERM before this step.
+
+    JAX has taken over that signal where there are several processes.
+    """
+    return jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step)
+
+
 def barrier() -> None:
     """Waits until all processes are here."""
     if jax.process_count() > 1:

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from absl import flags, logging
 from ml_collections import config_flags
 
+from rqv2_jax import stopping
 from rqv2_jax.errors import InputError
 
 # A flag that is defined here belongs to the program that asked for it, and to its --help.
@@ -80,9 +81,9 @@ def run(
 ) -> None:
     """Parses the flags and runs `main`.
 
-    Exits 2 on bad flags, 1 on an InputError and on a full disk, 130 on Ctrl-C. --help prints `doc`. All
-    of the `required` flags must be given, and exactly one of `one_of`. `main` gets the arguments beside
-    the flags, `arguments` at most.
+    Exits 2 on bad flags, 1 on an InputError and on a full disk, 130 on Ctrl-C, `stopping.AGAIN` on
+    SIGTERM. --help prints `doc`. All of the `required` flags must be given, and exactly one of
+    `one_of`. `main` gets the arguments beside the flags, `arguments` at most.
     """
     # TensorFlow's greeting would bury what the program has to say.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -101,10 +102,14 @@ def run(
         _fail(f"--config has no such setting: {key}", 2)
     except (flags.Error, InputError, OSError, TypeError, ValueError) as e:
         _fail(_from_config_file(e), 2)
+    stopping.install()
     try:
         main(*rest)
     except InputError as e:
         _fail(e, 1)
+    except stopping.Terminated:
+        print("\nterminated; the same command resumes", file=sys.stderr)
+        sys.exit(stopping.AGAIN)
     except KeyboardInterrupt:
         print("\ninterrupted; the same command resumes", file=sys.stderr)
         sys.exit(130)

@@ -7,7 +7,7 @@ import pytest
 from tiny_run import ROOT, run_program
 
 FAILURES = """
-import threading, time
+import os, signal, threading, time
 from rqv2_jax import program
 
 def by_the_system():
@@ -20,6 +20,16 @@ def by_orbax():
 
 def otherwise():
     raise ValueError("a defect")
+
+def at_a_signal(name):
+    os.kill(os.getpid(), getattr(signal, name))
+    time.sleep(60)
+
+def terminated():
+    at_a_signal("SIGTERM")
+
+def interrupted():
+    at_a_signal("SIGINT")
 
 program.run({}, "")
 """
@@ -45,6 +55,13 @@ def test_a_defect_keeps_its_traceback():
     assert ended.returncode == 1
     assert ended.stderr.startswith("Traceback")
     assert ended.stderr.endswith("ValueError: a defect\n")
+
+
+@pytest.mark.parametrize(("name", "status"), [("terminated", 75), ("interrupted", 130)])
+def test_a_signal_ends_in_one_line_that_says_what_to_do(name, status):
+    ended = run_failure(name)
+    assert ended.returncode == status
+    assert ended.stderr == f"\n{name}; the same command resumes\n"
 
 
 @pytest.mark.parametrize(

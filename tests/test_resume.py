@@ -1,6 +1,7 @@
 """What is done again, and what is not, when a command is repeated, stopped or given other settings."""
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import pytest
 from tiny_run import ROOT, tiny_config, write_beir
 
 from rqv2_jax import config as config_lib
+from rqv2_jax import stopping
 from rqv2_jax.data import tokens
 from rqv2_jax.errors import InputError
 from rqv2_jax.ranking import trec
@@ -151,7 +153,7 @@ def test_killed_in_every_stage_it_ends_with_the_same_results(tmp_path, bert_fold
     points = [
         r"^prepare",
         r"^  retriever 4/",
-        r"^retrieve:",
+        r"^  reranker 2/",
         r"^  reranker 4/",
         r"^mine:",
         r"^  joint 2/",
@@ -159,7 +161,9 @@ def test_killed_in_every_stage_it_ends_with_the_same_results(tmp_path, bert_fold
         r"^evaluate:",
     ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    for point in points:
+    # By turns, so that training ends in both ways.
+    ends = [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, stopping.AGAIN)]
+    for point, (number, status) in zip(points, itertools.cycle(ends)):
         process = subprocess.Popen(
             command,
             cwd=ROOT,
@@ -173,10 +177,10 @@ def test_killed_in_every_stage_it_ends_with_the_same_results(tmp_path, bert_fold
             if re.match(point, line):
                 seen = True
                 time.sleep(0.2)
-                process.send_signal(signal.SIGKILL)
+                process.send_signal(number)
                 break
-        process.wait()
         assert seen, f"never reached {point}"
+        assert process.wait() == status
     ended = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )

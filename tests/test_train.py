@@ -1,5 +1,7 @@
 """Losses on real models against PyTorch, the optimizer, the loop, and resuming bit for bit."""
 
+import os
+import signal
 from functools import partial
 from types import SimpleNamespace
 
@@ -15,6 +17,7 @@ from ml_collections import ConfigDict
 from safetensors.torch import save_file
 
 from rqv2_jax import config as config_lib
+from rqv2_jax import stopping
 from rqv2_jax.config import LOSSES
 from rqv2_jax.errors import InputError
 from rqv2_jax.models import losses, weights
@@ -502,7 +505,7 @@ class Recorder:
         return train.TrainState(state.step + 1, f"params {batch + 1}", None), terms
 
     def batches(self, first):
-        for step in range(first, 100):
+        for step in range(first, 10_000):
             self.events.append(f"batch {step}")
             yield step
 
@@ -573,6 +576,79 @@ def test_loop_goes_on_from_the_state(recorder, every_two):
         *("batch 2", "step 2", "batch 3", "step 3", "log 4"),
         *("evaluate 4 params 4", "save 4 4"),
     ]
+
+
+@pytest.fixture
+def signals():
+    """Signals as programs take them, for one test."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    stopping.install()
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(
+    ("number", "raised"),
+    [(signal.SIGTERM, stopping.Terminated), (signal.SIGINT, KeyboardInterrupt)],
+)
+def test_a_signal_in_a_step_waits_for_its_end_and_saves(
+    recorder, stage_settings, signals, monkeypatch, number, raised
+):
+    step = recorder.step
+
+    def interrupted(state, batch, key):
+        if batch == 2:
+            os.kill(os.getpid(), number)
+            recorder.events.append("signal")
+        return step(state, batch, key)
+
+    monkeypatch.setattr(recorder, "step", interrupted)
+    with pytest.raises(raised) as error:
+        recorder.run(0, 5, stage_settings(evaluate_every=9, save_every=9, log_every=9))
+    assert error.type is raised
+    assert recorder.events[-5:] == ["step 1", "batch 2", "signal", "step 2", "save 3 3"]
+
+
+def test_a_signal_while_dev_is_measured_saves_the_steps_before(
+    recorder, stage_settings, signals, monkeypatch
+):
+    evaluate = recorder.evaluate
+
+    def interrupted(step, params):
+        evaluate(step, params)
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    recorder.hooks = recorder.hooks._replace(evaluate=interrupted)
+    with pytest.raises(stopping.Terminated):
+        recorder.run(0, 5, stage_settings(evaluate_every=2, save_every=9, log_every=9))
+    assert recorder.events[-3:] == ["step 1", "evaluate 2 params 2", "save 2 2"]
+
+
+def test_a_signal_after_a_number_that_is_not_finite_saves_nothing(
+    recorder, stage_settings, signals, monkeypatch
+):
+    recorder.wrong_at, batches = 1, recorder.batches
+
+    def interrupted(first):
+        for step in batches(first):
+            if step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield step
+
+    monkeypatch.setattr(recorder, "batches", interrupted)
+    with pytest.raises(InputError, match="step 2: kl is nan"):
+        recorder.run(0, 5, stage_settings(evaluate_every=9, save_every=9, log_every=9))
+    assert not any(event.startswith("save") for event in recorder.events)
+
+
+def test_a_state_is_saved_after_ten_minutes(recorder, stage_settings, monkeypatch):
+    monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=lambda: recorder.clock))
+    # A step takes a second, measuring dev 100.
+    recorder.run(0, 1500, stage_settings(evaluate_every=700, save_every=10**6, log_every=10**6))
+    saved = [int(event.split()[1]) for event in recorder.events if event.startswith("save")]
+    assert saved == [502, 1004, 1500]
 
 
 @pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])

@@ -14,9 +14,14 @@ from jax import Array
 from jax.tree_util import tree_map_with_path
 from ml_collections import ConfigDict
 
+from rqv2_jax import hosts, stopping
 from rqv2_jax.errors import InputError
 from rqv2_jax.models.bert import Params
 from rqv2_jax.training.sharding import Sharding
+
+# Seconds after which a state is saved, however many steps are left until `save_every`; and the steps
+# after which several processes look at the clock.
+SAVED_AFTER, ASKED_EVERY = 600.0, 16
 
 Terms = dict[str, Any]  # of a loss, by name
 Optimizer: TypeAlias = optax.GradientTransformation
@@ -181,7 +186,9 @@ def train(
     """Runs from the step of `state` to `total_steps`: evaluate, save, draw a batch, step.
 
     With `stop`, it saves there and returns; another call goes on from that state. Before anything is
-    saved, the terms of all steps are checked: one that is not finite raises InputError.
+    saved, the terms of all steps are checked: one that is not finite raises InputError. It saves at
+    least every `SAVED_AFTER` seconds, and, of one process, before KeyboardInterrupt leaves it; several
+    save and raise `stopping.Terminated` when one has received SIGTERM.
 
     Args:
       step_fn: from `make_step`.
@@ -192,23 +199,46 @@ def train(
     first, stop = int(state.step), total_steps if stop is None else stop
     if first >= stop:
         return state
-    log, stream = _Log(stage, name, hooks.log), batches(first)
+    log, stream, done, saved = _Log(stage, name, hooks.log), batches(first), first, time.monotonic()
     with tqdm.tqdm(total=total_steps, initial=first, desc=name, unit="step", smoothing=0.1) as bar:
-        for step in range(first, stop):
-            if step % stage.evaluate_every == 0:
+        try:
+            for step in range(first, stop):
+                if step % stage.evaluate_every == 0:
+                    log.check()
+                    pause = time.monotonic()
+                    hooks.evaluate(step, state.params)
+                    log.started += time.monotonic() - pause
+                if step > first and (step % stage.save_every == 0 or _overdue(step, saved)):
+                    log.check()
+                    hooks.save(step, state)
+                    saved = time.monotonic()
+                batch = next(stream)
+                with stopping.held():
+                    # The state before is gone as soon as the step begins.
+                    state, terms = step_fn(state, batch, dropout_key)
+                    done = step + 1
+                log.add(done, terms)
+                bar.update()
+                if hosts.stop_asked(done):
+                    log.check()
+                    hooks.save(done, state)
+                    raise stopping.Terminated
+            log.check()
+            log.write()
+            if stop == total_steps:
+                hooks.evaluate(stop, state.params)
+            hooks.save(stop, state)
+        except KeyboardInterrupt:
+            # Several processes save together or not at all, and of Ctrl-C only one of them knows.
+            if jax.process_count() == 1:
                 log.check()
-                pause = time.monotonic()
-                hooks.evaluate(step, state.params)
-                log.started += time.monotonic() - pause
-            if step % stage.save_every == 0 and step > first:
-                log.check()
-                hooks.save(step, state)
-            state, terms = step_fn(state, next(stream), dropout_key)
-            log.add(step + 1, terms)
-            bar.update()
-        log.check()
-        log.write()
-        if stop == total_steps:
-            hooks.evaluate(stop, state.params)
-        hooks.save(stop, state)
+                hooks.save(done, state)
+            raise
     return state
+
+
+def _overdue(step: int, saved: float) -> bool:
+    """Says whether a state was saved too long ago; several processes ask the first now and then."""
+    if jax.process_count() > 1 and step % ASKED_EVERY:
+        return False
+    return hosts.from_first(lambda: time.monotonic() - saved > SAVED_AFTER)
