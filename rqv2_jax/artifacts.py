@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import shutil
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -85,6 +86,36 @@ def digest(source: str, *arrays: np.ndarray) -> str:
     return hashed.hexdigest()
 
 
+def checksums(folder: pathlib.Path) -> dict[str, int]:
+    """Returns the CRC-32 of every file in a folder, by its path there."""
+
+    def checksum(path: pathlib.Path) -> int:
+        value = 0
+        with path.open("rb") as file:
+            while part := file.read(2**24):
+                value = zlib.crc32(part, value)
+        return value
+
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): checksum(path) for path in files}
+
+
+def _sync(path: pathlib.Path) -> None:
+    """Waits until a file, or a folder's list of names, is on the disk."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def settle(partial: pathlib.Path, path: pathlib.Path) -> None:
+    """Gives a complete file its name; after a power failure either is there, whole."""
+    _sync(partial)
+    os.replace(partial, path)
+    _sync(path.parent)
+
+
 def write(path: pathlib.Path, save: Callable[[pathlib.Path], None]) -> None:
     """Saves a file in the first process; it gets its name when it is complete."""
 
@@ -92,7 +123,7 @@ def write(path: pathlib.Path, save: Callable[[pathlib.Path], None]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.stem}.partial{path.suffix}")
         save(partial)
-        os.replace(partial, path)
+        settle(partial, path)
 
     hosts.from_first(save_and_rename)
 
@@ -111,9 +142,5 @@ def replace_text(path: pathlib.Path, text: str) -> None:
     """Writes a file as `write_text` does, in the process that calls it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    with partial.open("w") as file:
-        file.write(text)
-        file.flush()
-        # Without it a power failure soon after could leave an empty file under the name.
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    partial.write_text(text)
+    settle(partial, path)

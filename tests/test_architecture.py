@@ -26,7 +26,12 @@ LAYERS = (
         ("retrieval",),
         ("training",),
     ),
-    *(("models",), ("ranking",), ("data",), ("optional", "artifacts", "hosts", "errors")),
+    *(
+        ("models",),
+        ("ranking",),
+        ("data",),
+        ("optional", "artifacts", "hosts", "stopping", "errors"),
+    ),
 )
 WITHOUT_JAX = ("data", "ranking")
 ALONE = ("orbax", "flax.linen", "scann", "jax.distributed")

@@ -3,6 +3,7 @@
 import gc
 import json
 import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -77,8 +78,12 @@ def test_no_checkpoint_leaves_the_state_as_it_is(tmp_path):
     checkpoints.close()
 
 
-def test_only_the_last_state_is_kept(tmp_path):
+def test_the_last_two_states_are_kept_and_one_of_a_stage_that_has_ended(tmp_path):
     saved(tmp_path, *(state_on(1, 1, seed=step, step=step) for step in (3, 6, 9)))
+    assert {path.name for path in (tmp_path / "last").iterdir()} == {"6", "9"}
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.finish()
+    checkpoints.close()
     assert [path.name for path in (tmp_path / "last").iterdir()] == ["9"]
     checkpoints = Checkpoints(tmp_path)
     assert_same(checkpoints.restore_last(state_on(1, 1)), state_on(1, 1, seed=9, step=9))
@@ -270,6 +275,58 @@ def test_a_last_state_that_cannot_be_read_starts_the_stage_again(tmp_path, damag
     checkpoints = Checkpoints(tmp_path)
     assert_same(checkpoints.restore_last(state_on(1, 1)), state_on(1, 1, seed=2, step=2))
     assert checkpoints.best_score() == 0.1
+    checkpoints.close()
+
+
+def flip(folder):
+    """Flips a bit in the middle of the largest file of a checkpoint, where its arrays are."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    path = max(files, key=lambda path: path.stat().st_size)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def lose(folder):
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+@given_up
+@pytest.mark.parametrize("damage", [flip, lose])
+def test_the_state_before_stands_in_for_a_damaged_one(tmp_path, damage, capsys):
+    saved(tmp_path, *(state_on(1, 1, seed=step, step=step) for step in (3, 6)))
+    damage(tmp_path / "last/6")
+    capsys.readouterr()
+    checkpoints = Checkpoints(tmp_path)
+    assert_same(checkpoints.restore_last(state_on(1, 1)), state_on(1, 1, seed=3, step=3))
+    assert re.search(r"last/6: cannot be read \(.*\); the one before is", capsys.readouterr().out)
+    # Training comes to the same step again.
+    checkpoints.save_last(6, state_on(1, 1, seed=6, step=6))
+    checkpoints.close()
+    checkpoints = Checkpoints(tmp_path)
+    assert_same(checkpoints.restore_last(state_on(1, 1)), state_on(1, 1, seed=6, step=6))
+    checkpoints.close()
+
+
+def test_a_flipped_bit_of_the_best_params_is_told(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save_best(3, params(), "RR@10", 0.5)
+    checkpoints.close()
+    flip(tmp_path / "best/3")
+    refused(
+        lambda: restore_best(tmp_path, "retriever", params()["retriever"]),
+        "best/3/retriever",
+        "is not as it was written",
+    )
+
+
+@given_up
+def test_states_whose_checksums_are_lost_are_taken_as_they_are(tmp_path, capsys):
+    saved(tmp_path, *(state_on(1, 1, seed=step, step=step) for step in (3, 6)))
+    (tmp_path / "last.sums.json").write_text("{")
+    checkpoints = Checkpoints(tmp_path)
+    assert_same(checkpoints.restore_last(state_on(1, 1)), state_on(1, 1, seed=6, step=6))
     checkpoints.close()
 
 

@@ -56,6 +56,16 @@ def test_whatever_file_of_a_workdir_is_damaged_the_same_command_mends_it(
     assert len(lines) == len(named)
 
 
+def test_a_stage_whose_mark_is_empty_is_trained_again(finished, tmp_path, capsys):
+    config, workdir = finished
+    shutil.copytree(workdir, tmp_path / "w")
+    (tmp_path / "w/joint/begun.txt").write_text("")
+    pipeline.main(config, tmp_path / "w")
+    assert "joint/begun.txt: cannot be read; this stage is trained again" in capsys.readouterr().out
+    assert (tmp_path / "w/results.json").read_text() == (workdir / "results.json").read_text()
+    assert len((tmp_path / "w/joint/begun.txt").read_text().split()) == 2
+
+
 def test_a_damaged_token_store_is_made_again_from_the_same_texts_only(finished, tmp_path, capsys):
     config, workdir = finished
     shutil.copytree(workdir.parent, tmp_path / "all", symlinks=True)

@@ -297,7 +297,7 @@ def test_killed_in_joint_training_both_resume(alone, together):
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert seen
-    assert [p.name for p in (workdir / "joint/last").glob("[0-9]")] in (["2"], ["4"])
+    assert {p.name for p in (workdir / "joint/last").glob("[0-9]")} <= {"2", "4"}
     finish(start(*command(file, workdir)))
     np.testing.assert_array_equal(joint(together), joint(workdir))
     assert (workdir / "results.json").read_text() == (together / "results.json").read_text()

@@ -190,6 +190,8 @@ def train_stage(
     trained_on = artifacts.digest(trained_on, lists.query_rows_L, lists.passages_LxP)
     if finished(folder):
         begin(folder, trained_on)
+    # Unless its mark was damaged.
+    if finished(folder):
         tqdm.tqdm.write(f"  done; {_kept(folder, steps, settings.keep, dev.metric)}")
         return
     batches = stage_batches(run, store, name, stage, lists)
@@ -224,5 +226,6 @@ def train_stage(
                 hooks=train.Hooks(evaluate, checkpoints.save_last, log.write),
                 name=name,
             )
+        checkpoints.finish()
     finish_stage(folder)
     tqdm.tqdm.write(f"  {_kept(folder, steps, settings.keep, dev.metric)}")

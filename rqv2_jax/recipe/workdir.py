@@ -4,8 +4,11 @@ import contextlib
 import fcntl
 import os
 import pathlib
+import shutil
 import uuid
 from collections.abc import Iterator
+
+import tqdm
 
 from rqv2_jax import artifacts, hosts
 from rqv2_jax.errors import InputError
@@ -58,21 +61,37 @@ def _lock(workdir: pathlib.Path) -> int:
 
 
 def begun(folder: pathlib.Path) -> list[str]:
-    """Returns the digest of what a stage is trained on, and its name; nothing if it has not begun."""
+    """Returns the digest of what a stage is trained on, and its name; nothing if it has not begun.
+
+    Nor if the mark is damaged, as a power failure may leave it.
+    """
     path = folder / BEGUN
-    return hosts.from_first(lambda: path.read_text().split() if path.is_file() else [])
+
+    def read() -> list[str]:
+        words = path.read_text(errors="replace").split() if path.is_file() else []
+        return words if len(words) == 2 else []
+
+    return hosts.from_first(read)
 
 
 def begin(folder: pathlib.Path, trained_on: str) -> None:
     """Marks a stage as begun; raises InputError if it has begun with something else."""
     mark = begun(folder)
     if not mark:
+        hosts.from_first(lambda: _forget(folder))
         artifacts.write_text(folder / BEGUN, f"{trained_on} {uuid.uuid4().hex}\n")
     elif mark[0] != trained_on:
         raise InputError(
             f"{folder}: was trained on other lists, or from other models, than there are now; delete "
             "it to train this stage again"
         )
+
+
+def _forget(folder: pathlib.Path) -> None:
+    """Deletes the checkpoints of a stage whose mark is damaged: nobody knows what they come from."""
+    if (folder / BEGUN).exists():
+        tqdm.tqdm.write(f"{folder / BEGUN}: cannot be read; this stage is trained again")
+        shutil.rmtree(folder)
 
 
 def finished(folder: pathlib.Path) -> bool:
