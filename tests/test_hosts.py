@@ -17,7 +17,7 @@ from tensorboard.util import tensor_util
 from tiny_run import ROOT, _leaves, last_joint_params, run_program, tiny_config, write_beir
 
 from rqv2_jax import config as config_lib
-from rqv2_jax import hosts
+from rqv2_jax import hosts, stopping
 from rqv2_jax.recipe import pipeline
 from rqv2_jax.recipe.claim import open_workdir
 
@@ -281,23 +281,30 @@ def test_two_processes_end_where_one_does(alone, together):
 
 
 @pytest.mark.slow
-def test_killed_in_joint_training_both_resume(alone, together):
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_stopped_in_joint_training_both_resume(alone, together, number):
+    """By SIGKILL, or by SIGTERM to the second alone, after which both save the same step."""
     file, _ = alone
-    workdir = together.parent / "killed"
+    workdir = together.parent / number.name
     shutil.copytree(together, workdir)
     for name in ("joint", "runs", "eval", "vectors/joint", "index/joint"):
         shutil.rmtree(workdir / name)
     processes = start(*command(file, workdir))
     seen = False
     for line in processes[0].stdout:
-        if re.match(r"  joint 4/", line):
+        if re.match(r"  joint 2/" if number == signal.SIGTERM else r"  joint 4/", line):
             seen = True
             break
-    for process in processes:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
     assert seen
-    assert {p.name for p in (workdir / "joint/last").glob("[0-9]")} <= {"2", "4"}
+    if number == signal.SIGTERM:
+        processes[1].send_signal(number)
+        assert [process.wait() for process in processes] == [stopping.AGAIN] * PROCESSES
+    for process in processes:
+        process.send_signal(number)
+        process.wait()
+    saved = {int(p.name) for p in (workdir / "joint/last").glob("[0-9]")}
+    assert saved
+    assert max(saved) < 6
     finish(start(*command(file, workdir)))
     np.testing.assert_array_equal(joint(together), joint(workdir))
     assert (workdir / "results.json").read_text() == (together / "results.json").read_text()

@@ -98,20 +98,20 @@ def _second(work: Callable[[], Any]) -> float:
 def _steps(run: Run, store: tokens.Store) -> dict[str, tuple[float, float]]:
     """Returns the seconds of each stage's first step, which compiles, and of a later one.
 
-    The last stage's are measured. The others compute the same layers, of fewer kinds of inputs, so
-    that theirs follow from the numbers of kinds and of tokens; compiling all takes minutes.
+    All are measured but the retriever's, which follow from those of the last stage: it computes the
+    same layers, of other kinds of inputs and as many tokens as its lists have.
     """
-    (*others, last), made = stages_of(run.config), functools.partial(_batches, run, store)
-    stage, batches = made(last)
-    compiling, step = _timed(run, last, stage, batches)
-
-    def share(name: str) -> tuple[float, float]:
-        _, other = made(name)
-        kinds = len(other.shapes) / len(batches.shapes)
-        step_share = _tokens(other) / _tokens(batches)
-        return (compiling - step) * kinds + step * step_share, step * step_share
-
-    return {name: share(name) for name in others} | {last: (compiling, step)}
+    names, made = stages_of(run.config), functools.partial(_batches, run, store)
+    timed = {name: _timed(run, name, *made(name)) for name in names if name != "retriever"}
+    if not timed:
+        return {name: _timed(run, name, *made(name)) for name in names}
+    if "retriever" in names:
+        (_, batches), (_, whole) = made("retriever"), made(names[-1])
+        compiling, step = timed[names[-1]]
+        kinds = len(batches.shapes) / len(whole.shapes)
+        share = step * _tokens(batches) / _tokens(whole)
+        timed["retriever"] = (compiling - step) * kinds + share, share
+    return {name: timed[name] for name in names}
 
 
 def _tokens(batches: ListBatches) -> int:

@@ -132,25 +132,30 @@ class Checkpoints:
         self._best.close()
 
 
-def _sums_file(folder: pathlib.Path) -> pathlib.Path:
-    return folder.with_name(f"{folder.name}.sums.json")
-
-
 def _read_sums(folder: pathlib.Path) -> dict[str, dict[str, int]]:
-    """Returns the checksums of files by the step of their checkpoint; of none if they are lost."""
-    path = _sums_file(folder)
-    return (readable(path, lambda: json.loads(path.read_text())) or {}) if path.is_file() else {}
+    """Returns the checksums of files by the step of their checkpoint; made again if damaged."""
+    path = folder.with_name(f"{folder.name}.sums.json")
+    if not path.is_file():
+        return {}
+    known = readable(path, lambda: json.loads(path.read_text()))
+    return _write_sums(folder, {}) if known is None else known
+
+
+def _write_sums(
+    folder: pathlib.Path, known: dict[str, dict[str, int]]
+) -> dict[str, dict[str, int]]:
+    """Writes and returns the checksums of a folder's checkpoints, of which some are known."""
+    steps = [path for path in folder.glob("*") if path.name.isdigit()]
+    sums = {path.name: known.get(path.name) or artifacts.checksums(path) for path in steps}
+    artifacts.replace_text(folder.with_name(f"{folder.name}.sums.json"), json.dumps(sums) + "\n")
+    return sums
 
 
 def _record_sums(folder: pathlib.Path) -> None:
     """Keeps the checksums of the checkpoints in a folder, which are complete."""
 
     def record() -> None:
-        steps = [path for path in folder.glob("*") if path.name.isdigit()]
-        known = _read_sums(folder)
-        sums = {path.name: known.get(path.name) or artifacts.checksums(path) for path in steps}
-        if sums != known:
-            artifacts.replace_text(_sums_file(folder), json.dumps(sums) + "\n")
+        _write_sums(folder, _read_sums(folder))
 
     hosts.from_first(record)
 
