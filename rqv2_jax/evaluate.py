@@ -4,7 +4,9 @@ The first form retrieves, re-ranks, writes run files and metrics. With --topics 
 and labels are those of the files (`qid <tab> text`, TREC topics or BEIR's queries.jsonl; TREC, MS MARCO
 or BEIR qrels), the passages the workdir's; what it writes is named after the topics file. With
 --candidates, a run file of any system, nothing is retrieved: the re-rankers re-rank the first passages
-that the file lists. With --distributed all these run on several hosts, as rqv2_jax.main does. Data or
+that the file lists. With --elsewhere the passages and queries are those of another folder in BEIR
+layout, on which the trained models are measured beside the released one: what training has cost there.
+With --distributed all these run on several hosts, as rqv2_jax.main does. Data or
 weights that have moved since are given as --data, --weights, --reranker_weights.
 The last form takes any two run files and qrels and prints differences, 95% intervals and paired
 p-values. Run files are TREC's, MS MARCO's (qid, pid, rank) or RocketQA's (qid, pid, rank, score).
@@ -14,6 +16,7 @@ Examples:
   python -m rqv2_jax.evaluate --workdir workdir/msmarco --topics msmarco-test2019-queries.tsv \\
       --qrels 2019qrels-pass.txt --min_relevance 2
   python -m rqv2_jax.evaluate --workdir workdir/msmarco --candidates anserini.trec
+  python -m rqv2_jax.evaluate --workdir workdir/docstrings --elsewhere scifact
   python -m rqv2_jax.evaluate --compare A.trec B.trec --qrels qrels/test.tsv
 """
 
@@ -33,6 +36,7 @@ _INDEX = flags.DEFINE_enum("index", "exact", ["exact", "scann"], "How passages a
 _COMPARE = flags.DEFINE_bool("compare", False, "Compare the two run files given as arguments.")
 flags.DEFINE_string("topics", None, "With --qrels: file of queries, in place of a split.")
 flags.DEFINE_string("candidates", None, "TREC run file to re-rank.")
+flags.DEFINE_string("elsewhere", None, "Folder of another collection, in BEIR layout.")
 flags.DEFINE_string("qrels", None, "With --topics or --compare: file of relevance labels.")
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the processes of the other hosts.")
 _RERANK_DEPTH = flags.DEFINE_integer(
@@ -64,15 +68,22 @@ def main(*files: str) -> None:
     if candidates and flags.FLAGS["index"].present:
         raise InputError("--candidates takes the place of --index; give one of the two")
 
+    if flags.FLAGS.elsewhere and (topics or candidates):
+        raise InputError("--elsewhere goes with neither --topics nor --candidates; leave them out")
+
     from rqv2_jax import hosts
 
     if _DISTRIBUTED.value:
         hosts.start()
-    from rqv2_jax.recipe import evaluation, results
+    from rqv2_jax.recipe import elsewhere, evaluation, results
+    from rqv2_jax.recipe.run import STATES
     from rqv2_jax.recipe.texts import open_store, stem, with_topics
 
     with program.opened() as run:
-        store, split = open_store(run), _SPLIT.value
+        store, split, states = open_store(run), _SPLIT.value, STATES
+        if flags.FLAGS.elsewhere:
+            run, store = elsewhere.on(run, pathlib.Path(flags.FLAGS.elsewhere), split)
+            states = elsewhere.STATES
         if topics:
             store, split = with_topics(run, store, pathlib.Path(topics), pathlib.Path(qrels))
         if _MIN_RELEVANCE.value:
@@ -86,7 +97,7 @@ def main(*files: str) -> None:
                 raise InputError(f"{path}: results are named after the file; rename it")
             report = evaluation.evaluate_candidates(run, store, split, path, name)
         else:
-            report = evaluation.evaluate(run, store, split, (_INDEX.value,))
+            report = evaluation.evaluate(run, store, split, (_INDEX.value,), states)
         print(results.render(report))
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from absl import flags
 from absl.testing import flagsaver
-from tiny_run import run_program
+from tiny_run import run_program, write_beir
 
 from rqv2_jax import config as config_lib
 from rqv2_jax import evaluate
@@ -21,6 +21,7 @@ from rqv2_jax.recipe import scorer as score
 from rqv2_jax.recipe.claim import open_workdir
 from rqv2_jax.recipe.run import open_run
 from rqv2_jax.recipe.texts import with_topics
+from rqv2_jax.retrieval import encode
 
 
 @pytest.fixture
@@ -252,3 +253,52 @@ def test_metrics_without_rr_are_compared_by_their_first(deep):
     store = tokens.open_store(run.workdir / "data" / "tokens")
     report = evaluation.evaluate(run, store, "test", ("exact",))
     assert {each["metric"] for each in report["significance"]} == {"Success@5"}
+
+
+def test_elsewhere_measures_the_trained_models_on_another_collection(deep, capsys):
+    write_beir(deep / "other", passages=60, seed=5)
+    # Only test is needed there.
+    (deep / "other/qrels/train.tsv").unlink()
+    (deep / "other/qrels/dev.tsv").unlink()
+    before = (deep / "w/eval/test.json").read_text()
+    flags.FLAGS.mark_as_parsed()
+    with flagsaver.flagsaver(workdir=str(deep / "w"), elsewhere=str(deep / "other")):
+        evaluate.main()
+    assert "60 passages, 8 test queries; nothing was trained on it" in capsys.readouterr().out
+    folder = deep / "w/elsewhere/other"
+    report = json.loads((folder / "eval/test.json").read_text())
+    states = {(row["state"], row["model"]) for row in report["rows"]}
+    assert states >= {("bm25", "bm25"), ("joint", "retriever"), ("joint", "reranker")}
+    assert ("zero_shot", "retriever") not in states
+    assert report["verdict"]
+    # Its rankings are those of the trained vectors, and its own passages.
+    run = open_workdir(deep / "w")
+    store = tokens.open_store(folder / "data/tokens")
+    towers = run.params(state="joint", model="retriever")
+    passages = encode.passages(run.forward, towers["passage"], store, np.arange(60))
+    queries = store.splits["test"]
+    vectors = encode.queries(run.forward, towers["query"], queries.texts, np.arange(8))
+    best = np.argsort(-(vectors @ passages.T), axis=1)[:, 0]
+    found = trec.read_run(folder / "runs/test.joint.retriever.exact.trec")
+    expected = {q: store.passage_ids[row] for q, row in zip(queries.ids, best)}
+    assert {query: ranking[0][0] for query, ranking in found.items()} == expected
+    assert (deep / "w/eval/test.json").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"split": "dev"}, "has no qrels for dev, only for test"),
+        ({"topics": "t", "qrels": "q"}, "--elsewhere goes with neither"),
+    ],
+)
+def test_elsewhere_that_cannot_be_measured(deep, more, message):
+    write_beir(deep / "other")
+    for split in ("train", "dev"):
+        (deep / f"other/qrels/{split}.tsv").unlink()
+    flags.FLAGS.mark_as_parsed()
+    with (
+        flagsaver.flagsaver(workdir=str(deep / "w"), elsewhere=str(deep / "other"), **more),
+        pytest.raises(InputError, match=message),
+    ):
+        evaluate.main()

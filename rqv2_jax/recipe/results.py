@@ -49,7 +49,9 @@ def advice(run: Run, store: tokens.Store, worse: set, reachable: dict[str, float
     passage among the re-ranked ones.
     """
     models = {model for _, model, _ in worse}
-    lines = _truncation(run, store, models) + _training(run, store, worse)
+    lines = _truncation(run, store, models)
+    # On another collection than a run's own, more training is no remedy.
+    lines += _training(run, store, worse) if "train" in store.splits else []
     for index in sorted({index for _, model, index in worse if model == "reranker"}):
         if reachable[index] < 1 - NOTABLE:
             lines.append(

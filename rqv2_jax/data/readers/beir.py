@@ -28,18 +28,23 @@ class _Split:
 
 
 def beir(path: str | Path, *, train_qrels: str, eval_qrels: str) -> Collection:
-    """Returns the collection in folder `path`, with the labels in these folders of it."""
+    """Returns the collection in folder `path`, with the labels in these folders of it.
+
+    Without `train_qrels` ("") it has no train, and no dev but its own.
+    """
     root = files.open_folder(path, "BEIR")
     corpus = files.required(root, "BEIR", "corpus.jsonl")
     splits = {}
     for split, folder in (("train", train_qrels), ("dev", eval_qrels), ("test", eval_qrels)):
+        if not folder:
+            continue
         if not (root / folder).is_dir():
             raise InputError(f"{root / folder}: no such qrels folder; add it or name another one")
         labels = files.find_file(root / folder, f"{split}.tsv")
         if labels is not None:
             queries = files.find_file(root, f"queries.{split}.jsonl")
             splits[split] = _Split(queries or files.required(root, "BEIR", "queries.jsonl"), labels)
-    if "train" not in splits:
+    if train_qrels and "train" not in splits:
         raise InputError(f"{root / train_qrels}: no train.tsv or train.tsv.gz; add the train split")
     read = [corpus, *(s.queries for s in splits.values()), *(s.labels for s in splits.values())]
     has_dev, remarks = {"dev", "test"} <= splits.keys(), tuple[str, ...]()
@@ -57,7 +62,7 @@ def beir(path: str | Path, *, train_qrels: str, eval_qrels: str) -> Collection:
         query_file=lambda split: _query_file(of(split).queries),
         remarks=remarks,
     )
-    return texts if has_dev else with_dev(texts)
+    return texts if has_dev or not train_qrels else with_dev(texts)
 
 
 def _query_file(file: Path) -> Iterator[Query]:
