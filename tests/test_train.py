@@ -648,7 +648,7 @@ def test_a_state_is_saved_after_ten_minutes(recorder, stage_settings, monkeypatc
     # A step takes a second, measuring dev 100.
     recorder.run(0, 1500, stage_settings(evaluate_every=700, save_every=10**6, log_every=10**6))
     saved = [int(event.split()[1]) for event in recorder.events if event.startswith("save")]
-    assert saved == [502, 1004, 1500]
+    assert saved == [501, 1002, 1500]
 
 
 @pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
