@@ -180,7 +180,7 @@ class World:
             return loss_fn, ("retriever",), True
         if name in ("reranker", "pointwise"):
             kind = "listwise" if name == "reranker" else name
-            return partial(stages.reranker_loss, models, kind), ("reranker",), False
+            return partial(stages.reranker_loss, models, {"loss": kind}), ("reranker",), False
         settings = {"kl_weight": 1.0, "in_batch_weight": 0.0, "train_reranker": True}
         settings |= {"loss": config.LOSSES.get(name, config.LOSSES["paper"])} | JOINT.get(name, {})
         in_batch = settings["in_batch_weight"] > 0

@@ -4,6 +4,7 @@ import doctest
 import itertools
 import math
 import pathlib
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from hypothesis.extra import numpy as hnp
 
 from rqv2_jax import config
 from rqv2_jax.models import losses
+from rqv2_jax.training import stages
 
 SWITCHES = ("kl_direction", "kl_reduction", "teacher_gradient", "reranker_loss")
 READINGS = list(
@@ -374,6 +376,29 @@ def test_a_teacher_is_followed_where_it_has_a_score():
     assert np.abs(grad[0, known]).min() > 0
     np.testing.assert_array_equal(grad[0, [2, 4]], 0)
     np.testing.assert_allclose(grad[1:], 0, atol=1e-7)
+
+
+def test_the_warm_up_adds_its_teacher_by_weight_and_temperature():
+    rng = np.random.default_rng(13)
+    scores, teacher = rng.normal(0, 2, (2, 3, 4)).astype(np.float32)
+    teacher[1, 2] = np.nan
+    labels = {"positive": np.eye(3, 4, dtype=bool), "where": np.ones((3, 4), bool)}
+    models = SimpleNamespace(reranker_scores=lambda params, packed, key: params.reshape(-1))
+    stage = {"loss": "listwise", "teacher_weight": 0.3, "teacher_temperature": 2.0}
+
+    def loss(batch):
+        params, key = {"reranker": scores}, None
+        batch = {"pairs": None, **batch}
+        return stages.reranker_loss(models, stage, params, batch, key, lambda x: x)
+
+    alone, terms = loss(labels)
+    supervised = float(losses.listwise(scores, labels["positive"], where_BxP=labels["where"]))
+    assert (float(alone), terms.keys()) == (pytest.approx(supervised), {"loss"})
+    both, terms = loss(labels | {"teacher": teacher})
+    taught = float(losses.taught(teacher / 2, scores, where_BxP=labels["where"]))
+    assert taught > 0.1
+    assert float(both) == pytest.approx(supervised + 0.3 * taught, rel=1e-5)
+    assert float(terms["teacher"]) == pytest.approx(taught, rel=1e-5)
 
 
 def test_a_list_of_nothing_changes_nothing():
