@@ -80,7 +80,8 @@ def main(*files: str) -> None:
     from rqv2_jax.recipe.texts import open_store, stem, with_topics
 
     with program.opened() as run:
-        store, split, states = open_store(run), _SPLIT.value, STATES
+        store, split = open_store(run), _SPLIT.value
+        states: tuple[str, ...] = STATES
         if flags.FLAGS.elsewhere:
             run, store = elsewhere.on(run, pathlib.Path(flags.FLAGS.elsewhere), split)
             states = elsewhere.STATES
