@@ -87,10 +87,9 @@ def main(*files: str) -> None:
             states = elsewhere.STATES
         if topics:
             store, split = with_topics(run, store, pathlib.Path(topics), pathlib.Path(qrels))
-        if _MIN_RELEVANCE.value:
-            run.config.evaluate.min_relevance = _MIN_RELEVANCE.value
-        if _RERANK_DEPTH.value:
-            run.config.evaluate.rerank_depth = _RERANK_DEPTH.value
+        for flag in (_MIN_RELEVANCE, _RERANK_DEPTH):
+            if flag.value:
+                run.config.evaluate[flag.name] = flag.value
         if candidates:
             path = pathlib.Path(candidates)
             name = stem(path)
