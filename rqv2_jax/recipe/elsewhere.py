@@ -1,18 +1,17 @@
 """The models of a run on another collection than their own: what training has cost them there."""
 
 import dataclasses
-import os
 import pathlib
 
 import tqdm
 
 from rqv2_jax import config as config_lib
-from rqv2_jax import hosts
+from rqv2_jax import config_check, hosts
 from rqv2_jax.data import tokenise, tokens
 from rqv2_jax.errors import InputError
 from rqv2_jax.recipe.run import Run
 from rqv2_jax.recipe.texts import open_collection, open_store
-from rqv2_jax.recipe.workdir import finished
+from rqv2_jax.recipe.workdir import branch, finished
 
 # States whose models are trained, and may have forgotten.
 STATES = ("retriever", "joint")
@@ -41,12 +40,7 @@ def on(run: Run, folder: pathlib.Path, split: str) -> tuple[Run, tokens.Store]:
         )
 
     def make() -> None:
-        workdir.mkdir(parents=True, exist_ok=True)
-        for stage in ("retriever", "reranker", "joint"):
-            link = workdir / stage
-            if not os.path.lexists(link) and (run.workdir / stage).exists():
-                # Relative, so that the folder of both may be moved.
-                link.symlink_to(os.path.relpath(run.workdir.resolve() / stage, workdir.resolve()))
+        branch(workdir, run.workdir, config_check.STAGES)
         tokenise.prepare(texts, run.tokenizer, workdir / "data" / "tokens")
 
     hosts.from_first(make)

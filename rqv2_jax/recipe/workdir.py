@@ -110,11 +110,11 @@ def replace_stage(folder: pathlib.Path, other: pathlib.Path) -> None:
     folder.symlink_to(os.path.relpath(other.resolve(), folder.parent.resolve()))
 
 
-def branch(workdir: pathlib.Path, warm: pathlib.Path) -> None:
-    """Links into a claimed workdir what another one made before joint training, instead of copying."""
-    for pattern in WARM:
-        for path in warm.glob(pattern):
-            link = workdir / path.relative_to(warm)
+def branch(workdir: pathlib.Path, other: pathlib.Path, patterns: tuple[str, ...] = WARM) -> None:
+    """Links into a workdir what another one made before joint training, or by other patterns."""
+    for pattern in patterns:
+        for path in other.glob(pattern):
+            link = workdir / path.relative_to(other)
             link.parent.mkdir(parents=True, exist_ok=True)
             # What the workdir has made again in a link's place stays.
             if not os.path.lexists(link):
