@@ -154,6 +154,7 @@ def budgeted(tmp_path_factory, bert_folder):
         assert all(seconds > 0 for seconds in (found.pair, *found.step.values()))
         # The retriever's is the joint step's share of inputs and tokens, the others are measured.
         assert found.step["retriever"] < found.step["joint"]
+        assert found.step["joint"] > found.step["reranker"] * 0.9
         compiling = [found.once[stage] for stage in STAGES]
         assert compiling[0] == pytest.approx(compiling[2] * 2 / 3, rel=0.01)
         assert found.once["measuring"] > compiling[1] + compiling[2]

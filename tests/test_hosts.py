@@ -303,8 +303,9 @@ def test_stopped_in_joint_training_both_resume(alone, together, number):
         process.send_signal(number)
         process.wait()
     saved = {int(p.name) for p in (workdir / "joint/last").glob("[0-9]")}
-    assert saved
-    assert max(saved) < 6
+    if number == signal.SIGKILL:
+        assert saved in ({2}, {2, 4})
+    assert max(saved) in (2, 3, 4, 5)
     finish(start(*command(file, workdir)))
     np.testing.assert_array_equal(joint(together), joint(workdir))
     assert (workdir / "results.json").read_text() == (together / "results.json").read_text()

@@ -153,7 +153,7 @@ def test_killed_in_every_stage_it_ends_with_the_same_results(tmp_path, bert_fold
     points = [
         r"^prepare",
         r"^  retriever 4/",
-        r"^  reranker 2/",
+        r"^retrieve:",
         r"^  reranker 4/",
         r"^mine:",
         r"^  joint 2/",
