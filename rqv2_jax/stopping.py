@@ -30,20 +30,29 @@ _signals = _Signals()
 
 def install() -> None:
     """Lets both signals raise `KeyboardInterrupt`; does nothing outside the main thread."""
+    _signals.waiting = 0
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, _receive)
 
 
 def _receive(number: int, _: FrameType | None) -> None:
-    if not _signals.held:
-        raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+    # Also where it is raised at once: Python drops what is raised in a finaliser or a callback.
     _signals.waiting = number
+    if not _signals.held:
+        raise _error(number)
+
+
+def _error(number: int) -> KeyboardInterrupt:
+    return Terminated() if number == signal.SIGTERM else KeyboardInterrupt()
 
 
 @contextlib.contextmanager
 def held() -> Iterator[None]:
-    """Keeps a signal waiting until the end of a piece of work that must be done wholly."""
+    """Keeps a signal waiting until the end of a piece of work that must be done wholly.
+
+    One that came before and whose exception was dropped is raised there too.
+    """
     _signals.held = True
     try:
         yield
@@ -51,4 +60,4 @@ def held() -> Iterator[None]:
         _signals.held = False
     if number := _signals.waiting:
         _signals.waiting = 0
-        _receive(number, None)
+        raise _error(number)

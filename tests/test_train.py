@@ -1,5 +1,6 @@
 """Losses on real models against PyTorch, the optimizer, the loop, and resuming bit for bit."""
 
+import contextlib
 import os
 import signal
 from functools import partial
@@ -584,6 +585,8 @@ def signals():
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     stopping.install()
     yield
+    # What a test has caught waits for nobody.
+    stopping.install()
     for number, handler in before.items():
         signal.signal(number, handler)
 
@@ -624,6 +627,22 @@ def test_a_signal_while_dev_is_measured_saves_the_steps_before(
     with pytest.raises(stopping.Terminated):
         recorder.run(0, 5, stage_settings(evaluate_every=2, save_every=9, log_every=9))
     assert recorder.events[-3:] == ["step 1", "evaluate 2 params 2", "save 2 2"]
+
+
+def test_a_signal_whose_exception_was_dropped_ends_the_next_step(
+    recorder, stage_settings, signals, monkeypatch
+):
+    evaluate = recorder.evaluate
+
+    def interrupted(step, params):
+        evaluate(step, params)
+        with contextlib.suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    recorder.hooks = recorder.hooks._replace(evaluate=interrupted)
+    with pytest.raises(stopping.Terminated):
+        recorder.run(0, 5, stage_settings(evaluate_every=9, save_every=9, log_every=9))
+    assert recorder.events[-3:] == ["batch 0", "step 0", "save 1 1"]
 
 
 def test_a_signal_after_a_number_that_is_not_finite_saves_nothing(
