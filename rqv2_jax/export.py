@@ -1,9 +1,9 @@
 """Writes what a run has made in the formats of other systems.
 
-huggingface: a folder with query/, passage/ and reranker/. The towers open with SentenceTransformer,
-which knows their pooling, prompts and similarity, and with transformers' BertModel. The re-ranker opens
-with CrossEncoder, whose scores are its logits; a pair is a query and a passage's title and text joined
-by a space.
+huggingface: a folder with retriever/ and reranker/. The retriever opens with SentenceTransformer, which
+knows its pooling, prompts and similarity, and with transformers' BertModel; one with separate towers
+(config.model.towers) is query/ and passage/. The re-ranker opens with CrossEncoder, whose scores are
+its logits; a pair is a query and a passage's title and text joined by a space.
 
 joint-tsv: the hybrid lists of joint training, as the authors' release reads them (query, title, para,
 label); the same file can be trained on with --config.joint.lists=FILE --config.joint.epochs=1 and

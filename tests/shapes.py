@@ -21,6 +21,7 @@ def models_of(
     config,
     pooling="cls",
     *,
+    towers="separate",
     similarity="dot",
     scale=1.0,
     head="linear",
@@ -29,5 +30,5 @@ def models_of(
 ):
     """Both models with encoders of one shape, or with the re-ranker's own."""
     return models.Models(
-        config, reranker or config, pooling, similarity, scale, head, reranker_pooling
+        config, reranker or config, towers, pooling, similarity, scale, head, reranker_pooling
     )

@@ -22,6 +22,7 @@ from rqv2_jax.data.lists import (
     same_text,
 )
 from rqv2_jax.errors import InputError
+from rqv2_jax.models.scoring import tower
 from rqv2_jax.recipe import candidates as candidates_lib
 from rqv2_jax.recipe import mining, pipeline, rankings, teacher
 from rqv2_jax.recipe.claim import claim
@@ -231,9 +232,9 @@ def test_the_margin_of_a_run_is_that_of_its_retriever(made):
     train = mining.retrieve(run, store)["train"]
     params = run.params(state="retriever", model="retriever")
     texts = store.splits["train"].texts
-    queries_QxD = encode.queries(run.forward, params["query"], texts, train.query_rows_Q)
+    queries_QxD = encode.queries(run.forward, tower(params, "query"), texts, train.query_rows_Q)
     every = np.arange(len(store.passage_ids))
-    passages_NxD = encode.passages(run.forward, params["passage"], store, every)
+    passages_NxD = encode.passages(run.forward, tower(params, "passage"), store, every)
     positive_Q = dict(store.splits["train"].positives().T.tolist())
     labelled = [positive_Q[row] for row in train.query_rows_Q.tolist()]
     score_Q = (queries_QxD * passages_NxD[labelled]).sum(axis=1)

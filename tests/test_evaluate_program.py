@@ -15,6 +15,7 @@ from rqv2_jax import config as config_lib
 from rqv2_jax import evaluate
 from rqv2_jax.data import tokens
 from rqv2_jax.errors import InputError
+from rqv2_jax.models.scoring import tower
 from rqv2_jax.ranking import trec
 from rqv2_jax.recipe import evaluation, results
 from rqv2_jax.recipe import scorer as score
@@ -275,9 +276,9 @@ def test_elsewhere_measures_the_trained_models_on_another_collection(deep, capsy
     run = open_workdir(deep / "w")
     store = tokens.open_store(folder / "data/tokens")
     towers = run.params(state="joint", model="retriever")
-    passages = encode.passages(run.forward, towers["passage"], store, np.arange(60))
+    passages = encode.passages(run.forward, tower(towers, "passage"), store, np.arange(60))
     queries = store.splits["test"]
-    vectors = encode.queries(run.forward, towers["query"], queries.texts, np.arange(8))
+    vectors = encode.queries(run.forward, tower(towers, "query"), queries.texts, np.arange(8))
     best = np.argsort(-(vectors @ passages.T), axis=1)[:, 0]
     found = trec.read_run(folder / "runs/test.joint.retriever.exact.trec")
     expected = {q: store.passage_ids[row] for q, row in zip(queries.ids, best)}

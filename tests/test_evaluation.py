@@ -14,6 +14,7 @@ from rqv2_jax import config as config_lib
 from rqv2_jax.data import lists as lists_lib
 from rqv2_jax.data import tokens
 from rqv2_jax.errors import InputError
+from rqv2_jax.models.scoring import tower
 from rqv2_jax.recipe import evaluation, mining, pipeline, results
 from rqv2_jax.recipe.claim import open_workdir
 from rqv2_jax.recipe.run import open_run
@@ -296,8 +297,10 @@ def test_the_pool_may_hold_what_the_start_finds(finished, tmp_path):
     changed.dev.update({"hard": 3, "pool": 1})
     run, store = open_run(changed, tmp_path), tokens.open_store(workdir / "data" / "tokens")
     towers, rows_Q, every_N = run.initial("retriever"), np.arange(8), np.arange(48)
-    queries_QxD = encode.queries(run.forward, towers["query"], store.splits["dev"].texts, rows_Q)
-    passages_NxD = encode.passages(run.forward, towers["passage"], store, every_N)
+    queries_QxD = encode.queries(
+        run.forward, tower(towers, "query"), store.splits["dev"].texts, rows_Q
+    )
+    passages_NxD = encode.passages(run.forward, tower(towers, "passage"), store, every_N)
     top_QxK = np.argsort(-(queries_QxD @ passages_NxD.T), axis=1)[:, :3]
     hard_QxK = pipeline._found_by_start(run, store)
     # Queries are drawn at random, and here all of them.

@@ -14,6 +14,7 @@ from rqv2_jax import config as config_lib
 from rqv2_jax.data import lists as lists_lib
 from rqv2_jax.data import tokens
 from rqv2_jax.errors import InputError
+from rqv2_jax.models.scoring import tower
 from rqv2_jax.recipe import mining, pipeline
 from rqv2_jax.recipe.claim import open_workdir
 from rqv2_jax.recipe.run import open_run
@@ -165,10 +166,10 @@ def test_candidates_are_scored_by_the_query_tower_and_the_passage_tower(
     with np.load(folder / "dev.retrieved.npz") as file:
         found = dict(file)
     queries_QxD = encode.queries(
-        run.forward, params["query"], store.splits["dev"].texts, found["query_rows"]
+        run.forward, tower(params, "query"), store.splits["dev"].texts, found["query_rows"]
     )
     everything = np.arange(len(store.passage_ids))
-    passages_NxD = encode.passages(run.forward, params["passage"], store, everything)
+    passages_NxD = encode.passages(run.forward, tower(params, "passage"), store, everything)
     scores_QxN = np.take_along_axis(queries_QxD @ passages_NxD.T, found["passages"], axis=1)
     np.testing.assert_allclose(found["scores"], scores_QxN, rtol=1e-4, atol=1e-4)
     swapped = {"query": params["passage"], "passage": params["query"]}
@@ -318,6 +319,6 @@ def test_in_batch_negatives_can_be_trained_in_parts(joint_again, finished):
     curves = figures.curves(folder / "joint")
     assert curves["in_batch"][-1][1] > 0
     warm = open_workdir(finished[1]).params(state="reranker", model="retriever")
-    for tower in ("query", "passage"):
-        leaves = zip(*(map(np.asarray, _leaves(tree[tower])) for tree in (warm, last["retriever"])))
+    for side in ("query", "passage"):
+        leaves = zip(*(map(np.asarray, _leaves(tree[side])) for tree in (warm, last["retriever"])))
         assert max(float(np.abs(a - b).max()) for a, b in leaves) > 0

@@ -25,6 +25,7 @@ from rqv2_jax.data.tokens import Store
 from rqv2_jax.errors import InputError
 from rqv2_jax.models import exported, released, sbert, weights
 from rqv2_jax.models.files import find_folder, tensor_files
+from rqv2_jax.models.scoring import TOWERS, tower
 from rqv2_jax.recipe.opening import open_inputs, open_models
 from rqv2_jax.recipe.run import as_released, open_run
 from rqv2_jax.retrieval import encode, rerank
@@ -60,8 +61,10 @@ def vectors_of(run):
     """Our vectors of QUERIES and PASSAGES."""
     params = run.params(state="zero_shot", model="retriever")
     asked, store = run.tokenizer.texts(QUERIES), store_of(run.tokenizer)
-    queries = encode.queries(run.forward, params["query"], asked, np.arange(len(QUERIES)))
-    passages = encode.passages(run.forward, params["passage"], store, np.arange(len(PASSAGES)))
+    queries = encode.queries(run.forward, tower(params, "query"), asked, np.arange(len(QUERIES)))
+    passages = encode.passages(
+        run.forward, tower(params, "passage"), store, np.arange(len(PASSAGES))
+    )
     return queries, passages
 
 
@@ -819,8 +822,8 @@ def test_what_the_reranker_is_given_of_its_own(tiny_bert, classifier):
 
 def test_towers_of_two_models_are_refused(make_st, tmp_path):
     def towers(name, **kinds):
-        for tower in ("query", "passage", "reranker"):
-            shutil.copytree(kinds.get(tower, kinds["query"]), tmp_path / name / tower)
+        for part in ("query", "passage", "reranker"):
+            shutil.copytree(kinds.get(part, kinds["query"]), tmp_path / name / part)
         return config_of(tmp_path / name)
 
     mean, cls = make_st("mean", normalise=True), make_st("cls", normalise=True)
@@ -837,6 +840,29 @@ def test_towers_of_two_models_are_refused(make_st, tmp_path):
     )
 
 
+def test_a_retriever_for_both_sides_has_one_encoder(make_st, tiny_bert, tmp_path):
+    """As sentence-transformers trains it; a plain encoder becomes two towers, as in the paper."""
+    one = make_st("mean", normalise=True)
+    for folder, change, towers in (
+        (one, {}, ["both"]),
+        (one, {"model.towers": "separate"}, ["query", "passage"]),
+        (tiny_bert, {}, ["query", "passage"]),
+        (tiny_bert, {"model.towers": "shared"}, ["both"]),
+    ):
+        run = open_run(config_of(folder, **change), tmp_path / "w")
+        found = sorted(run.initial("retriever"))
+        assert found == sorted(towers) == sorted(TOWERS[run.config.model.towers])
+        noted = any("config.model.towers is" in note for note in open_models(run.config).notes)
+        assert noted == bool(change)
+    for part in ("query", "passage", "reranker"):
+        shutil.copytree(one, tmp_path / "two" / part)
+    assert open_models(config_of(tmp_path / "two")).config.model.towers == "separate"
+    refused(
+        lambda: open_models(config_of(tmp_path / "two", **{"model.towers": "shared"})),
+        *("config.model.towers is 'shared'", "two/passage are two models", "leave it out"),
+    )
+
+
 # Exports of towers.
 
 
@@ -847,7 +873,7 @@ def test_exported_towers_are_read_back_as_they_were(make_st, tmp_path, kind):
     expected = vectors_of(run)
     params, shape = run.initial("retriever"), run.models.retriever
     written = tmp_path / "written"
-    exported.save_encoder(written, folder, shape, params["query"])
+    exported.save_encoder(written, folder, shape, params["both"])
     exported.describe_retriever(written, shape.hidden_size, run.config.model, 24)
     model = SentenceTransformer(str(written), device="cpu")
     assert model.similarity_fn_name == run.models.similarity
@@ -872,7 +898,7 @@ def test_an_export_says_which_passages_it_was_trained_on(tiny_bert, tmp_path):
     exported.describe_retriever(tmp_path / "m", 32, model, 24)
     again = open_models(config_of(tmp_path / "m"))
     assert again.config.model.passage_format == model.passage_format == "title_sep_text"
-    assert again.models == models_of(shape)
+    assert again.models == models_of(shape, towers="shared")
 
 
 # Folders that are not there.

@@ -10,6 +10,7 @@ import tqdm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rqv2_jax.models.scoring import tower
 from rqv2_jax.retrieval import bm25, encode, index, rerank, stream
 from rqv2_jax.training import sharding as sharding_lib
 
@@ -373,8 +374,8 @@ def test_no_candidates_at_all_are_scored_0(world, forward):
 def test_query_tower_and_passage_tower_are_not_swapped(world, forward):
     texts = world.store.splits["train"].texts
     towers = world.params["retriever"]
-    ours = encode.queries(forward, towers["query"], texts, np.arange(4))
-    other = encode.queries(forward, towers["passage"], texts, np.arange(4))
+    ours = encode.queries(forward, tower(towers, "query"), texts, np.arange(4))
+    other = encode.queries(forward, tower(towers, "passage"), texts, np.arange(4))
     assert np.abs(ours - other).max() > 0.1
 
 

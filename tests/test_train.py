@@ -117,6 +117,28 @@ def gradients_of(model, config, folder):
     return weights.load_encoder(folder, config)
 
 
+@pytest.mark.parametrize("name", ["retriever", "official_code", "in batch"])
+def test_one_encoder_for_both_sides_gets_the_gradients_of_both(world, name):
+    loss_fn, models, in_batch = world.loss(name)
+    batch = world.batches(models=models, in_batch=in_batch, shards=1).make(0)
+    step = jax.jit(sharding_lib.make(1, 1).value_and_grad(loss_fn))
+    encoder = world.params["retriever"]["query"]
+    params = {model: world.params[model] for model in models}
+    (two, _), apart = step(
+        params | {"retriever": {"query": encoder, "passage": encoder}}, batch, jax.random.key(0)
+    )
+    (one, _), together = step(params | {"retriever": {"both": encoder}}, batch, jax.random.key(0))
+    assert float(one) == float(two)
+    apart = apart["retriever"]
+    assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(apart["query"])) > 1e-3
+    for ours, query, passage in zip(
+        *map(jax.tree.leaves, (together["retriever"]["both"], apart["query"], apart["passage"]))
+    ):
+        expected = query + passage
+        atol = 1e-5 * max(1, np.abs(expected).max())
+        np.testing.assert_allclose(ours, expected, rtol=0, atol=atol)
+
+
 @pytest.mark.parametrize("layout", [{"max_blocks": 12}, {"flat": True}])
 @pytest.mark.parametrize("name", ["retriever", "paper"])
 def test_packed_batches_give_the_gradients_of_padded_ones(world, name, layout):

@@ -50,6 +50,7 @@ class Released:
     longest_from: str = ""
     pooling: str = "cls"
     similarity: str = "dot"
+    towers: str = "separate"
     query_prompt: str = ""
     passage_prompt: str = ""
     passage_format: str = "title_sep_text"
@@ -69,8 +70,9 @@ class Sources(NamedTuple):
 def find(weights: str, reranker: str) -> Sources:
     """Reads the folders that `config.model.weights` and `config.model.reranker.weights` name.
 
-    A name stands for a model for all encoders, or for a folder with query/, passage/ and reranker/, as
-    `rqv2_jax.export --format huggingface` writes it. An empty `reranker` stands for `weights`.
+    A name stands for a model for all encoders, or for a folder with retriever/ or query/ and passage/,
+    and with reranker/, as `rqv2_jax.export --format huggingface` writes it. An empty `reranker` stands
+    for `weights`.
     """
     query, passage = _subfolder(weights, "query"), _subfolder(weights, "passage")
     towers = [read(find_folder(name)) for name in dict.fromkeys((query, passage))]
@@ -81,7 +83,11 @@ def find(weights: str, reranker: str) -> Sources:
 
 def _subfolder(weights: str, name: str) -> str:
     folder = pathlib.Path(weights)
-    return str(folder / name) if (folder / "query").is_dir() else weights
+    if (folder / "query").is_dir():
+        return str(folder / name)
+    if (folder / "retriever").is_dir():
+        return str(folder / ("reranker" if name == "reranker" else "retriever"))
+    return weights
 
 
 def read(folder: pathlib.Path) -> Released:
@@ -105,6 +111,7 @@ def read(folder: pathlib.Path) -> Released:
         settings = {
             "pooling": pooling,
             "similarity": described.similarity(),
+            "towers": "shared",
             "query_prompt": prompts["query"],
             "passage_prompt": prompts["passage"],
             "passage_format": own.get("passage_format", "title_text"),

@@ -1,11 +1,12 @@
 """The two models: from params and packed tokens to vectors or scores.
 
-Retriever (dual encoder, paper eq. 1): `s_de(q, p) = E_Q(q) . E_P(p)`, two towers. Re-ranker (cross
-encoder): one encoder over the pair, one logit from its first token, or from the mean of all.
+Retriever (dual encoder, paper eq. 1): `s_de(q, p) = E_Q(q) . E_P(p)`, two towers, or one for both
+sides. Re-ranker (cross encoder): one encoder over the pair, one logit from its first token, or from the
+mean of all.
 
-Params are plain dicts: `{"query": encoder, "passage": encoder}` for the retriever and
-`{"encoder": encoder, "head": {"kernel": [D], "bias": []}}` for the re-ranker, whose head has a
-`"pooler": {"kernel": [D, D], "bias": [D]}` too if it is BERT's sequence classifier.
+Params are plain dicts: `{"query": encoder, "passage": encoder}` for the retriever, or
+`{"both": encoder}`, and `{"encoder": encoder, "head": {"kernel": [D], "bias": []}}` for the re-ranker,
+whose head has a `"pooler": {"kernel": [D, D], "bias": [D]}` too if it is BERT's sequence classifier.
 
 Shape suffixes: N sequences, R rows of a block, T tokens of a row, S sequences of a row, D hidden size,
 B lists, P passages of a list.
@@ -26,19 +27,28 @@ from rqv2_jax.models.bert import BertConfig, Params
 # Shorter vectors are not lengthened to 1.
 SHORTEST = 1e-12
 
+# What `config.model.towers` says, and the encoders of a retriever's params.
+TOWERS = {"separate": ("query", "passage"), "shared": ("both",)}
+
+
+def tower(params: Params, side: str) -> Params:
+    """Returns the encoder that a retriever reads one side with, "query" or "passage"."""
+    return params["both"] if "both" in params else params[side]
+
 
 @dataclasses.dataclass(frozen=True)
 class Models:
     """The shapes and settings of both models, without their params.
 
-    `pooling`, the retriever's, and `reranker_pooling` are "cls" or "mean". With similarity "cosine"
-    vectors are divided by their length; with "dot" they stay as pooled. In training alone the
-    retriever's scores are multiplied by `scale`. `head` is "linear", or "pooler" with BERT's dense
-    layer and tanh before the linear one.
+    `towers` is a key of `TOWERS`. `pooling`, the retriever's, and `reranker_pooling` are "cls" or
+    "mean". With similarity "cosine" vectors are divided by their length; with "dot" they stay as
+    pooled. In training alone the retriever's scores are multiplied by `scale`. `head` is "linear", or
+    "pooler" with BERT's dense layer and tanh before the linear one.
     """
 
     retriever: BertConfig
     reranker: BertConfig
+    towers: str
     pooling: str
     similarity: str
     scale: float

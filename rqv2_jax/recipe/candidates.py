@@ -15,6 +15,7 @@ import tqdm
 from rqv2_jax import artifacts, hosts, optional
 from rqv2_jax.data import files, own_texts, tokens
 from rqv2_jax.data import lists as lists_lib
+from rqv2_jax.models.scoring import tower
 from rqv2_jax.recipe.rankings import read_candidates, search_bm25
 from rqv2_jax.recipe.run import Run
 from rqv2_jax.retrieval import bm25, encode, index
@@ -80,8 +81,8 @@ class Finder:
         """Returns what the retriever finds: `passages`, `scores`, and with a margin `highest`."""
         queries, forward = self.store.splits[split], self.run.forward
         own_Q = own_texts.of_rows(queries, rows_Q)
-        vectors_QxD = encode.queries(forward, towers["query"], queries.texts, rows_Q)
-        shards = encode.corpus(forward, towers["passage"], self.store, vectors, self.models)
+        vectors_QxD = encode.queries(forward, tower(towers, "query"), queries.texts, rows_Q)
+        shards = encode.corpus(forward, tower(towers, "passage"), self.store, vectors, self.models)
         ranking = index.exact(vectors_QxD, shards, own_texts.deeper(depth, own_Q))
         found = dict(zip(("passages", "scores"), own_texts.without(*ranking, own_Q)))
         if split == "train" and self.run.config.mine.margin > 0:

@@ -17,6 +17,7 @@ from rqv2_jax import config_check
 from rqv2_jax.data import lists as lists_lib
 from rqv2_jax.data import tokens
 from rqv2_jax.data.batches import ListBatches
+from rqv2_jax.models.scoring import tower
 from rqv2_jax.recipe.run import Run
 from rqv2_jax.recipe.stage import stage_batches
 from rqv2_jax.retrieval import encode, rerank
@@ -76,8 +77,8 @@ def _forward(run: Run, store: tokens.Store) -> tuple[float, float]:
     tokens_once = TIMED_BATCHES * forward.batch_tokens * run.sharding.shards
     rows_N = np.resize(store.sample(), max(int(tokens_once / lengths_N.mean()), 1))
     rows_N = np.random.default_rng(0).permutation(rows_N)
-    tower, queries = run.initial("retriever")["passage"], store.splits["train"].texts
-    passage = _second(lambda: encode.passages(forward, tower, store, rows_N)) / len(rows_N)
+    encoder, queries = tower(run.initial("retriever"), "passage"), store.splits["train"].texts
+    passage = _second(lambda: encode.passages(forward, encoder, store, rows_N)) / len(rows_N)
     reranker, asked_N = run.initial("reranker"), np.resize(np.arange(len(queries)), len(rows_N))
     pairs = forward, reranker, store, queries, asked_N, rows_N[:, None]
     pair = _second(lambda: rerank.scores(*pairs)) / len(rows_N)

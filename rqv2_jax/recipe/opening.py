@@ -46,11 +46,11 @@ def open_models(config: ml_collections.ConfigDict) -> Opened:
     if config.reranker.epochs == 0 and head is None:
         raise InputError(
             "config.reranker.epochs is 0, but config.model.weights has no trained re-ranker; give a "
-            "folder with query/, passage/ and reranker/, name a cross-encoder as "
+            "folder that rqv2_jax.export has written, name a cross-encoder as "
             "config.model.reranker.weights, or train one"
         )
-    _check_towers(query, passage)
     config, notes = resolve(config, sources)
+    _check_towers(config.model.towers, query, passage)
     config_check.check(config)
     shape, passage_shape = (
         _read_shape(config.model, config.model, source.folder) for source in (query, passage)
@@ -72,6 +72,7 @@ def open_models(config: ml_collections.ConfigDict) -> Opened:
     models = models_lib.Models(
         retriever=shape,
         reranker=reranker_shape,
+        towers=config.model.towers,
         pooling=config.model.pooling,
         similarity=config.model.similarity,
         scale=config.model.scale,
@@ -81,8 +82,13 @@ def open_models(config: ml_collections.ConfigDict) -> Opened:
     return Opened(config, sources, models, list(dict.fromkeys(notes)))
 
 
-def _check_towers(query: released.Released, passage: released.Released) -> None:
+def _check_towers(towers: str, query: released.Released, passage: released.Released) -> None:
     """Raises InputError unless the two towers' folders describe one retriever."""
+    if towers == "shared" and query.folder != passage.folder:
+        raise InputError(
+            f"config.model.towers is 'shared', but {query.folder} and {passage.folder} are two models; "
+            "leave it out, or give one folder as config.model.weights"
+        )
     for key in ("pooling", "similarity", "passage_format"):
         said = [getattr(tower, key) for tower in (query, passage)]
         if said[0] != said[1]:
@@ -243,6 +249,8 @@ def resolve(
         choose("model", key, "", getattr(query, key), query)
     for key, source in (("query_prompt", query), ("passage_prompt", passage)):
         choose("model", key, "", getattr(source, key) or config_lib.NO_PROMPT, source)
+    one = passage.folder == query.folder
+    choose("model", "towers", "", query.towers if one else "separate", query)
     choose("model", "scale", 0.0, COSINE_SCALE if model.similarity == "cosine" else 1.0, query)
     given = model.num_layers
     choose("model", "num_layers", 0, query.num_layers, query)

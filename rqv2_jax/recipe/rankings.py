@@ -16,6 +16,7 @@ from rqv2_jax import artifacts, hosts, optional
 from rqv2_jax.data import own_texts, tokens
 from rqv2_jax.data.lists import Lists
 from rqv2_jax.errors import InputError
+from rqv2_jax.models.scoring import tower
 from rqv2_jax.ranking import metrics, trec
 from rqv2_jax.recipe.run import Run, as_released
 from rqv2_jax.recipe.texts import rows_of, texts_of
@@ -52,8 +53,8 @@ def retrieve(
     settings, stage = run.config.evaluate, run.trained_by(state=state, model="retriever")
     source, towers = source_of(run, store, state), run.params(state=state, model="retriever")
     vectors = run.workdir / "vectors" / stage
-    shards = encode.corpus(run.forward, towers["passage"], store, vectors, source)
-    vectors_QxD = encode.queries(run.forward, towers["query"], queries.texts, rows_Q)
+    shards = encode.corpus(run.forward, tower(towers, "passage"), store, vectors, source)
+    vectors_QxD = encode.queries(run.forward, tower(towers, "query"), queries.texts, rows_Q)
     own_Q = own_texts.of_rows(queries, rows_Q)
     depth = own_texts.deeper(settings.retrieve_depth, own_Q)
     if index_name == "exact":
@@ -133,8 +134,8 @@ def by_released(run: Run, store: tokens.Store, split: str, rows_Q: np.ndarray) -
         forward, length = released.forward, released.inputs.passage_length
         tqdm.tqdm.write(f"  released: the starting model at {length} tokens")
         towers, folder = released.initial("retriever"), run.workdir / "vectors" / "released"
-        shards = encode.corpus(forward, towers["passage"], store, folder, source)
-        vectors_QxD = encode.queries(forward, towers["query"], queries.texts, rows_Q)
+        shards = encode.corpus(forward, tower(towers, "passage"), store, folder, source)
+        vectors_QxD = encode.queries(forward, tower(towers, "query"), queries.texts, rows_Q)
         depth = own_texts.deeper(settings.retrieve_depth, own_Q)
         ranking = metrics.sort_run(*index.exact(vectors_QxD, shards, depth), store.passage_ids)
         return own_texts.without(*ranking, own_Q)

@@ -48,11 +48,11 @@ class Run:
         """Returns the params of one model before any training, on the devices."""
         query, passage, reranker = (source.folder for source in self.sources)
         if model == "retriever":
-            params = {"query": weights.load_encoder(query, self.models.retriever)}
-            if passage == query:
-                params["passage"] = jax.tree.map(lambda x: x.copy(), params["query"])
-            else:
-                params["passage"] = weights.load_encoder(passage, self.models.retriever)
+            folders = {"query": query, "passage": passage, "both": query}
+            params = {
+                name: weights.load_encoder(folders[name], self.models.retriever)
+                for name in models_lib.TOWERS[self.models.towers]
+            }
             return self.sharding.put_params(params)
         config, source = self.models.reranker, self.sources.reranker
         encoder, head = weights.load_encoder(reranker, config), source.head

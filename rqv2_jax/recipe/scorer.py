@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from rqv2_jax.data import tokens
+from rqv2_jax.models.scoring import tower
 from rqv2_jax.recipe.claim import open_workdir
 from rqv2_jax.recipe.rankings import retrieve
 from rqv2_jax.recipe.run import Run
@@ -49,8 +50,8 @@ class Scorer:
         )
         queries, rows_P, row_1 = encode_texts([query]), np.arange(len(passages)), np.arange(1)
         forward = self.run.forward
-        query_1xD = encode.queries(forward, self.retriever["query"], queries, row_1)
-        passages_PxD = encode.passages(forward, self.retriever["passage"], store, rows_P)
+        query_1xD = encode.queries(forward, tower(self.retriever, "query"), queries, row_1)
+        passages_PxD = encode.passages(forward, tower(self.retriever, "passage"), store, rows_P)
         reranker_1xP = rerank.scores(forward, self.reranker, store, queries, row_1, rows_P[None])
         return passages_PxD @ query_1xD[0], reranker_1xP[0]
 

@@ -18,6 +18,7 @@ from rqv2_jax import artifacts, hosts, optional
 from rqv2_jax.data import lists as lists_lib
 from rqv2_jax.data import own_texts, tokens
 from rqv2_jax.data.batches import BatchLayout, ListBatches
+from rqv2_jax.models.scoring import tower
 from rqv2_jax.ranking import metrics
 from rqv2_jax.recipe.opening import in_training
 from rqv2_jax.recipe.run import Run
@@ -69,8 +70,9 @@ class Dev:
 
     def retriever(self, params: dict[str, Any]) -> float:
         """Returns the metric of the retriever over the pool."""
-        passages_NxD = encode.passages(self.forward, params["passage"], self.store, self.pool_N)
-        queries_QxD = encode.queries(self.forward, params["query"], self.queries.texts, self.rows_Q)
+        query, passage = (tower(params, side) for side in ("query", "passage"))
+        passages_NxD = encode.passages(self.forward, passage, self.store, self.pool_N)
+        queries_QxD = encode.queries(self.forward, query, self.queries.texts, self.rows_Q)
         own_Q = own_texts.of_rows(self.queries, self.rows_Q)
         depth = own_texts.deeper(self.depth, own_Q)
         rows_QxK, scores_QxK = index.exact(queries_QxD, [passages_NxD], depth)

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from rqv2_jax.data import packing
 from rqv2_jax.models.bert import BertConfig
+from rqv2_jax.models.scoring import tower
 from rqv2_jax.recipe.run import Run
 from rqv2_jax.retrieval import encode, index, rerank, stream
 from rqv2_jax.tools import machines, rivals, workload
@@ -33,7 +34,7 @@ def encode_and_rerank(run: Run, texts: Texts, rounds: int, versus: bool) -> list
     rows_N = np.arange(len(texts.passages))
     query_rows_N = rows_N % len(texts.queries)
     pair_rows = asking, query_rows_N, rows_N[:, None]
-    encoding = partial(encode.passages, forward, towers["passage"], store, rows_N)
+    encoding = partial(encode.passages, forward, tower(towers, "passage"), store, rows_N)
     reranking = partial(rerank.scores, forward, scorer, store, *pair_rows)
     encode_rival = rerank_rival = None
     if versus:
@@ -101,8 +102,8 @@ def mine(run: Run, texts: Texts, rounds: int, versus: bool) -> dict:
     query_rows_Q, rows_N = np.arange(len(texts.queries)), np.arange(len(texts.passages))
 
     def ours() -> np.ndarray:
-        passages_NxD = encode.passages(forward, towers["passage"], texts.store, rows_N)
-        queries_QxD = encode.queries(forward, towers["query"], asking, query_rows_Q)
+        passages_NxD = encode.passages(forward, tower(towers, "passage"), texts.store, rows_N)
+        queries_QxD = encode.queries(forward, tower(towers, "query"), asking, query_rows_Q)
         rows_QxK, _ = index.exact(queries_QxD, [passages_NxD], settings.depth)
         first_QxK = rows_QxK[:, : settings.scored_depth]
         rerank.scores(forward, scorer, texts.store, asking, query_rows_Q, first_QxK)

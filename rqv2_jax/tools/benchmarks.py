@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 from rqv2_jax import config as config_lib
 from rqv2_jax.models import ragged_attention, random_model
+from rqv2_jax.models.scoring import tower
 from rqv2_jax.recipe.run import Run, open_run
 from rqv2_jax.retrieval import encode, rerank, stream
 from rqv2_jax.tools import bench_joint, bench_retrieval, machines, workload
@@ -107,11 +108,11 @@ def _scaling(run: Run, texts: Texts, steps: int) -> Iterator[dict]:
         (line,) = bench_joint.joint(resized, texts, steps, versus=False)
         rate = {"real_tokens_per_second": line["real_tokens_per_second"]}
         yield common | {"what": what, "count": count, "seconds": line["step_seconds"]} | rate
-    tower = run.initial("retriever")["passage"]
+    encoder = tower(run.initial("retriever"), "passage")
     for part in (8, 4, 2, 1):
         rows_N = np.arange(len(texts.passages) // part)
         read = float(run.inputs.passage_lengths(texts.store, rows_N).sum())
-        encoding = partial(encode.passages, run.forward, tower, texts.store, rows_N)
+        encoding = partial(encode.passages, run.forward, encoder, texts.store, rows_N)
         seconds = machines.seconds(encoding, 2)[-1]
         line = {"what": "encoded passages", "count": len(rows_N), "seconds": seconds}
         yield common | line | {"real_tokens_per_second": read / seconds}
@@ -137,7 +138,9 @@ def _scores_and_gradients(run: Run, texts: Texts) -> dict[str, np.ndarray]:
     pairs = queries, rows_Q, rows_Q[:, None]
     return {
         "loss": np.array(loss),
-        "vectors": encode.queries(run.forward, params["retriever"]["query"], queries, rows_Q),
+        "vectors": encode.queries(
+            run.forward, tower(params["retriever"], "query"), queries, rows_Q
+        ),
         "scores": rerank.scores(run.forward, params["reranker"], texts.store, *pairs),
         "gradient": np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(grads)]),
     }

@@ -73,10 +73,13 @@ def write_models(run: Run, state: str, path: pathlib.Path) -> str:
     )
     partial = path.with_name(f"{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    for tower, length in (("query", data.query_length), ("passage", data.passage_length)):
+    lengths = {"query": data.query_length, "passage": data.passage_length}
+    lengths["both"] = max(lengths.values())
+    for name, encoder in retriever.items():
         source, shape = run.sources.query.folder, models.retriever
-        exported.save_encoder(partial / tower, source, shape, retriever[tower])
-        exported.describe_retriever(partial / tower, shape.hidden_size, run.config.model, length)
+        folder = partial / ("retriever" if name == "both" else name)
+        exported.save_encoder(folder, source, shape, encoder)
+        exported.describe_retriever(folder, shape.hidden_size, run.config.model, lengths[name])
     source, shape, folder = run.sources.reranker.folder, models.reranker, partial / "reranker"
     exported.save_encoder(folder, source, shape, reranker["encoder"], reranker["head"])
     exported.describe_reranker(
@@ -87,7 +90,7 @@ def write_models(run: Run, state: str, path: pathlib.Path) -> str:
     if data.titles and run.config.model.passage_format == "title_sep_text":
         joined = "title and text as a pair of texts"
     limit = f"at most {data.passage_length} tokens"
-    return f"models: {path}   the passage tower reads {joined}, {limit}"
+    return f"models: {path}   the retriever reads a passage's {joined}, {limit}"
 
 
 def denoise_report(run: Run, labels: str, samples: int) -> tuple[dict, list[dict]]:

@@ -19,7 +19,7 @@ from rqv2_jax.data import batches as batches_lib
 from rqv2_jax.data import packing
 from rqv2_jax.errors import InputError
 from rqv2_jax.models import bert, random_model
-from rqv2_jax.models.scoring import Models, init_reranker
+from rqv2_jax.models.scoring import TOWERS, Models, init_reranker, tower
 from rqv2_jax.retrieval import stream
 from rqv2_jax.tools import hlo, workload
 from rqv2_jax.tools.machines import GIB, Machine
@@ -139,7 +139,8 @@ def forward_step(
     mesh = target.mesh
     if name == "encode":
         fn, kind, longest = models.vectors, "passages", config.data.passage_length
-        params = abstract_params(models, ("retriever",), mesh)["retriever"]["passage"]
+        params = abstract_params(models, ("retriever",), mesh)["retriever"]
+        params = tower(params, "passage")
     else:
         fn, kind, longest = models.reranker_scores, "pairs", config.data.pair_length
         params = abstract_params(models, ("reranker",), mesh)["reranker"]
@@ -169,7 +170,7 @@ def abstract_params(models: Models, names: tuple[str, ...], mesh: Sharding) -> d
     made = {}
     if "retriever" in names:
         encoder = random_model.params_like(models.retriever)
-        made["retriever"] = {"query": encoder, "passage": encoder}
+        made["retriever"] = dict.fromkeys(TOWERS[models.towers], encoder)
     if "reranker" in names:
         shape = models.reranker
         made["reranker"] = jax.eval_shape(

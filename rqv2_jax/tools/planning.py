@@ -113,7 +113,7 @@ def _bert_base(config: ConfigDict) -> tuple[ConfigDict, Models]:
         bert.BertConfig(**common, num_layers=each.num_layers, dropout=each.dropout, unrolled=False)
         for each in (model, model.reranker)
     )
-    how = model.pooling, model.similarity, model.scale
+    how = model.towers, model.pooling, model.similarity, model.scale
     pooling = model.reranker.pooling
     return config, Models(retriever, reranker, *how, head="linear", reranker_pooling=pooling)
 

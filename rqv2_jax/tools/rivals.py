@@ -52,6 +52,8 @@ class Joint:
         initial = run.initial("reranker")
         head, types = initial["head"], initial["encoder"]["embeddings"]["type"]["embedding"]
         towers = [self._encoder(source.folder, model) for source in run.sources[:2]]
+        if model.towers == "shared":
+            towers[1] = towers[0]
         towers.append(self._encoder(run.sources.reranker.folder, model.reranker))
         with torch.no_grad():
             towers[2].embeddings.token_type_embeddings.weight.copy_(torch.tensor(np.array(types)))
@@ -62,7 +64,12 @@ class Joint:
         rate, optimizer = self.settings.learning_rate, run.config.optimizer
         reranker_rate = rate * self.settings.reranker_rate
         groups = [
-            {"params": [param for module in modules for param in module.parameters()], "lr": rate}
+            {
+                "params": [
+                    param for module in dict.fromkeys(modules) for param in module.parameters()
+                ],
+                "lr": rate,
+            }
             for modules, rate in ((towers[:2], rate), ([towers[2], self.head], reranker_rate))
         ]
         self.params = [param for group in groups for param in group["params"]]

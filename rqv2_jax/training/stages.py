@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from rqv2_jax.models import losses, products
 from rqv2_jax.models.bert import Params
-from rqv2_jax.models.scoring import Models, retriever_scores
+from rqv2_jax.models.scoring import Models, retriever_scores, tower
 
 # Tokens that a CPU computes at once, so that activations fit its caches.
 CPU_TOKENS = 10_000
@@ -29,8 +29,8 @@ def _vectors(
     models: Models, params: Params, batch: Batch, query_key: Array, passage_key: Array
 ) -> tuple[Array, Array]:
     """Returns queries [B, D], scaled so that it counts in every term, and passages [B*P, D]."""
-    queries_BxD = models.scale * models.vectors(params["query"], batch["queries"], query_key)
-    return queries_BxD, models.vectors(params["passage"], batch["passages"], passage_key)
+    queries_BxD = models.scale * models.vectors(tower(params, "query"), batch["queries"], query_key)
+    return queries_BxD, models.vectors(tower(params, "passage"), batch["passages"], passage_key)
 
 
 def _read(
