@@ -68,7 +68,7 @@ def measured(values):
         {
             "row": row,
             "seed": seed,
-            "kept_step": 10 * seed,
+            "kept_step": {"retriever": 10 * seed, "reranker": 5 * seed},
             "values": warm
             | {
                 f"joint.{model}.{candidates}.{metric}": values[row][seed]
@@ -241,10 +241,10 @@ def test_refreshed_candidates_are_those_of_the_same_queries(ablated):
 
 def test_finished_rows_are_not_run_again(ablated):
     settings, folder, only, measured = ablated
-    checkpoints = {p: p.stat().st_mtime_ns for p in folder.rglob("joint/best/*")}
-    assert len(checkpoints) == 10
+    checkpoints = {p: p.stat().st_mtime_ns for p in folder.rglob("joint/best/*/*")}
+    assert len(checkpoints) == 2 * 10
     *_, again = ablation_study.run_all(settings, folder, 2, only)
-    assert checkpoints == {p: p.stat().st_mtime_ns for p in folder.rglob("joint/best/*")}
+    assert checkpoints == {p: p.stat().st_mtime_ns for p in folder.rglob("joint/best/*/*")}
     assert not list(folder.glob("rows/*/joint/last"))
     for one, other in zip(measured, again):
         for key, values in one["values"].items():
@@ -268,7 +268,7 @@ def test_killed_in_a_row_the_same_command_goes_on(ablated, tmp_path):
             time.sleep(0.05)
         process.kill()
     assert not (workdir / "ablations.some.json").exists()
-    (done,) = (workdir / "rows" / "full.0" / "joint" / "best").glob("[0-9]*")
+    (done,) = (workdir / "rows" / "full.0" / "joint" / "best" / "reranker").glob("[0-9]*")
     before = done.stat().st_mtime_ns
     ended = run_program(*command)
     assert ended.returncode == 0, ended.stderr

@@ -14,7 +14,7 @@ from refusals import refused
 
 from rqv2_jax.training import sharding as sharding_lib
 from rqv2_jax.training import train
-from rqv2_jax.training.checkpoint import Checkpoints, restore_best
+from rqv2_jax.training.checkpoint import Checkpoints, best_steps, does_better, restore_best
 
 
 def params(seed=0):
@@ -57,6 +57,17 @@ def saved(folder, *states):
     checkpoints.close()
 
 
+def keep(checkpoints, step, params, **scores):
+    """Saves as best what has these dev scores, of every model or of "retriever" and "reranker"."""
+    values = {model: np.full(4, scores.get(model, scores.get("all"))) for model in params}
+    checkpoints.save_best(step, params, "RR@10", values)
+
+
+def best_score(checkpoints, model="reranker"):
+    best = checkpoints.best(model)
+    return best and best[1].mean()
+
+
 @pytest.mark.parametrize("mesh", [(2, 2), (1, 1), (1, 4)], ids="{0[0]}x{0[1]}".format)
 def test_state_comes_back_on_any_mesh(tmp_path, mesh):
     state = state_on(2, 2, seed=1, step=7)
@@ -73,7 +84,7 @@ def test_state_comes_back_on_any_mesh(tmp_path, mesh):
 def test_no_checkpoint_leaves_the_state_as_it_is(tmp_path):
     state = state_on(1, 1)
     checkpoints = Checkpoints(tmp_path / "joint")
-    assert checkpoints.best_score() is None
+    assert best_score(checkpoints) is None
     assert checkpoints.restore_last(state) is state
     checkpoints.close()
 
@@ -125,43 +136,78 @@ def test_best_gives_way_only_to_a_higher_score(tmp_path):
         (30, 0.4, 30),
         (40, 0.39, 30),
     ):
-        checkpoints.save_best(step, params(step), "RR@10", score)
-        assert [path.name for path in (tmp_path / "best").iterdir()] == [str(best)]
-        assert checkpoints.best_score() == {0: 0.3, 30: 0.4}[best]
+        keep(checkpoints, step, params(step), all=score)
+        assert best_steps(tmp_path) == {"retriever": best, "reranker": best}
+        assert len([*(tmp_path / "best/retriever").glob("[0-9]*")]) == 1
+        assert best_score(checkpoints) == {0: 0.3, 30: 0.4}[best]
         for model in ("retriever", "reranker"):
             assert_same(restore_best(tmp_path, model, params(99)[model]), params(best)[model])
     checkpoints.close()
 
 
+def test_each_model_keeps_its_own_best(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    keep(checkpoints, 0, params(0), retriever=0.3, reranker=0.3)
+    keep(checkpoints, 10, params(10), retriever=0.2, reranker=0.4)
+    keep(checkpoints, 20, params(20), retriever=0.35, reranker=0.39)
+    checkpoints.close()
+    assert best_steps(tmp_path) == {"retriever": 20, "reranker": 10}
+    for model, step in best_steps(tmp_path).items():
+        assert_same(restore_best(tmp_path, model, params(99)[model]), params(step)[model])
+    # One that is damaged does not harm the other.
+    flip(tmp_path / "best/retriever/20")
+    refused(lambda: restore_best(tmp_path, "retriever", params()["retriever"]), "as it was written")
+    head = params()["reranker"]
+    assert_same(restore_best(tmp_path, "reranker", head), params(10)["reranker"])
+
+
+def test_a_start_gives_way_unless_dev_tells_that_training_did_harm():
+    """The difference's standard error is 1/16: deviation 1/4 over 16 queries."""
+    start_Q = np.full(16, 0.5)
+    swing_Q = np.array([0.25, -0.25] * 8)
+    for mean, start, better in (
+        (0.01, True, True),
+        (0.0, True, True),
+        (-0.06, True, True),
+        (-0.07, True, False),
+        (0.01, False, True),
+        (0.0, False, False),
+        (-0.01, False, False),
+    ):
+        assert does_better(start_Q + swing_Q + mean, start_Q, start=start) is better
+    # One that changes nothing stays.
+    assert not does_better(start_Q, start_Q, start=True)
+
+
 def test_best_score_survives_the_manager(tmp_path):
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.save_best(10, params(10), "RR@10", 0.5)
+    keep(checkpoints, 10, params(10), all=0.5)
     checkpoints.close()
     checkpoints = Checkpoints(tmp_path)
-    assert checkpoints.best_score() == 0.5
-    checkpoints.save_best(20, params(20), "RR@10", 0.45)
-    assert checkpoints.best_score() == 0.5
+    assert best_score(checkpoints) == 0.5
+    keep(checkpoints, 20, params(20), all=0.45)
+    assert best_score(checkpoints) == 0.5
     # A run resumed on other devices may do better at a step before that of the best so far.
-    checkpoints.save_best(5, params(5), "RR@10", 0.6)
+    keep(checkpoints, 5, params(5), all=0.6)
     checkpoints.close()
     checkpoints = Checkpoints(tmp_path)
-    assert checkpoints.best_score() == 0.6
+    assert best_score(checkpoints) == 0.6
     checkpoints.close()
     head = params(99)["reranker"]
     assert_same(restore_best(tmp_path, "reranker", head), params(5)["reranker"])
-    written = json.loads((tmp_path / "best/5/score/metadata").read_text())
-    assert written == {"metric": "RR@10", "score": 0.6}
+    written = json.loads((tmp_path / "best/reranker/5/score/metadata").read_text())
+    assert written == {"metric": "RR@10", "step": 5, "values": [0.6] * 4}
 
 
 def test_a_step_measured_again_after_an_interruption_keeps_what_it_saved(tmp_path):
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.save_best(3, params(3), "RR@10", 0.5)
+    keep(checkpoints, 3, params(3), all=0.5)
     checkpoints.close()
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.save_best(3, params(4), "RR@10", 0.6)
-    checkpoints.save_best(6, params(6), "RR@10", 0.7)
-    checkpoints.save_best(6, params(7), "RR@10", 0.8)
-    assert checkpoints.best_score() == 0.7
+    keep(checkpoints, 3, params(4), all=0.6)
+    keep(checkpoints, 6, params(6), all=0.7)
+    keep(checkpoints, 6, params(7), all=0.8)
+    assert best_score(checkpoints) == 0.7
     checkpoints.close()
     head = params(99)["reranker"]
     assert_same(restore_best(tmp_path, "reranker", head), params(6)["reranker"])
@@ -169,7 +215,7 @@ def test_a_step_measured_again_after_an_interruption_keeps_what_it_saved(tmp_pat
 
 def test_best_of_one_model_comes_back_on_any_mesh(tmp_path):
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.save_best(4, sharding_lib.make(2, 2).put_params(params(4)), "RR@10", 0.5)
+    keep(checkpoints, 4, sharding_lib.make(2, 2).put_params(params(4)), all=0.5)
     checkpoints.close()
     target = sharding_lib.make(1, 4).put_params(params(0)["retriever"])
     restored = restore_best(tmp_path, "retriever", target)
@@ -185,10 +231,11 @@ def test_best_that_is_not_there(tmp_path):
     refused(lambda: restore_best(tmp_path / "joint", "retriever", params()), tmp_path / "joint")
     checkpoints = Checkpoints(tmp_path / "joint")
     only = {"retriever": params()["retriever"]}
-    checkpoints.save_best(4, only, "RR@10", 0.5)
+    keep(checkpoints, 4, only, all=0.5)
     checkpoints.close()
     head = params()["reranker"]
-    refused(lambda: restore_best(tmp_path / "joint", "reranker", head), "best/4/reranker")
+    nothing = "holds no checkpoint of the reranker"
+    refused(lambda: restore_best(tmp_path / "joint", "reranker", head), nothing)
 
 
 @pytest.fixture
@@ -224,13 +271,13 @@ def other_shapes(tree):
 def test_other_shapes(tmp_path, case):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save_last(3, sharding_lib.make(1, 1).put_params(params()))
-    checkpoints.save_best(3, params(), "RR@10", 0.5)
+    keep(checkpoints, 3, params(), all=0.5)
     other = sharding_lib.make(1, 1).put_params(other_shapes(params())[case])
     refused(lambda: checkpoints.restore_last(other), tmp_path / "last/3", "delete")
     checkpoints.close()
     refused(
         lambda: restore_best(tmp_path, "retriever", other["retriever"]),
-        tmp_path / "best/3/retriever",
+        tmp_path / "best/retriever/3",
         "delete",
     )
 
@@ -238,20 +285,20 @@ def test_other_shapes(tmp_path, case):
 @given_up
 def test_files_that_cannot_be_read(tmp_path):
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.save_best(3, params(), "RR@10", 0.5)
+    keep(checkpoints, 3, params(), all=0.5)
     checkpoints.close()
     saved(tmp_path, state_on(1, 1, step=3))
-    for path in [*(tmp_path / "last/3").rglob("*"), *(tmp_path / "best/3/retriever").rglob("*")]:
+    for path in [*(tmp_path / "last/3").rglob("*"), *(tmp_path / "best/retriever/3").rglob("*")]:
         if path.is_file():
             path.write_bytes(b"\x00")
-    refused(lambda: restore_best(tmp_path, "retriever", params()["retriever"]), "best/3/retriever")
+    refused(lambda: restore_best(tmp_path, "retriever", params()["retriever"]), "best/retriever/3")
 
 
 @given_up
 @pytest.mark.parametrize("damage", ["all", "empty", "cut", "missing"])
 def test_a_last_state_that_cannot_be_read_starts_the_stage_again(tmp_path, damage, capsys):
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.save_best(3, params(), "RR@10", 0.5)
+    keep(checkpoints, 3, params(), all=0.5)
     checkpoints.close()
     saved(tmp_path, state_on(1, 1, step=3))
     files = [path for path in (tmp_path / "last/3").rglob("*") if path.is_file()]
@@ -267,14 +314,14 @@ def test_a_last_state_that_cannot_be_read_starts_the_stage_again(tmp_path, damag
     assert re.search(
         r"last/3: cannot be read .*; this stage is trained again", capsys.readouterr().out
     )
-    assert checkpoints.best_score() is None
+    assert best_score(checkpoints) is None
     # Steps from the start are saved again, however far the damaged one was.
-    checkpoints.save_best(0, params(), "RR@10", 0.1)
+    keep(checkpoints, 0, params(), all=0.1)
     checkpoints.save_last(2, state_on(1, 1, seed=2, step=2))
     checkpoints.close()
     checkpoints = Checkpoints(tmp_path)
     assert_same(checkpoints.restore_last(state_on(1, 1)), state_on(1, 1, seed=2, step=2))
-    assert checkpoints.best_score() == 0.1
+    assert best_score(checkpoints) == 0.1
     checkpoints.close()
 
 
@@ -311,12 +358,12 @@ def test_the_state_before_stands_in_for_a_damaged_one(tmp_path, damage, capsys):
 
 def test_a_flipped_bit_of_the_best_params_is_told(tmp_path):
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.save_best(3, params(), "RR@10", 0.5)
+    keep(checkpoints, 3, params(), all=0.5)
     checkpoints.close()
-    flip(tmp_path / "best/3")
+    flip(tmp_path / "best/retriever/3")
     refused(
         lambda: restore_best(tmp_path, "retriever", params()["retriever"]),
-        "best/3/retriever",
+        "best/retriever/3",
         "is not as it was written",
     )
 
@@ -332,10 +379,10 @@ def test_states_whose_checksums_are_lost_are_taken_as_they_are(tmp_path, capsys)
 
 def test_a_torn_score_counts_as_none(tmp_path, capsys):
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.save_best(3, params(), "RR@10", 0.5)
-    (tmp_path / "best/3/score/metadata").write_text('{"metric": "RR')
-    assert checkpoints.best_score() is None
+    keep(checkpoints, 3, params(), all=0.5)
+    (tmp_path / "best/reranker/3/score/metadata").write_text('{"metric": "RR')
+    assert best_score(checkpoints) is None
     assert "score/metadata: cannot be read" in capsys.readouterr().out
-    checkpoints.save_best(6, params(), "RR@10", 0.2)
-    assert checkpoints.best_score() == 0.2
+    keep(checkpoints, 6, params(), all=0.2)
+    assert best_score(checkpoints) == 0.2
     checkpoints.close()

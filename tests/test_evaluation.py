@@ -271,8 +271,8 @@ def test_dev_pool_holds_positives_and_candidates_and_a_perfect_score_is_one(fini
     assert len(dev.pool_N) == len(set(dev.pool_N.tolist())) == max(config.dev.pool, len(needed))
     assert len(Dev(run.config, run.forward, store, None).pool_N) == config.dev.pool
     found_QxK = np.stack([positives[1], (positives[1] + 1) % 48], axis=1)
-    assert dev._score(found_QxK, np.array([[2.0, 1.0]] * 8)) == 1.0
-    assert dev._score(found_QxK, np.array([[1.0, 2.0]] * 8)) == 0.5
+    assert dev._values(found_QxK, np.array([[2.0, 1.0]] * 8)).tolist() == [1.0] * 8
+    assert dev._values(found_QxK, np.array([[1.0, 2.0]] * 8)).tolist() == [0.5] * 8
 
 
 def test_dev_is_measured_as_the_config_says(finished):
@@ -282,13 +282,13 @@ def test_dev_is_measured_as_the_config_says(finished):
     dev = Dev(run.config, run.forward, store, None)
     positives_Q = store.splits["dev"].positives()[1]
     found_QxK = np.stack([positives_Q, (positives_Q + 1) % 48], axis=1)
-    assert dev._score(found_QxK, np.array([[2.0, 1.0]] * 8)) == 1.0
-    assert dev._score(found_QxK, np.array([[1.0, 2.0]] * 8)) == 0.0
+    assert dev._values(found_QxK, np.array([[2.0, 1.0]] * 8)).tolist() == [1.0] * 8
+    assert dev._values(found_QxK, np.array([[1.0, 2.0]] * 8)).tolist() == [0.0] * 8
     # The whole pool, and the retriever ranks as deep as the metric looks.
     run.config.dev.metric = f"R@{config.dev.pool}"
     params = {"retriever": run.initial("retriever")}
-    scores = Dev(run.config, run.forward, store, None).scores(params)
-    assert scores == {"retriever": 1.0}
+    (values_Q,) = Dev(run.config, run.forward, store, None).values(params).values()
+    assert values_Q.tolist() == [1.0] * 8
 
 
 def test_the_pool_may_hold_what_the_start_finds(finished, tmp_path):

@@ -181,7 +181,7 @@ def test_topics_of_beir_are_measured_without_those_that_have_no_text(messy, tmp_
 def test_dev_is_measured_without_it(messy, monkeypatch):
     _, workdir, _ = messy
     run, measured = open_workdir(workdir), []
-    monkeypatch.setattr(Dev, "_score", lambda self, passages_QxK, _: measured.append(passages_QxK))
+    monkeypatch.setattr(Dev, "_values", lambda self, passages_QxK, _: measured.append(passages_QxK))
     unmarked = tokens.open_store(workdir / "data" / "tokens")
     for store in (open_store(run), unmarked):
         dev = Dev(run.config, run.forward, store, None)

@@ -83,7 +83,8 @@ def test_the_share_of_tokens_that_a_length_cuts_off(run_and_store):
 def test_advice_names_the_settings_by_what_the_run_knows(run_and_store):
     run, store = run_and_store
     for stage, step in (("joint", 4), ("reranker", 0), ("retriever", 3)):
-        (run.workdir / stage / "best" / str(step)).mkdir(parents=True)
+        for model in ("retriever", "reranker"):
+            (run.workdir / stage / "best" / model / str(step)).mkdir(parents=True)
     run.config.joint.batch, run.config.retriever.batch = 24, 33
     run.config.evaluate.rerank_depth = 7
 
@@ -94,7 +95,7 @@ def test_advice_names_the_settings_by_what_the_run_knows(run_and_store):
     assert retriever == [
         "look at: config.data.query_length = 8 cuts off 43.5% of the queries' tokens",
         "look at: config.data.passage_length = 16 cuts off 45.8% of the passages' tokens",
-        "look at: the kept models of stage joint have seen 96 lists, and there are 99 training "
+        "look at: the kept retriever of stage joint has seen 96 lists, and there are 99 training "
         "queries; raise config.joint.epochs or config.mine.queries",
     ]
     reranker = advice(("joint", "reranker", "bm25"))
@@ -105,9 +106,11 @@ def test_advice_names_the_settings_by_what_the_run_knows(run_and_store):
         "look at: the 7 passages of bm25 that are re-ranked (config.evaluate.rerank_depth) hold a "
         "relevant one for 50.0% of the queries, so the re-ranker cannot find more"
     )
-    assert len(advice(("joint", "retriever", "exact"), ("joint", "reranker", "bm25"))) == 5
+    assert len(advice(("joint", "retriever", "exact"), ("joint", "reranker", "bm25"))) == 6
     (kept,) = (x for x in advice(("reranker", "reranker", "exact")) if "kept" in x)
-    assert "stage reranker kept its start, which did best on dev; lower config.reranker" in kept
+    assert (
+        "stage reranker kept the reranker it started from, as dev found later steps worse" in kept
+    )
     # With all queries seen and nothing cut, there is nothing to say.
     run.config.data.update({"query_length": 99, "passage_length": 99})
     run.inputs = run.inputs.__class__(

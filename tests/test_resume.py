@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 from tiny_run import ROOT, tiny_config, write_beir
 
@@ -52,8 +53,8 @@ def test_what_a_stage_trained_again_replaces_is_found_again(finished, tmp_path):
         if p.stat().st_mtime_ns != stamp
     }
     assert any(name.startswith("vectors/joint/") for name in anew)
-    assert {"eval/test.joint.exact.npz", "eval/test.joint.reranked.exact.npz"} <= anew
-    assert "eval/test.reranker.reranked.exact.npz" in anew
+    assert {"eval/test.joint.exact.npz", "eval/test.joint.reranked.joint.exact.npz"} <= anew
+    assert "eval/test.reranker.reranked.retriever.exact.npz" in anew
     assert "eval/test.zero_shot.exact.npz" not in anew
     assert not any(name.startswith(("vectors/retriever/", "vectors/zero_shot/")) for name in anew)
 
@@ -62,8 +63,8 @@ def test_what_a_stage_trained_again_replaces_is_found_again(finished, tmp_path):
     ("changes", "found_again"),
     [
         ({"scann.leaves_per_sqrt": 2.0}, {"scann"}),
-        ({"retrieve_depth": 5}, {"exact", "scann", "reranked.scann", "reranked.bm25"}),
-        ({"rerank_depth": 3}, {"reranked.scann", "reranked.bm25"}),
+        ({"retrieve_depth": 5}, {"exact", "scann", "reranked.joint.scann", "reranked.bm25"}),
+        ({"rerank_depth": 3}, {"reranked.joint.scann", "reranked.bm25"}),
         ({"bm25.k1": 0.01, "bm25.b": 0.0}, {"reranked.bm25"}),
         ({"permutations": 100}, set()),
     ],
@@ -123,16 +124,17 @@ def test_what_better_params_replace_is_found_again(finished, tmp_path):
         }
 
     whole = evaluated()
-    (best,) = (workdir / "joint" / "best").glob("[0-9]*")
-    best.rename(tmp_path / "kept")
+    shutil.copytree(workdir / "joint" / "best", tmp_path / "kept")
+    shutil.rmtree(workdir / "joint" / "best")
     warm = {model: run.params(state="reranker", model=model) for model in ("retriever", "reranker")}
+    ones = dict.fromkeys(warm, np.ones(8))
     with contextlib.closing(Checkpoints(workdir / "joint")) as checkpoints:
-        checkpoints.save_best(int(best.name) + 1, warm, "dev RR@10", 1.0)
+        checkpoints.save_best(99, warm, "dev RR@10", ones)
     earlier = evaluated()
     for joint, warmed_up in before.items():
         assert earlier[joint] == whole[warmed_up] != whole[joint]
-    shutil.rmtree(workdir / "joint" / "best" / str(int(best.name) + 1))
-    (tmp_path / "kept").rename(best)
+    shutil.rmtree(workdir / "joint" / "best")
+    (tmp_path / "kept").rename(workdir / "joint" / "best")
     assert evaluated() == whole
 
 

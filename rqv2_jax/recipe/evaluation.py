@@ -117,10 +117,13 @@ class Scoreboard:
         values = self._measure(rows_Q, ranking, self.metrics)
         self.entries[key] = Entry(rows_Q, values, extra)
 
-    def add_reranked(self, ranking: Ranking, *, state: str, index: str) -> None:
+    def add_reranked(
+        self, ranking: Ranking, *, state: str, index: str, retriever: tuple[str, ...] = ()
+    ) -> None:
         """Adds how the re-ranker of a state ranks the first candidates of the re-ranked queries.
 
-        `ranking` is that of all queries that are measured, by the system that found the candidates.
+        `ranking` is that of all queries that are measured, by the system that found the candidates:
+        if it is a retriever of this run, `retriever` names the stage that has its params.
         """
         run, settings = self.run, self.run.config.evaluate
         rows_R, depth = self.rows_Q[self.reranked_R], settings.rerank_depth
@@ -133,7 +136,9 @@ class Scoreboard:
             pairs = self.store, self.queries.texts, rows_R, top_RxK
             return {"scores": rerank.scores(run.forward, params, *pairs)}
 
-        path = run.workdir / "eval" / f"{self.split}.{state}.reranked.{index}.npz"
+        stage = run.kept_by(state=state, model="reranker")
+        parts = (self.split, stage, "reranked", *retriever, index, "npz")
+        path = run.workdir / "eval" / ".".join(parts)
         origin = run.origin(state=state, model="reranker")
         source = f"{origin} {self.store.fingerprint} {self.queries.fingerprint}"
         source = artifacts.digest(source, rows_R, top_RxK)
@@ -248,7 +253,8 @@ def evaluate(
             if state != "reranker":
                 board.add((state, "retriever", index), rows_Q, retrieved[index], **recalls)
         if state in RERANKED:
-            board.add_reranked(retrieved[first], state=state, index=first)
+            found_by = (run.kept_by(state=state, model="retriever"),)
+            board.add_reranked(retrieved[first], state=state, index=first, retriever=found_by)
             if by_bm25:
                 board.add_reranked(by_bm25, state=state, index="bm25")
     start = "zero_shot" if run.config.retriever.epochs == 0 else "retriever"

@@ -50,7 +50,7 @@ def retrieve(
 
     K is `config.evaluate.retrieve_depth`. By ScaNN only the first of several hosts gets anything.
     """
-    settings, stage = run.config.evaluate, run.trained_by(state=state, model="retriever")
+    settings, stage = run.config.evaluate, run.kept_by(state=state, model="retriever")
     source, towers = source_of(run, store, state), run.params(state=state, model="retriever")
     vectors = run.workdir / "vectors" / stage
     shards = encode.corpus(run.forward, tower(towers, "passage"), store, vectors, source)
@@ -74,7 +74,7 @@ def retrieve_split(
 ) -> tuple[Ranking, dict[str, float]]:
     """Returns what `retrieve` finds for queries of a split, kept in `eval/`, and ScaNN's recall."""
     settings, queries = run.config.evaluate, store.splits[split]
-    stage = run.trained_by(state=state, model="retriever")
+    stage = run.kept_by(state=state, model="retriever")
     source = f"{source_of(run, store, state)} {queries.fingerprint} "
     source += f"{settings.queries} {settings.retrieve_depth}"
 

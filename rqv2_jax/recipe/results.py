@@ -103,21 +103,21 @@ def _training(run: Run, store: tokens.Store, worse: set) -> list[str]:
     """Says how few lists the kept checkpoints have seen."""
     labelled = len(np.unique(store.splits["train"].positives()[0]))
     lines = []
-    stages = (run.trained_by(state=state, model=model) for state, model, _ in sorted(worse))
-    for stage in dict.fromkeys(stages):
+    trained = ((run.trained_by(state=s, model=m), m) for s, m, _ in sorted(worse))
+    for stage, model in dict.fromkeys(trained):
         if stage == "zero_shot":
             continue
-        step = best_step(run.workdir / stage)
+        step = best_step(run.workdir / stage, model)
         lists = step * run.config[stage].batch
         if step == 0:
             lines.append(
-                f"stage {stage} kept its start, which did best on dev; lower "
-                f"config.{stage}.learning_rate, or train longer (config.{stage}.epochs)"
+                f"stage {stage} kept the {model} it started from, as dev found later steps worse; "
+                f"lower config.{stage}.learning_rate, or train longer (config.{stage}.epochs)"
             )
         elif lists < labelled:
             raised = f"config.{stage}.epochs or config.mine.queries"
             lines.append(
-                f"the kept models of stage {stage} have seen {lists} lists, and there are {labelled} "
+                f"the kept {model} of stage {stage} has seen {lists} lists, and there are {labelled} "
                 f"training queries; raise {'config.budget' if run.config.budget else raised}"
             )
     return lines

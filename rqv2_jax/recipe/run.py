@@ -73,6 +73,16 @@ class Run:
             raise InputError(f"state {state!r} has no re-ranker; choose 'reranker' or 'joint'")
         return model if state != "zero_shot" and self.config[model].epochs > 0 else "zero_shot"
 
+    def kept_by(self, *, state: str, model: str) -> str:
+        """Returns the stage whose checkpoint has a model's params in a state; "zero_shot" for none.
+
+        Where joint training kept its start, that is an earlier one.
+        """
+        stage = self.trained_by(state=state, model=model)
+        if stage == "joint" and best_step(self.workdir / stage, model) == 0:
+            return self.trained_by(state="reranker", model=model)
+        return stage
+
     @functools.cached_property
     def weights_hash(self) -> str:
         """Returns the hash of the weight files that all models start from."""
@@ -88,15 +98,15 @@ class Run:
 
         The name changes if the stage is trained again, or if another step becomes the best.
         """
-        stage = self.trained_by(state=state, model=model)
+        stage = self.kept_by(state=state, model=model)
         if stage == "zero_shot":
             return f"zero_shot {self.weights_hash}"
         folder = self.workdir / stage
-        return f"{stage} {best_step(folder)} {' '.join(begun(folder))}"
+        return f"{stage} {best_step(folder, model)} {' '.join(begun(folder))}"
 
     def params(self, *, state: str, model: str) -> dict[str, Any]:
         """Returns the params of one model in a state, on the devices."""
-        stage = self.trained_by(state=state, model=model)
+        stage = self.kept_by(state=state, model=model)
         initial = self.initial(model)
         if stage == "zero_shot":
             return initial

@@ -26,7 +26,7 @@ from rqv2_jax.recipe.workdir import begin, finish_stage, finished
 from rqv2_jax.retrieval import encode, index, rerank
 from rqv2_jax.retrieval.stream import Forward
 from rqv2_jax.training import stages, train
-from rqv2_jax.training.checkpoint import Checkpoints, best_step
+from rqv2_jax.training.checkpoint import Checkpoints, best_steps
 
 
 class Dev:
@@ -63,34 +63,33 @@ class Dev:
         fill = max(config.dev.pool - len(pool), 0)
         self.pool_N = np.sort(np.append(pool, others[:fill]))
 
-    def scores(self, params: dict[str, Any]) -> dict[str, float]:
-        """Returns `self.metric` of each model whose params these are."""
+    def values(self, params: dict[str, Any]) -> dict[str, np.ndarray]:
+        """Returns `self.metric` for each query [Q], by model, of the models whose params these are."""
         measures = {"retriever": self.retriever, "reranker": self.reranker}
         return {model: measures[model](tree) for model, tree in params.items()}
 
-    def retriever(self, params: dict[str, Any]) -> float:
-        """Returns the metric of the retriever over the pool."""
+    def retriever(self, params: dict[str, Any]) -> np.ndarray:
+        """Returns the metric of the retriever over the pool, for each query."""
         query, passage = (tower(params, side) for side in ("query", "passage"))
         passages_NxD = encode.passages(self.forward, passage, self.store, self.pool_N)
         queries_QxD = encode.queries(self.forward, query, self.queries.texts, self.rows_Q)
         own_Q = own_texts.of_rows(self.queries, self.rows_Q)
         depth = own_texts.deeper(self.depth, own_Q)
         rows_QxK, scores_QxK = index.exact(queries_QxD, [passages_NxD], depth)
-        return self._score(*own_texts.without(self.pool_N[rows_QxK], scores_QxK, own_Q))
+        return self._values(*own_texts.without(self.pool_N[rows_QxK], scores_QxK, own_Q))
 
-    def reranker(self, params: dict[str, Any]) -> float:
+    def reranker(self, params: dict[str, Any]) -> np.ndarray:
         """Returns the metric of the re-ranker over each query's candidates."""
         pairs = self.store, self.queries.texts, self.rows_Q, self.candidates_QxK
-        return self._score(self.candidates_QxK, rerank.scores(self.forward, params, *pairs))
+        return self._values(self.candidates_QxK, rerank.scores(self.forward, params, *pairs))
 
-    def _score(self, passages_QxK: np.ndarray, scores_QxK: np.ndarray) -> float:
+    def _values(self, passages_QxK: np.ndarray, scores_QxK: np.ndarray) -> np.ndarray:
         if np.isnan(scores_QxK).any():
             # Training stops at it with a message that names the stage and the step.
-            return np.nan
-        values = metrics.evaluate(
+            return np.full(len(scores_QxK), np.nan)
+        return metrics.evaluate(
             passages_QxK, scores_QxK, self.store.passage_ids, self.qrels, [self.metric]
-        )
-        return float(values[self.metric].mean())
+        )[self.metric]
 
 
 def stage_batches(
@@ -146,24 +145,27 @@ class _Log:
 def _evaluate(
     dev: Dev, checkpoints: Checkpoints, log: _Log, keep: str, step: int, params: dict[str, Any]
 ):
-    """Scores the models of a step on dev; keeps them if they are the best so far, or else the last."""
-    scores = dev.scores(params)
-    terms = {f"dev/{model} {dev.metric}": score for model, score in scores.items()}
+    """Measures the models of a step on dev; keeps each that is its best so far, or else the last."""
+    values = dev.values(params)
+    terms = {f"dev/{model} {dev.metric}": float(x.mean()) for model, x in values.items()}
     train.check_finite(log.name, step, terms)
     log.write(step, terms)
-    mean = sum(scores.values()) / len(scores)
     if keep == "best" or step == log.steps:
-        checkpoints.save_best(step, params, f"dev {dev.metric}, mean of models", mean)
+        checkpoints.save_best(step, params, f"dev {dev.metric}", values)
 
 
 def _kept(folder: pathlib.Path, steps: int, keep: str, metric: str) -> str:
     """Says which params of a finished stage are handed on."""
-    step = best_step(folder)
+    kept = best_steps(folder)
     if keep == "last":
-        return f"kept the last params, of step {step}, whatever dev says"
-    if step == 0:
-        return f"kept the start: in {steps} steps dev found nothing better by {metric}"
-    return f"best on dev at step {step} of {steps}"
+        return f"kept the last params, of step {max(kept.values())}, whatever dev says"
+    parts = [
+        f"{model}: best on dev at step {step} of {steps}"
+        if step
+        else f"{model}: kept the start, as dev finds later steps worse by {metric}"
+        for model, step in kept.items()
+    ]
+    return "; ".join(parts)
 
 
 def train_stage(

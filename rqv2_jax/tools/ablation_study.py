@@ -186,14 +186,14 @@ def _teach(
 
 
 def _measured(folder: pathlib.Path) -> dict:
-    """Returns the step that a finished row kept and its metrics; deletes its optimizer's state."""
+    """Returns which step of each model a finished row kept, and its metrics; deletes its optimizer."""
     values: dict[str, np.ndarray] = {}
     for part in ("test", f"test.{WARM}"):
         with np.load(folder / "eval" / f"{part}.per_query.npz") as file:
             values |= dict(file)
     # Half of what a row takes on disk, and nothing goes on from it.
     shutil.rmtree(folder / "joint" / "last", ignore_errors=True)
-    return {"kept_step": checkpoint.best_step(folder / "joint"), "values": values}
+    return {"kept_step": checkpoint.best_steps(folder / "joint"), "values": values}
 
 
 def summarise(measured: list[dict], *, permutations: int) -> list[dict]:
@@ -207,7 +207,6 @@ def summarise(measured: list[dict], *, permutations: int) -> list[dict]:
     of joint training that dev chose, 0 where it was the start.
     """
     names = list(dict.fromkeys(m["row"] for m in measured))
-    kept = {name: [m["kept_step"] for m in measured if m["row"] == name] for name in names}
     first = measured[0]["values"]
     warmed_up = any(key.startswith("retriever.") for key in first)
     warm = {"retriever": "retriever" if warmed_up else "zero_shot", "reranker": "reranker"}
@@ -223,7 +222,8 @@ def summarise(measured: list[dict], *, permutations: int) -> list[dict]:
             spread = float(means_S.std(ddof=1)) if len(means_S) > 1 else None
             row: dict[str, Any] = {"row": name, "model": model, "candidates": candidates}
             row |= {"metric": metric, "queries": values_SxQ.shape[1], "mean": float(means_S.mean())}
-            row |= {"seeds": len(means_S), "spread": spread, "kept_steps": kept.get(name, [])}
+            kept = [m["kept_step"][model] for m in measured if m["row"] == name]
+            row |= {"seeds": len(means_S), "spread": spread, "kept_steps": kept}
             if name != "full":
                 row |= _compared(values_SxQ, values["full"], permutations)
                 compared.append(row)

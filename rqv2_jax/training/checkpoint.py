@@ -1,16 +1,19 @@
 """Checkpoints of a training stage; the only module that imports orbax.
 
 A stage's folder holds `last/<step>` (the whole training state, to resume from; while it trains, the
-one before too) and `best/<step>/<model>` (the params that did best on dev, with `score`: their metric
-and its value). Beside them `last.sums.json` and `best.sums.json` have the checksum of every file, as
-neither orbax nor its files tell a flipped bit.
+one before too) and, each model apart, `best/<model>/<step>` (the `params` that did best on dev, and
+`score`: the metric and its value for each dev query). Beside each folder of steps a file
+`<name>.sums.json` has the checksum of every file, as neither orbax nor its files tell a flipped bit.
 On several hosts all processes call all functions, and orbax writes the share of each.
 """
 
 import json
+import math
 import pathlib
+from collections.abc import Mapping
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 import tqdm
 
@@ -28,7 +31,8 @@ class Checkpoints:
 
     def __init__(self, folder: pathlib.Path):
         self.folder = folder.resolve()
-        self._last, self._best = self._open("last", 2), self._open("best", 1)
+        self._last = self._open("last", 2)
+        self._best: dict[str, ocp.CheckpointManager] = {}
 
     def _open(self, kind: str, kept: int) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(max_to_keep=kept)
@@ -62,8 +66,10 @@ class Checkpoints:
             # Orbax remembers of the newest what items a checkpoint has.
             self._last.close()
             self._last = self._open("last", 2)
-        for saved in self._best.all_steps():
-            self._best.delete(saved)
+        for model in hosts.from_first(lambda: _models(self.folder)):
+            manager = self._best_of(model)
+            for saved in manager.all_steps():
+                manager.delete(saved)
         return state
 
     def _has_other_shapes(self, step: int, state: Tree) -> bool:
@@ -93,43 +99,57 @@ class Checkpoints:
         for step in sorted(self._last.all_steps())[:-1]:
             self._last.delete(step)
 
-    def save_best(self, step: int, params: Tree, metric: str, score: float) -> None:
-        """Saves params (keyed by model) in place of the best so far, if they score higher.
+    def _best_of(self, model: str) -> ocp.CheckpointManager:
+        if model not in self._best:
+            self._best[model] = self._open(f"best/{model}", 1)
+        return self._best[model]
 
-        A step that is evaluated again, by a run that resumes, is not saved again.
+    def save_best(
+        self, step: int, params: Tree, metric: str, values: Mapping[str, np.ndarray]
+    ) -> None:
+        """Saves each model's params in place of its best so far, if they do better on dev.
+
+        `values` are the metric's for the dev queries, by model; `params` is keyed by model too. A step
+        that is evaluated again, by a run that resumes, is not saved again.
         """
 
-        def is_better() -> bool:
-            best = self.best_score()
-            return best is None or (score > best and step not in self._best.all_steps())
+        def better() -> list[str]:
+            return [model for model in params if self._is_better(model, step, values[model])]
 
-        if not hosts.from_first(is_better):
-            return
-        self._best.wait_until_finished()
-        self._best.save(
-            step,
-            args=ocp.args.Composite(
-                score=ocp.args.JsonSave({"metric": metric, "score": score}),
-                **{model: ocp.args.StandardSave(tree) for model, tree in params.items()},
-            ),
-            force=True,
-        )
-        self._best.wait_until_finished()
-        _record_sums(self.folder / "best")
+        for model in hosts.from_first(better):
+            manager, score = self._best_of(model), {"metric": metric, "step": step}
+            manager.save(
+                step,
+                args=ocp.args.Composite(
+                    score=ocp.args.JsonSave(score | {"values": values[model].tolist()}),
+                    params=ocp.args.StandardSave(params[model]),
+                ),
+                force=True,
+            )
+            manager.wait_until_finished()
+            _record_sums(self.folder / "best" / model)
 
-    def best_score(self) -> float | None:
-        """Returns the dev score of the best params; None if there are none, or none can be read."""
-        step = self._best.latest_step()
+    def _is_better(self, model: str, step: int, values_Q: np.ndarray) -> bool:
+        best = self.best(model)
+        if best is None:
+            return True
+        if step in self._best_of(model).all_steps():
+            return False
+        return does_better(values_Q, best[1], start=best[0] == 0)
+
+    def best(self, model: str) -> tuple[int, np.ndarray] | None:
+        """Returns step and dev values [Q] of a model's best; None if it has none that can be read."""
+        step = self._best_of(model).latest_step()
         if step is None:
             return None
-        path = self.folder / "best" / str(step) / "score" / "metadata"
-        return readable(path, lambda: json.loads(path.read_text())["score"])
+        path = self.folder / "best" / model / str(step) / "score" / "metadata"
+        return readable(path, lambda: (step, np.array(json.loads(path.read_text())["values"])))
 
     def close(self) -> None:
         """Waits for checkpoints that are still being written."""
         self._seal_last()
-        self._last.close()
-        self._best.close()
+        for manager in (self._last, *self._best.values()):
+            manager.close()
 
 
 def _read_sums(folder: pathlib.Path) -> dict[str, dict[str, int]]:
@@ -176,23 +196,53 @@ def _first_difference(known: dict[str, int], found: dict[str, int]) -> str:
     return min(name for name in known | found if known.get(name) != found.get(name))
 
 
-def best_step(folder: pathlib.Path) -> int:
-    """Returns the step of a stage's best params; raises InputError if it has none."""
-    steps = hosts.from_first(
-        lambda: sorted(int(p.name) for p in (folder / "best").glob("*") if p.name.isdigit())
-    )
-    if not steps:
-        raise InputError(f"{folder}: holds no checkpoint; run rqv2_jax.main on this workdir first")
-    return steps[-1]
+def does_better(values_Q: np.ndarray, best_Q: np.ndarray, *, start: bool) -> bool:
+    """Says whether a step with these dev values is to be kept in place of the best so far.
+
+    Its mean must be higher. If the best is the stage's start, it must only not be lower by more than a
+    standard error of their difference: what dev cannot tell apart, training has more often improved.
+    """
+    difference_Q = values_Q - best_Q
+    mean, error = difference_Q.mean(), difference_Q.std() / math.sqrt(len(difference_Q))
+    return bool(mean > (-error if start else 0))
+
+
+def _models(folder: pathlib.Path) -> list[str]:
+    """Returns the models of which a stage has kept params."""
+    return sorted(path.name for path in (folder / "best").glob("*") if path.is_dir())
+
+
+def best_steps(folder: pathlib.Path) -> dict[str, int]:
+    """Returns the step of each model's best params in a stage."""
+
+    def find() -> dict[str, int]:
+        steps = {
+            model: [int(p.name) for p in (folder / "best" / model).glob("*") if p.name.isdigit()]
+            for model in _models(folder)
+        }
+        return {model: max(found) for model, found in steps.items() if found}
+
+    return hosts.from_first(find)
+
+
+def best_step(folder: pathlib.Path, model: str) -> int:
+    """Returns the step of a model's best params in a stage; raises InputError if it has none."""
+    steps = best_steps(folder)
+    if model not in steps:
+        raise InputError(
+            f"{folder}: holds no checkpoint of the {model}; run rqv2_jax.main on this workdir first, "
+            f"or delete {folder} to train this stage again"
+        )
+    return steps[model]
 
 
 def restore_best(folder: pathlib.Path, model: str, params: Tree) -> Tree:
     """Returns a model's best params of a stage, shaped and placed as `params`; else InputError."""
-    path = folder.resolve() / "best" / str(best_step(folder)) / model
+    path = folder.resolve() / "best" / model / str(best_step(folder, model))
     try:
-        _check_sums(path.parent)
+        _check_sums(path)
         with ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.restore(path, _abstract(params))
+            return checkpointer.restore(path / "params", _abstract(params))
     except Exception as e:
         # Orbax and tensorstore have no exception of their own for damaged files.
         raise InputError(
