@@ -29,7 +29,7 @@ RESERVE = 0.1
 # Shares of the time that encoding and compiling leave: scores of candidates, at most; and, of the rest,
 # the stages. What a stage does not need goes to the others.
 SCORING = 0.1
-SHARES = {"retriever": 0.15, "reranker": 0.4, "joint": 0.45}
+SHARES = {"retriever": 0.25, "reranker": 0.35, "joint": 0.4}
 # Share of a stage's time in which dev is measured, at most, and how often.
 DEV_SHARE, DEV_TIMES = 0.15, (2, 5)
 # Share of a stage's steps in which its learning rate rises.
