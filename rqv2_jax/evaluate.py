@@ -73,8 +73,12 @@ def main(*files: str) -> None:
 
     from rqv2_jax import hosts
 
-    if _DISTRIBUTED.value:
-        hosts.start()
+    with hosts.joined(_DISTRIBUTED.value):
+        _evaluate(topics, qrels, candidates)
+
+
+def _evaluate(topics: str | None, qrels: str | None, candidates: str | None) -> None:
+    """Evaluates the workdir's models on a split, on topics or on given candidates."""
     from rqv2_jax.recipe import elsewhere, evaluation, results
     from rqv2_jax.recipe.run import STATES
     from rqv2_jax.recipe.texts import open_store, stem, with_topics
@@ -85,7 +89,7 @@ def main(*files: str) -> None:
         if flags.FLAGS.elsewhere:
             run, store = elsewhere.on(run, pathlib.Path(flags.FLAGS.elsewhere), split)
             states = elsewhere.STATES
-        if topics:
+        if topics and qrels:
             store, split = with_topics(run, store, pathlib.Path(topics), pathlib.Path(qrels))
         for flag in (_MIN_RELEVANCE, _RERANK_DEPTH):
             if flag.value:

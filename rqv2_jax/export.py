@@ -40,7 +40,7 @@ def main() -> None:
     if _FORMAT.value == "huggingface" and path.exists():
         raise InputError(f"--to {path}: exists; name a folder that does not")
     program.file_to_write("to")
-    with program.opened() as run:
+    with program.opened(reads=lambda _: _FORMAT.value == "huggingface") as run:
         if _FORMAT.value == "huggingface":
             print(outputs.write_models(run, _STATE.value, path))
         else:

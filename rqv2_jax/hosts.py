@@ -5,16 +5,21 @@ started by all. They share one workdir, on a file system that all see, into whic
 process writes. A process looks for a file only once the first has said that it is there: a network
 file system may remember for a while that it was not.
 
-If a process is lost, JAX ends the others within minutes; the same command resumes.
+If a process raises, the others end within seconds and repeat its line; if one is lost, JAX ends them
+within minutes. The same command resumes.
 """
 
+import atexit
+import contextlib
 import hashlib
 import itertools
 import json
 import os
 import sys
-from collections.abc import Callable
-from typing import Any
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -23,8 +28,10 @@ import numpy as np
 from jax._src import distributed
 from jax.experimental import multihost_utils
 
-from rqv2_jax.errors import InputError
+from rqv2_jax.errors import InputError, one_line
 
+# Where a process that has failed says so, and the seconds after which the others look there again.
+FAILED, LOOKED_EVERY = "rqv2_jax/failed", 1.0
 FOREVER_MS = 30 * 24 * 3600 * 1000
 
 _numbers = itertools.count()
@@ -53,6 +60,55 @@ def start() -> None:
         # tqdm reads it when it is imported.
         os.environ["TQDM_DISABLE"] = "1"
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+@contextlib.contextmanager
+def joined(distributed: bool) -> Iterator[None]:
+    """Joins the other processes, if asked to; an exception that leaves the block ends them all."""
+    if distributed:
+        start()
+    try:
+        if jax.process_count() > 1:
+            threading.Thread(target=_watch, daemon=True).start()
+        yield
+    except Exception as e:
+        if jax.process_count() > 1:
+            _tell(e)
+        raise
+
+
+def _watch() -> None:
+    """Ends this process, wherever it waits, once another has failed."""
+    while True:
+        time.sleep(LOOKED_EVERY)
+        try:
+            number, line = json.loads(_coordination().key_value_try_get(FAILED))
+        except Exception:
+            # There is no such key. If the first process is lost, JAX ends this one.
+            continue
+        if number == jax.process_index():
+            return
+        who = "the first process" if number == 0 else f"process {number}"
+        print(f"error: {who} has failed: {line}", file=sys.stderr)
+        _exit()
+
+
+def _tell(error: Exception) -> None:
+    """Says to the other processes that this one has failed, and lets them end before it does."""
+    # JAX would wait for the others at its end.
+    atexit.register(_exit)
+    try:
+        _coordination().key_value_set(FAILED, json.dumps([jax.process_index(), one_line(error)]))
+    except Exception:
+        # Another was first.
+        return
+    time.sleep(3 * LOOKED_EVERY)
+
+
+def _exit() -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def _coordination():

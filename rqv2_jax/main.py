@@ -25,11 +25,10 @@ def main() -> None:
     # TensorFlow and JAX take seconds to import; a wrong flag should not.
     from rqv2_jax import hosts
 
-    if _DISTRIBUTED.value:
-        hosts.start()
-    from rqv2_jax.recipe import pipeline
+    with hosts.joined(_DISTRIBUTED.value):
+        from rqv2_jax.recipe import pipeline
 
-    pipeline.main(_CONFIG.value, pathlib.Path(flags.FLAGS.workdir))
+        pipeline.main(_CONFIG.value, pathlib.Path(flags.FLAGS.workdir))
 
 
 if __name__ == "__main__":

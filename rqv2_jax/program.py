@@ -61,14 +61,17 @@ def define_workdir(help_text: str = "A workdir that rqv2_jax.main has finished."
 
 
 @contextlib.contextmanager
-def opened() -> Iterator[Any]:
-    """Gives the `Run` of `define_workdir`'s flags, and keeps other processes out of it."""
+def opened(reads: Callable[[Any], bool] = lambda _: False) -> Iterator[Any]:
+    """Gives the `Run` of `define_workdir`'s flags, and keeps other processes out of it.
+
+    But for those that only read it, if `reads(run)` says that this one does so too.
+    """
     from rqv2_jax.recipe.claim import open_workdir
     from rqv2_jax.recipe.workdir import alone
 
     moved = {name: getattr(flags.FLAGS, name) for name in ("data", "weights", "reranker_weights")}
     run = open_workdir(pathlib.Path(flags.FLAGS.workdir), **moved)
-    with alone(run.workdir):
+    with alone(run.workdir, reads=reads(run)):
         yield run
 
 

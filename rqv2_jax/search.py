@@ -12,6 +12,7 @@ Examples:
 """
 
 import pathlib
+from typing import Any
 
 from absl import flags
 
@@ -42,7 +43,12 @@ def main(*question: str) -> None:
     from rqv2_jax.recipe.texts import open_store
     from rqv2_jax.tools import outputs
 
-    with program.opened() as run:
+    def is_made(run: Any) -> bool:
+        return (
+            run.workdir / "results.json"
+        ).is_file() and _INDEX.value in run.config.evaluate.indexes
+
+    with program.opened(reads=is_made) as run:
         store = open_store(run)
         if to is None:
             print(outputs.show(run, store, question[0], *how, _SHOWN.value))

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -182,6 +183,59 @@ def test_what_the_first_cannot_do_ends_all(tmp_path):
         (line,) = (line for line in errors.splitlines() if line.startswith("error: "))
         assert (code, message in line) == (1, True), line
     assert (tmp_path / "w" / "config.json").is_file()
+
+
+FAILING = """
+import sys, time
+from rqv2_jax import hosts, program
+from rqv2_jax.errors import InputError
+
+
+def main():
+    with hosts.joined(True):
+        import jax, numpy as np
+
+        hosts.join([np.zeros(2)])
+        print("waits", file=sys.stderr)
+        if jax.process_index() == int(sys.argv[1]):
+            time.sleep(1)
+            raise {"own": InputError("it is odd"), "other": ZeroDivisionError()}[sys.argv[2]]
+        {"barrier": hosts.barrier, "collective": lambda: hosts.join([np.zeros(2)])}[sys.argv[3]]()
+
+
+try:
+    main()
+except InputError as e:
+    program._fail(e, 1)
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "error", "waiting"),
+    [
+        (1, "own", "collective"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in ((0, "own", "barrier"), (0, "other", "collective"), (1, "other", "barrier"))
+        ),
+    ],
+)
+def test_where_one_fails_all_end_within_seconds(number, error, waiting):
+    processes = start("-c", FAILING, str(number), error, waiting)
+    for process in processes:
+        for line in process.stderr:
+            if line == "waits\n":
+                break
+    began = time.monotonic()
+    ended = run(processes)
+    # Three seconds of it are the process's that lets the others end first.
+    assert time.monotonic() - began < 20
+    assert [code for code, *_ in ended] == [1, 1]
+    own = {"own": "error: it is odd\n", "other": "ZeroDivisionError\n"}[error]
+    assert own in ended[number][2]
+    who = ["the first process", "process 1"][number]
+    said = {"own": "it is odd", "other": "ZeroDivisionError"}[error]
+    assert f"error: {who} has failed: {said}\n" in ended[1 - number][2]
 
 
 def test_without_others_there_is_one_share_and_nobody_to_ask():

@@ -22,6 +22,7 @@ from rqv2_jax.recipe.stage import Dev
 from rqv2_jax.recipe.workdir import branch
 from rqv2_jax.retrieval import encode
 from rqv2_jax.tools import figures
+from rqv2_jax.training import train
 from rqv2_jax.training.checkpoint import Checkpoints, best_steps, restore_best
 
 
@@ -126,6 +127,17 @@ def test_candidates_that_cannot_be_made_again_are_missed(finished, joint_again, 
     candidates = mining.mine(run, store, mining.retrieve(run, store))
     with pytest.raises(InputError, match=r"joint\.0000003: the candidates of step 3 are gone"):
         pipeline.train_joint(run, store, candidates)
+
+
+def test_a_stage_that_resumes_makes_no_second_state(joint_again, monkeypatch):
+    """Beside the one it restores, another's memory may not be there."""
+    made, make = [], train.init_state
+    monkeypatch.setattr(train, "init_state", lambda *args: made.append(1) or make(*args))
+    whole, _, _ = joint_again()
+    again, _, _ = joint_again(stop=r"  joint 4/6 ")
+    assert len(made) == 2
+    for a, b in zip(_leaves(whole), _leaves(again)):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
 @pytest.mark.parametrize("stop", [r"  joint 2/6 ", r"  refresh: .* step 3", r"  joint 6/6 .*loss"])

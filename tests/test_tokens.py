@@ -10,7 +10,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rqv2_jax.data import tokenise
+from rqv2_jax.data import tokenise, tokens
 from rqv2_jax.data.collection import Collection, Passage, Qrel, Query
 from rqv2_jax.data.tokenise import Tokenizer, load_tokenizer, prepare
 from rqv2_jax.data.tokens import Queries, Texts, open_store, remarks
@@ -58,8 +58,24 @@ def strings(texts: Texts):
     return [" ".join(map(str, texts.tokens[start:end])) for start, end in bounds]
 
 
+@pytest.mark.parametrize("at_once", [1, 7, 2**20])
+def test_ids_are_read_as_they_were_written(tmp_path, monkeypatch, at_once):
+    monkeypatch.setattr(tokens, "READ_AT_ONCE", at_once)
+    keys = ["a", "", "two\nlines", "é\u2028", '"', "x" * 50, "0"]
+    path = tmp_path / "ids.json"
+    path.write_text("".join(json.dumps(key) + "\n" for key in keys))
+    ids = tokens.Ids(path)
+    assert (len(ids), [*ids], [ids[row] for row in range(7)]) == (7, keys, keys)
+    assert (ids[-1], ids[np.int64(5)], ids[1:6:2], ids.index('"')) == ("0", keys[5], keys[1:6:2], 4)
+    for row in (7, -8):
+        with pytest.raises(IndexError):
+            ids[row]
+    path.write_text("")
+    assert [*tokens.Ids(path)] == []
+
+
 def assert_holds(store, passages=PASSAGES, splits=SPLITS):
-    assert store.passage_ids == [p.id for p in passages]
+    assert [*store.passage_ids] == [p.id for p in passages]
     assert strings(store.titles) == [p.title for p in passages]
     assert strings(store.texts) == [p.text for p in passages]
     assert list(store.splits) == list(splits)

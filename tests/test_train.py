@@ -117,6 +117,18 @@ def gradients_of(model, config, folder):
     return weights.load_encoder(folder, config)
 
 
+def test_the_shapes_of_a_state_are_those_of_one_that_is_made(world):
+    config, sharding = config_lib.default(), sharding_lib.make(2, 2)
+    params = {"reranker": world.params["reranker"]}
+    optimizer = train.make_optimizer(config.optimizer, config.joint, 9, {"reranker": 1.0})
+    shapes = train.state_shapes(params, optimizer, sharding)
+    state = train.init_state(params, optimizer, sharding)
+    assert jax.tree.structure(shapes) == jax.tree.structure(state)
+    for shape, made in zip(jax.tree.leaves(shapes), jax.tree.leaves(state)):
+        assert (shape.shape, shape.dtype) == (made.shape, made.dtype)
+        assert shape.sharding.is_equivalent_to(made.sharding, made.ndim)
+
+
 @pytest.mark.parametrize("name", ["retriever", "official_code", "in batch"])
 def test_one_encoder_for_both_sides_gets_the_gradients_of_both(world, name):
     loss_fn, models, in_batch = world.loss(name)

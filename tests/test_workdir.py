@@ -1,5 +1,8 @@
 """What a workdir holds, and which configs, processes and devices may work in it."""
 
+import contextlib
+import errno
+import fcntl
 import json
 import shutil
 import subprocess
@@ -14,7 +17,7 @@ from rqv2_jax.errors import InputError
 from rqv2_jax.recipe import pipeline
 from rqv2_jax.recipe.claim import claim, open_workdir
 from rqv2_jax.recipe.run import open_run
-from rqv2_jax.recipe.workdir import alone
+from rqv2_jax.recipe.workdir import LOCK, alone
 from rqv2_jax.training.checkpoint import best_steps
 
 
@@ -78,17 +81,53 @@ def test_workdir_of_another_config_is_refused_and_left_alone(finished):
         pipeline.main(changed, workdir)
 
 
-def test_two_processes_do_not_work_in_one_workdir(finished, tmp_path):
-    config, workdir = finished
+@contextlib.contextmanager
+def held(workdir, *, reads):
+    """A process that works in a workdir until it is killed."""
     hold = (
-        "import pathlib, sys; from rqv2_jax.recipe.workdir import alone\n"
-        "with alone(pathlib.Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+        "import pathlib, sys; from rqv2_jax.recipe.workdir import LOCK, alone\n"
+        f"with alone(pathlib.Path(sys.argv[1]), reads={reads}):\n"
+        "    print('held', flush=True); sys.stdin.read()"
     )
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     command = [sys.executable, "-c", hold, str(workdir)]
-    with subprocess.Popen(command, cwd=ROOT, **pipes) as other:
-        assert other.stdout.readline() == "held\n"
-        with pytest.raises(InputError, match="another process works in it"):
+    with subprocess.Popen(command, cwd=ROOT, **pipes) as process:
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+
+
+def test_several_processes_read_one_workdir_and_none_works_in_it(finished, tmp_path):
+    config, workdir = finished
+    with held(workdir, reads=True):
+        with pytest.raises(InputError, match=r"works in it \(one that reads\); wait until"):
+            pipeline.main(config, workdir)
+        for program, arguments in (
+            ("search", ("river",)),
+            ("export", ("--format=huggingface", f"--to={tmp_path / 'models'}")),
+        ):
+            ended = run_program(f"rqv2_jax.{program}", f"--workdir={workdir}", *arguments)
+            assert ended.returncode == 0, ended.stderr
+
+
+def test_a_file_system_without_locks_is_told_of(tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with alone(tmp_path / "w"):
+        pass
+    assert (
+        "w: cannot be locked ([Errno 37] No locks available); run nothing"
+        in capsys.readouterr().out
+    )
+
+
+def test_two_processes_do_not_work_in_one_workdir(finished, tmp_path):
+    config, workdir = finished
+    with held(workdir, reads=False) as other:
+        owner = rf"another process works in it \({other.pid} on \S+ since [-\d]{{10}} \d\d:\d\d\)"
+        with pytest.raises(InputError, match=owner):
             pipeline.main(config, workdir)
         for program, arguments in (
             ("evaluate", ()),
@@ -104,6 +143,7 @@ def test_two_processes_do_not_work_in_one_workdir(finished, tmp_path):
         other.wait()
         with alone(workdir):
             pass
+    assert (workdir / LOCK).read_text() == ""
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match=r"file: cannot be made .* give another one"):
         pipeline.main(config, tmp_path / "file")

@@ -75,7 +75,7 @@ def last_joint_params(run):
     rates = {} if run.config.joint.train_reranker else {"reranker": 0.0}
     optimizer = train.make_optimizer(run.config.optimizer, run.config.joint, 6, rates)
     checkpoints = Checkpoints(run.workdir / "joint")
-    state = checkpoints.restore_last(train.init_state(params, optimizer, run.sharding))
+    state = checkpoints.restore_last(lambda: train.state_shapes(params, optimizer, run.sharding))
     checkpoints.close()
     assert int(state.step) == 6
     return state.params

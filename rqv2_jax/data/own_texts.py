@@ -9,6 +9,7 @@ Shape suffixes: Q queries, K passages of a query, best first, N pairs of query a
 """
 
 import dataclasses
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -28,17 +29,22 @@ def of_queries(store: Store, queries: Queries, mode: str) -> Queries:
     """Returns the queries, with those passages of the store that are their own text as `own_2xN`."""
     if mode == "never":
         return queries
-    query_rows = {key: row for row, key in enumerate(queries.ids)}
-    pairs = [
-        (query_rows[key], row) for row, key in enumerate(store.passage_ids) if key in query_rows
-    ]
-    own_2xN = np.array(sorted(pairs), np.int64).reshape(-1, 2).T
+    own_2xN = queries.same_2xN
+    if own_2xN is None:
+        query_rows = {key: row for row, key in enumerate(queries.ids)}
+        own_2xN = same_ids(query_rows, enumerate(store.passage_ids))
     if mode == "auto" and not _one_text(store, queries, own_2xN):
         return queries
     code, positive = (
         each[0] * len(store.texts) + each[1] for each in (own_2xN, queries.positives())
     )
     return dataclasses.replace(queries, own_2xN=own_2xN[:, ~np.isin(code, positive)])
+
+
+def same_ids(query_rows: dict[str, int], passages: Iterable[tuple[int, str]]) -> np.ndarray:
+    """Returns the rows of queries and passages with one id [2, N], sorted; passages as (row, id)."""
+    pairs = [(query_rows[key], row) for row, key in passages if key in query_rows]
+    return np.array(sorted(pairs), np.int64).reshape(-1, 2).T
 
 
 def _one_text(store: Store, queries: Queries, own_2xN: np.ndarray) -> bool:

@@ -13,11 +13,12 @@ import numpy as np
 import tqdm
 
 from rqv2_jax.data import collection as collection_lib
+from rqv2_jax.data import own_texts
 from rqv2_jax.data.collection import Collection, Passage, Query
 from rqv2_jax.data.tokens import Texts, read_store
 from rqv2_jax.errors import InputError, readable
 
-FORMAT = 2
+FORMAT = 3
 CHUNK = 4096
 TOKENIZER_FILES = (
     *("tokenizer.json", "vocab.txt", "tokenizer_config.json", "special_tokens_map.json"),
@@ -174,6 +175,8 @@ def prepare(collection: Collection, tokenizer: Tokenizer, folder: pathlib.Path) 
         labels = collection.qrels(split)
         rows = collection_lib.check_qrels(labels, mute | query_rows, passage_rows, left)
         np.save(partial / split / "qrels.npy", np.stack([np.asarray(r, np.int64) for r in rows]))
+        both = ((passage_rows[key], key) for key in query_rows if key in passage_rows)
+        np.save(partial / split / "same_ids.npy", own_texts.same_ids(query_rows, both))
         manifest[f"{split}_queries"] = len(query_rows)
     manifest["passages"] = len(passage_rows)
     manifest["remarks"] = [*collection.remarks, *left.lines()]

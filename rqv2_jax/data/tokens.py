@@ -9,6 +9,7 @@ Layout of a store folder:
     passages/ids.json                              the user's ids, one JSON string a line, by row
     <split>/queries.bin, .offsets.npy, ids.json    the queries of a split
     <split>/qrels.npy                              [3, N] query row, passage row, relevance
+    <split>/same_ids.npy                           [2, N] query row and passage row with one id
 
 Where the re-ranker has another tokenizer, its tokens lie beside the others, in `titles.pairs.bin` etc.
 Ids stay the user's strings in ids.json and are row numbers everywhere else. `tokenise` writes stores.
@@ -20,12 +21,15 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
 from rqv2_jax.errors import DAMAGE, InputError
 
 SAMPLE = 2**16  # passages whose lengths are measured
+READ_AT_ONCE = 2**24  # bytes of ids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,10 +59,41 @@ class Texts:
         return self.offsets[rows + 1] - self.offsets[rows]
 
 
+class Ids(Sequence[str]):
+    """The user's ids by row, which are read from their file when they are asked for.
+
+    Of 21 million, the places of the lines take 170 MB of memory, strings would take 1.3 GB.
+    """
+
+    def __init__(self, path: pathlib.Path):
+        self.path = path
+        # An empty file cannot be mapped.
+        lines = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.zeros(0, np.uint8)
+        parts = [
+            np.flatnonzero(lines[start : start + READ_AT_ONCE] == ord("\n")) + start + 1
+            for start in range(0, len(lines), READ_AT_ONCE)
+        ]
+        self.lines, self.starts = lines, np.concatenate([np.zeros(1, np.int64), *parts])
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __getitem__(self, row: Any) -> Any:
+        if isinstance(row, slice):
+            return [self[each] for each in range(*row.indices(len(self)))]
+        row = range(len(self))[row]
+        return json.loads(self.lines[self.starts[row] : self.starts[row + 1]].tobytes())
+
+    def __iter__(self) -> Iterator[str]:
+        with self.path.open() as file:
+            yield from map(json.loads, file)
+
+
 @dataclasses.dataclass(frozen=True)
 class Queries:
     """The queries of one split with their labels: `qrels_3xN` = query row, passage row, relevance.
 
+    `same_2xN` are the query rows and passage rows with one id, sorted; None where that is not known.
     `fingerprint` and `strings`, the texts themselves, are given for queries that are not from the
     store. `own_2xN` are pairs, sorted, of a query row and the row of the passage that is this query's
     own text: neither a negative nor a hit.
@@ -70,6 +105,7 @@ class Queries:
     fingerprint: str = ""
     own_2xN: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((2, 0), np.int64))
     strings: tuple[str, ...] = ()
+    same_2xN: np.ndarray | None = None
 
     def positives(self) -> np.ndarray:
         """Returns the relevant pairs [2, N]: query row, passage row; sorted by query row."""
@@ -95,7 +131,7 @@ class Store:
 
     titles: Texts
     texts: Texts
-    passage_ids: list[str]
+    passage_ids: Sequence[str]
     splits: dict[str, Queries]
     fingerprint: str
 
@@ -163,7 +199,7 @@ def read_store(folder: pathlib.Path) -> Store:
         if "pairs_dtype" in manifest and not name.endswith(".pairs"):
             pairs = texts(f"{name}.pairs", count, manifest["pairs_dtype"])
         file = folder / f"{name}.bin"
-        offsets = np.load(folder / f"{name}.offsets.npy")
+        offsets = np.load(folder / f"{name}.offsets.npy", mmap_mode="r")
         check(f"{name}.offsets.npy", len(offsets) - 1, count)
         size = np.dtype(dtype).itemsize * int(offsets[-1])
         check(file.relative_to(folder), file.stat().st_size, size)
@@ -171,15 +207,16 @@ def read_store(folder: pathlib.Path) -> Store:
         tokens = np.memmap(file, dtype, "r") if size else np.zeros(0, dtype)
         return Texts(tokens, offsets, pairs)
 
-    def ids(name: str, count: int) -> list[str]:
-        with (folder / name / "ids.json").open() as f:
-            keys = [json.loads(line) for line in f]
+    def ids(name: str, count: int) -> Ids:
+        keys = Ids(folder / name / "ids.json")
         check(f"{name}/ids.json", len(keys), count)
         return keys
 
     def queries(split: str) -> Queries:
         count, qrels_3xN = manifest[f"{split}_queries"], np.load(folder / split / "qrels.npy")
-        return Queries(texts(f"{split}/queries", count), ids(split, count), qrels_3xN)
+        same_2xN = np.load(folder / split / "same_ids.npy")
+        asked = texts(f"{split}/queries", count), list(ids(split, count)), qrels_3xN
+        return Queries(*asked, same_2xN=same_2xN)
 
     passages = manifest["passages"]
     return Store(

@@ -17,7 +17,7 @@ from rqv2_jax.models import files as model_files
 from rqv2_jax.recipe import budget
 from rqv2_jax.recipe.run import Run, open_run
 from rqv2_jax.recipe.texts import open_collection
-from rqv2_jax.recipe.workdir import BEGUN, begun, finished
+from rqv2_jax.recipe.workdir import BEGUN, LOCK, begun, finished
 
 # Settings that change where and when numbers are computed, not their values (dropout masks excepted),
 # and those of evaluation, whose files record what they were made by.
@@ -157,8 +157,8 @@ def _check_claim(run: Run, path: pathlib.Path):
     """Raises InputError unless the workdir is empty or was made by the run's config."""
     if not path.is_file():
         # A process that was killed at once may have left a part of it.
-        partial = f"{path.name}.partial"
-        if run.workdir.is_dir() and {p.name for p in run.workdir.iterdir()} - {partial}:
+        own = {f"{path.name}.partial", LOCK}
+        if run.workdir.is_dir() and {p.name for p in run.workdir.iterdir()} - own:
             raise InputError(f"{run.workdir}: holds other files; give a new or empty --workdir")
         return
     made_by, earlier = run.config, False

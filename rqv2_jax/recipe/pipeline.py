@@ -19,11 +19,11 @@ from rqv2_jax.data import lists as lists_lib
 from rqv2_jax.data import own_texts, tokenise, tokens
 from rqv2_jax.data.readers import joint_tsv
 from rqv2_jax.errors import InputError
-from rqv2_jax.recipe import budget, evaluation, mining, rankings, results, teacher
+from rqv2_jax.recipe import budget, evaluation, mining, rankings, results, space, teacher
 from rqv2_jax.recipe import candidates as candidates_lib
 from rqv2_jax.recipe.claim import claim
 from rqv2_jax.recipe.opening import in_training
-from rqv2_jax.recipe.run import Run, open_run
+from rqv2_jax.recipe.run import STATES, Run, open_run
 from rqv2_jax.recipe.stage import Dev, train_stage
 from rqv2_jax.recipe.texts import open_collection, open_store
 from rqv2_jax.recipe.workdir import alone, begun, finished
@@ -66,6 +66,7 @@ def warm_up(run: Run) -> tuple[tokens.Store, candidates_lib.Candidates]:
         with budget.timed(run, "retriever"):
             train_retriever(run, store)
     tqdm.tqdm.write("retrieve: candidates of the training and dev queries")
+    space.check(run, store, "vectors")
     with budget.timed(run, "retrieve"):
         candidates = mining.retrieve(run, store)
     if config.reranker.epochs > 0:
@@ -88,6 +89,7 @@ def finish(
         train_joint(run, store, candidates)
     budget.report(run)
     tqdm.tqdm.write("evaluate: every model state on the test queries")
+    space.check(run, store, "vectors", retrievers=len(STATES))
     report = evaluation.evaluate(run, store, "test", indexes)
     artifacts.write_text(run.workdir / "results.json", json.dumps(report, indent=1) + "\n")
     return report
@@ -138,13 +140,16 @@ def train_retriever(run: Run, store: tokens.Store) -> None:
         provenance_Lx1 = np.full((len(queries_L), 1), lists_lib.Provenance.LABELLED_POSITIVE)
         return lists_lib.Lists(queries_L, passages_L[:, None], provenance_Lx1)
 
-    params = {"retriever": run.initial("retriever")}
     lists = mining.epochs_of_lists(draw, run.config.retriever)
+
+    def start() -> dict:
+        return {"retriever": run.initial("retriever")}
+
     hard_QxK = None
     if run.config.dev.hard and not finished(run.workdir / "retriever"):
         hard_QxK = _found_by_start(run, store)
     dev = Dev(run.config, run.forward, store, None, hard_QxK)
-    train_stage(run, store, "retriever", params, run.weights_hash, lists, dev)
+    train_stage(run, store, "retriever", start, run.weights_hash, lists, dev)
 
 
 def _found_by_start(run: Run, store: tokens.Store) -> np.ndarray:
@@ -157,11 +162,14 @@ def _found_by_start(run: Run, store: tokens.Store) -> np.ndarray:
 
 def train_reranker(run: Run, store: tokens.Store, candidates: candidates_lib.Candidates) -> None:
     """Warms up the re-ranker on undenoised lists, and on the scores of its teacher if it has one."""
-    params = {"reranker": run.initial("reranker")}
+
+    def start() -> dict:
+        return {"reranker": run.initial("reranker")}
+
     lists = mining.draw_lists(run.config, store, candidates, "reranker")
     lists = teacher.taught(run, store, lists)
     dev = Dev(run.config, run.forward, store, candidates["dev"])
-    train_stage(run, store, "reranker", params, run.weights_hash, lists, dev)
+    train_stage(run, store, "reranker", start, run.weights_hash, lists, dev)
 
 
 def train_joint(run: Run, store: tokens.Store, candidates: candidates_lib.Candidates) -> None:
@@ -180,10 +188,13 @@ def train_joint(run: Run, store: tokens.Store, candidates: candidates_lib.Candid
         source, lists = mining.read_lists(run)
     else:
         source, lists = store, mining.draw_lists(run.config, store, candidates, "joint")
-    params = {m: run.params(state="reranker", model=m) for m in ("retriever", "reranker")}
+
+    def start() -> dict:
+        return {m: run.params(state="reranker", model=m) for m in ("retriever", "reranker")}
+
     origin, dev = mining.warmed_up(run), Dev(run.config, run.forward, store, candidates["dev"])
     refreshing = run.config.joint.refresh_every > 0
-    train_stage(run, source, "joint", params, origin, lists, dev, redraw if refreshing else None)
+    train_stage(run, source, "joint", start, origin, lists, dev, redraw if refreshing else None)
 
 
 def _forget_refreshed(workdir: pathlib.Path):

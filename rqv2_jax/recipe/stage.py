@@ -20,6 +20,7 @@ from rqv2_jax.data import own_texts, tokens
 from rqv2_jax.data.batches import BatchLayout, ListBatches
 from rqv2_jax.models.scoring import tower
 from rqv2_jax.ranking import metrics
+from rqv2_jax.recipe import space
 from rqv2_jax.recipe.opening import in_training
 from rqv2_jax.recipe.run import Run
 from rqv2_jax.recipe.workdir import begin, finish_stage, finished
@@ -172,7 +173,7 @@ def train_stage(
     run: Run,
     store: tokens.Store,
     name: str,
-    params: dict[str, Any],
+    params: Callable[[], dict[str, Any]],
     origin: str,
     lists: lists_lib.Lists,
     dev: Dev,
@@ -183,6 +184,8 @@ def train_stage(
     Raises InputError if it has begun with other lists or params, or its numbers are not finite.
 
     Args:
+      params: gives those that the stage starts from. They are not held beside the state that training
+        resumes from, as two copies may not fit.
       origin: names `params`; with the lists it says whether a checkpoint is of this training.
       redraw: `redraw(step, state, number)` gives that many lists for the steps from `step` on, a
         multiple of the stage's `refresh_every`; `state` may be a later one, of a run that resumes.
@@ -199,11 +202,16 @@ def train_stage(
         tqdm.tqdm.write(f"  done; {_kept(folder, steps, settings.keep, dev.metric)}")
         return
     batches = stage_batches(run, store, name, stage, lists)
+    space.check(run, store, name)
     begin(folder, trained_on)
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(folder)))
         optimizer = train.make_optimizer(run.config.optimizer, settings, steps, stage.rates)
-        state = checkpoints.restore_last(train.init_state(params, optimizer, run.sharding))
+        state = checkpoints.restore_last(
+            lambda: train.state_shapes(params(), optimizer, run.sharding)
+        )
+        if state is None:
+            state = train.init_state(params(), optimizer, run.sharding)
         log = stack.enter_context(contextlib.closing(_Log(name, folder, steps)))
         evaluate = functools.partial(_evaluate, dev, checkpoints, log, settings.keep)
         step_fn = train.make_step(stage.loss_fn, optimizer, run.sharding, by_part=stage.by_part)

@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 import re
+from collections.abc import Sequence
 
 import ml_collections
 import numpy as np
@@ -111,7 +112,7 @@ def with_topics(
     return dataclasses.replace(store, splits={**store.splits, name: further}), name
 
 
-def rows_of(ids: list[str]) -> dict[str, int]:
+def rows_of(ids: Sequence[str]) -> dict[str, int]:
     """Returns the row number of each id."""
     return {key: row for row, key in enumerate(ids)}
 

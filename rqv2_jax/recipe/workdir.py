@@ -5,6 +5,8 @@ import fcntl
 import os
 import pathlib
 import shutil
+import socket
+import time
 import uuid
 from collections.abc import Iterator
 
@@ -15,6 +17,8 @@ from rqv2_jax.errors import InputError
 
 # Files in a stage's folder: what it is trained on, with a name of its own; and that it has ended.
 BEGUN, FINISHED = "begun.txt", "finished.txt"
+# The file that a process has locked that works in the workdir.
+LOCK = ".lock"
 # What a workdir makes before joint training, and its evaluation of the states before.
 WARM = (
     *("data", "budget.json", "retriever", "reranker", "vectors/zero_shot", "vectors/retriever"),
@@ -25,39 +29,49 @@ WARM = (
 
 
 @contextlib.contextmanager
-def alone(workdir: pathlib.Path) -> Iterator[None]:
+def alone(workdir: pathlib.Path, *, reads: bool = False) -> Iterator[None]:
     """Keeps every other process from working in a workdir, which is made if it is not there.
 
-    The lock ends with its process, however that ends. File systems without locks keep nobody out.
-    Raises InputError if another process works in it, or it cannot be made.
+    One that only `reads` lets others read. The lock ends with its process, however that ends; its file
+    names the process. Raises InputError if another process works in the workdir, or it cannot be
+    written.
     """
-    lock = hosts.from_first(lambda: _lock(workdir))
+    lock = hosts.from_first(lambda: _lock(workdir, reads))
     try:
         yield
     finally:
-        if hosts.first():
+        if hosts.first() and lock is not None:
+            if not reads:
+                os.ftruncate(lock, 0)
             os.close(lock)
 
 
-def _lock(workdir: pathlib.Path) -> int:
-    """Returns the open folder, which is locked until it is closed."""
+def _lock(workdir: pathlib.Path, reads: bool) -> int | None:
+    """Returns the open file, locked until it is closed; None for a reader of what nobody can write."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
+        # Network file systems lock only files that are open for writing.
+        lock = os.open(workdir / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as e:
+        if reads and workdir.is_dir():
+            return None
         raise InputError(f"--workdir {workdir}: cannot be made ({e}); give another one") from e
-    folder = os.open(workdir, os.O_RDONLY)
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, (fcntl.LOCK_SH if reads else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError as e:
-        os.close(folder)
+        owner = os.pread(lock, 200, 0).decode(errors="replace").strip()
+        os.close(lock)
         raise InputError(
-            f"--workdir {workdir}: another process works in it; wait until that has ended, or give "
-            "another one"
+            f"--workdir {workdir}: another process works in it ({owner or 'one that reads'}); wait "
+            "until that has ended, or give another one"
         ) from e
-    except OSError:
-        # A file system without locks.
-        pass
-    return folder
+    except OSError as e:
+        tqdm.tqdm.write(f"{workdir}: cannot be locked ({e}); run nothing else in it meanwhile")
+    os.ftruncate(lock, 0)
+    if not reads:
+        since = time.strftime("%Y-%m-%d %H:%M")
+        os.pwrite(lock, f"{os.getpid()} on {socket.gethostname()} since {since}\n".encode(), 0)
+    return lock
 
 
 def begun(folder: pathlib.Path) -> list[str]:

@@ -13,7 +13,7 @@ from rqv2_jax.data.lists import training_lists
 from rqv2_jax.errors import InputError
 from rqv2_jax.models import attention, bert, random_model, released
 from rqv2_jax.models.scoring import Models
-from rqv2_jax.recipe import opening
+from rqv2_jax.recipe import opening, space
 from rqv2_jax.tools import plan_steps, workload
 from rqv2_jax.tools.machines import GIB, Machine
 from rqv2_jax.tools.plan_steps import Step, Target
@@ -221,7 +221,7 @@ def render_run(
     lines.append(
         f"| all of it, {queries:,} training queries, {passages:,} passages | | {total:.2f} |"
     )
-    vectors = passages * plan.hidden_size * 4
+    vectors = space.of_vectors(passages, plan.hidden_size)
     stored = {
         "token store, disk, at most": passages * plan.passage_length * 2 + passages * 16,
         "vectors, disk, each retriever": vectors,

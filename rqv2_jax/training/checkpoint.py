@@ -10,7 +10,7 @@ On several hosts all processes call all functions, and orbax writes the share of
 import json
 import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
@@ -38,22 +38,25 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(max_to_keep=kept)
         return ocp.CheckpointManager(self.folder / kind, options=options)
 
-    def restore_last(self, state: Tree) -> Tree:
-        """Returns the last saved state in the shapes and shardings of `state`, or else `state` itself.
+    def restore_last(self, shapes: Callable[[], Tree]) -> Tree | None:
+        """Returns the last saved state, placed as `shapes()` says; None if there is none.
 
         If it is damaged, a line says so, it is deleted, and the one before is restored. If that is
         damaged too, all of the stage's checkpoints are deleted. Raises InputError if it has other
         shapes.
         """
         steps = hosts.from_first(lambda: sorted(self._last.all_steps(), reverse=True))
+        if not steps:
+            return None
+        wanted = shapes()
         for step in steps:
             path = self.folder / "last" / str(step)
             try:
                 _check_sums(path)
-                return self._last.restore(step, args=ocp.args.StandardRestore(_abstract(state)))
+                return self._last.restore(step, args=ocp.args.StandardRestore(_abstract(wanted)))
             except Exception as e:
                 # Orbax and tensorstore have no exception of their own for damaged files.
-                if self._has_other_shapes(step, state):
+                if self._has_other_shapes(step, wanted):
                     raise InputError(
                         f"{path}: cannot be restored ({one_line(e)}); delete {self.folder} to train "
                         "this stage again"
@@ -70,7 +73,7 @@ class Checkpoints:
             manager = self._best_of(model)
             for saved in manager.all_steps():
                 manager.delete(saved)
-        return state
+        return None
 
     def _has_other_shapes(self, step: int, state: Tree) -> bool:
         """Says whether a checkpoint can be read and is of another state."""

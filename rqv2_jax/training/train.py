@@ -91,6 +91,19 @@ def init_state(params: Params, optimizer: Optimizer, sharding: Sharding) -> Trai
     return TrainState(sharding.put_params(jnp.zeros((), jnp.int32)), params, opt_state)
 
 
+def state_shapes(params: Params, optimizer: Optimizer, sharding: Sharding) -> TrainState:
+    """Returns the shapes and shardings of the state that `init_state` makes, which takes no memory."""
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    opt_state = jax.eval_shape(optimizer.init, shapes)
+    step: Any = jax.ShapeDtypeStruct((), jnp.int32)
+    state = TrainState(step, shapes, opt_state)
+
+    def placed(shape: jax.ShapeDtypeStruct, place: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place)
+
+    return jax.tree.map(placed, state, sharding.of_params(state))
+
+
 def train_step(
     state: TrainState, batch: Any, dropout_key: Array, *, grad_fn: Callable, optimizer: Optimizer
 ) -> tuple[TrainState, Terms]:

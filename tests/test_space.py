@@ -1,0 +1,55 @@
+"""What the parts of a run need of the disk, and that it is asked for before they begin."""
+
+import collections
+import shutil
+
+import jax
+import pytest
+
+from rqv2_jax import config as config_lib
+from rqv2_jax.data import tokens
+from rqv2_jax.errors import InputError
+from rqv2_jax.recipe import pipeline, space
+from rqv2_jax.recipe.claim import open_workdir
+
+Usage = collections.namedtuple("Usage", "total used free")
+
+
+def test_a_finished_run_holds_no_more_than_was_asked_for(finished):
+    run = open_workdir(finished[1])
+    store = tokens.open_store(finished[1] / "data" / "tokens")
+    for model in ("retriever", "reranker"):
+        made = sum(x.nbytes for x in jax.tree.leaves(run.initial(model)))
+        # The re-ranker's head is not counted.
+        assert made * 0.99 < space.of_params(run, model) <= made
+    joint = space.of_params(run, "retriever") + space.of_params(run, "reranker")
+    # One state, and the best params.
+    held = space._size(finished[1] / "joint")
+    assert 3.9 * joint < held < space.CHECKPOINTS * joint
+    arrays = space._size(finished[1] / "vectors" / "joint")
+    assert space.of_vectors(len(store.passage_ids), 32) <= arrays < 2**16
+
+
+@pytest.mark.parametrize("part", ["retriever", "joint", "vectors"])
+def test_a_full_disk_is_told_of_before_a_part_begins(finished, tmp_path, monkeypatch, part):
+    config, workdir = finished
+    shutil.copytree(workdir, tmp_path / "w")
+    for folder in {"retriever", "vectors", "reranker", "joint", "lists", part}:
+        if part == "retriever" or folder == part:
+            shutil.rmtree(tmp_path / "w" / folder)
+    before = sorted(tmp_path.rglob("*"))
+    with monkeypatch.context() as patch:
+        patch.setattr(space.shutil, "disk_usage", lambda _: Usage(9, 9 - 1, 1))
+        with pytest.raises(
+            InputError, match=rf"w/{part}: will hold 0\.\d\d GiB more, and its disk"
+        ):
+            pipeline.main(config_lib.loads(config_lib.dumps(config)), tmp_path / "w")
+    assert sorted(path for path in tmp_path.rglob("*") if path.name != ".lock") == before
+    pipeline.main(config, tmp_path / "w")
+    assert (tmp_path / "w/results.json").read_text() == (workdir / "results.json").read_text()
+
+
+def test_what_is_there_needs_no_more_room(finished, monkeypatch):
+    config, workdir = finished
+    monkeypatch.setattr(space.shutil, "disk_usage", lambda _: Usage(9, 9, 0))
+    pipeline.main(config, workdir)
