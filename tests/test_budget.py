@@ -130,6 +130,14 @@ def test_too_small_a_budget_gives_the_least_and_says_what_would_do():
     short = budget.plan(settings(59), slow, QUERIES, POSITIVES)
     assert short["enough"] == 60
     assert budget.plan(settings(60), slow, QUERIES, POSITIVES)["enough"] == 0
+    # BM25 needs no vectors of the corpus.
+    both = {"mine.sources": ("retriever", "bm25")}
+    found = budget.plan(settings(59, **both), slow, QUERIES, POSITIVES)
+    assert (found["sources"], found["enough"], found["expected"]["retrieve"]) == (["bm25"], 0, 0.0)
+    fast = budget.plan(settings(59, **both), costs(), QUERIES, POSITIVES)
+    assert fast["sources"] == ["retriever", "bm25"]
+    assert (wanted(found["counts"]) > 0.95 * wanted(fast["counts"])).all()
+    assert short["sources"] == ["retriever"]
     for each in (made, short):
         assert [each["counts"][f"{stage}.most_lists"] for stage in STAGES] == [32, 8, 16]
 

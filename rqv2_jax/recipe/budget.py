@@ -34,7 +34,8 @@ SHARES = {"retriever": 0.25, "reranker": 0.35, "joint": 0.4}
 DEV_SHARE, DEV_TIMES = 0.15, (2, 5)
 # Share of a stage's steps in which its learning rate rises.
 RISING = 0.1
-# Share of the budget that encoding the corpus may take; with less time, all counts are the least.
+# Share of the budget that encoding the corpus may take. If it takes more, BM25 alone finds candidates,
+# where it is asked for; if not, all counts are the least.
 ENCODING = 1 / 3
 # Candidates of a query that are scored, at least, unless the config wants fewer.
 LEAST_DEPTH = 16
@@ -45,6 +46,7 @@ def use(run: Run, store: tokens.Store) -> None:
 
     Raises InputError if the file is gone or damaged, and a stage has begun.
     """
+    given = run.config.mine.sources
     if not restore(run):
         costs, labelled = measure(run, store), store.splits["train"].positives().shape[1]
         sizes = len(store.splits["train"].ids), labelled
@@ -60,6 +62,11 @@ def use(run: Run, store: tokens.Store) -> None:
             f"budget: {config.budget:g} minutes are too few, encoding the corpus alone takes "
             f"{made['expected']['retrieve'] / 60:.1f}; all counts are the least; --config.budget="
             f"{made['enough']} would do"
+        )
+    if made["sources"] != list(given):
+        tqdm.tqdm.write(
+            "budget: encoding the corpus would take more than a third of it, so BM25 alone finds the "
+            "candidates"
         )
     for name, seconds in made["expected"].items():
         what = ""
@@ -83,6 +90,7 @@ def restore(run: Run, workdir: pathlib.Path | None = None) -> bool:
     made = hosts.from_first(lambda: _read(run.config, folder)) if run.config.budget else None
     if made is not None:
         run.config.update_from_flattened_dict(made["counts"])
+        run.config.mine.sources = tuple(made["sources"])
     return made is not None
 
 
@@ -94,7 +102,10 @@ def _read(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str,
         wrong = [k for k, v in made["counts"].items() if type(v) is not int or v < 0]
         if wrong or made["minutes"] != config.budget or made["counts"].keys() != _keys(config):
             raise ValueError("it does not hold the counts of this config")
-        return {key: made[key] for key in ("counts", "expected", "enough")}
+        sources = made.setdefault("sources", list(config.mine.sources))
+        if not {*sources} <= {*config.mine.sources}:
+            raise ValueError("its candidates are found by others than this config asks for")
+        return {key: made[key] for key in ("counts", "expected", "enough", "sources")}
     except DAMAGE as e:
         if any((workdir / name).exists() for name in (*SHARES, "lists")):
             raise InputError(
@@ -118,9 +129,14 @@ def plan(
 ) -> dict[str, Any]:
     """Returns `counts` by setting, `expected` seconds by part, and `enough`, the least minutes.
 
-    `queries` are those of the training split, `positives` their labels.
+    And `sources`, who finds candidates. `queries` are those of the training split, `positives` their
+    labels.
     """
     budget, mine, encoding = 60 * config.budget, config.mine, costs.once["retrieve"]
+    sources = list(mine.sources)
+    if "bm25" in sources and encoding > ENCODING * budget:
+        sources, encoding = ["bm25"], 0.0
+        costs = costs._replace(once={**costs.once, "retrieve": encoding})
     needed = _needed(costs)
     left = (1 - RESERVE) * budget - sum(costs.once.values()) if needed <= budget else 0.0
     scored = config.joint.denoised_share > 0 and not config.joint.lists
@@ -164,6 +180,7 @@ def plan(
     return {
         "counts": counts,
         "expected": expected,
+        "sources": sources,
         "enough": 0 if needed <= budget else math.ceil(needed / 60),
     }
 
