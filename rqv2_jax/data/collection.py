@@ -14,7 +14,8 @@ data contain and training cannot use is left out and counted, by one rule for al
 
 import dataclasses
 import functools
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -77,11 +78,15 @@ class Collection:
     query_file: Callable[[str], Iterator[Query]] = lambda _split: iter(())
     remarks: tuple[str, ...] = ()
 
-    def shown(self, rows: Container[int]) -> dict[int, str]:
-        """Returns the passages with these row numbers as text for people, the title first."""
+    def shown(self, rows: Set[int]) -> dict[int, str]:
+        """Returns the passages with these row numbers as text for people, the title first.
+
+        Reads no further than the last of them.
+        """
+        first = itertools.islice(self.passages(), max(rows, default=-1) + 1)
         return {
             row: f"{p.title}: {p.text}" if p.title else p.text
-            for row, p in enumerate(self.passages())
+            for row, p in enumerate(first)
             if row in rows
         }
 
