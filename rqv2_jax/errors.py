@@ -1,6 +1,7 @@
 """The exception that users see as a single line, and the reading of files that may be damaged."""
 
 import pathlib
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -14,8 +15,12 @@ class InputError(ValueError):
     """
 
 
-# Exceptions that readers raise on files that are empty, cut short or overwritten.
-DAMAGE = (OSError, EOFError, LookupError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error)
+# Exceptions that readers raise on files that are empty, cut short or overwritten. NumPy reads a header
+# as Python.
+DAMAGE = (
+    *(OSError, EOFError, LookupError, RuntimeError, TypeError, ValueError),
+    *(SyntaxError, tokenize.TokenError, zipfile.BadZipFile, zlib.error),
+)
 
 
 def readable(path: pathlib.Path, read: Callable[[], Any]) -> Any:

@@ -35,6 +35,7 @@ FAILED, LOOKED_EVERY = "rqv2_jax/failed", 1.0
 FOREVER_MS = 30 * 24 * 3600 * 1000
 
 _numbers = itertools.count()
+_following = threading.Lock()
 
 
 def start() -> None:
@@ -81,20 +82,39 @@ def _watch() -> None:
     """Ends this process, wherever it waits, once another has failed."""
     while True:
         time.sleep(LOOKED_EVERY)
-        try:
-            number, line = json.loads(_coordination().key_value_try_get(FAILED))
-        except Exception:
-            # There is no such key. If the first process is lost, JAX ends this one.
-            continue
-        if number == jax.process_index():
-            return
+        failed = _failed()
+        if failed:
+            _follow(*failed)
+
+
+def _failed() -> tuple[int, str] | None:
+    """Returns which process has failed first, and its line; None if none has said so."""
+    try:
+        number, line = json.loads(_coordination().key_value_try_get(FAILED))
+    except Exception:
+        # There is no such key. If the first process is lost, JAX ends this one.
+        return None
+    return number, line
+
+
+def _follow(number: int, line: str) -> None:
+    """Ends this process because another has failed; returns if it is that one."""
+    if number == jax.process_index():
+        return
+    # What waits for the one that failed may raise too, in the main thread.
+    with _following:
         who = "the first process" if number == 0 else f"process {number}"
         print(f"error: {who} has failed: {line}", file=sys.stderr)
+        if first():
+            # JAX aborts the others, with pages of traces, if this one is gone before them.
+            time.sleep(5 * LOOKED_EVERY)
         _exit()
 
 
 def _tell(error: Exception) -> None:
     """Says to the other processes that this one has failed, and lets them end before it does."""
+    if failed := _failed():
+        _follow(*failed)
     # JAX would wait for the others at its end.
     atexit.register(_exit)
     try:

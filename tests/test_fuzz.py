@@ -152,87 +152,88 @@ READERS = {
 }
 
 
+class Sound:
+    """A folder of sound files, what they hold, and what reads them."""
+
+    def __init__(self, folder, read):
+        read(folder)
+        self.folder, self.read = folder, read
+        paths = sorted(path for path in folder.rglob("*") if path.is_file())
+        self.contents = {path: path.read_bytes() for path in paths}
+
+    def __repr__(self):
+        return f"Sound({self.folder})"
+
+    def read_or_refused(self):
+        """Reads, or is refused in one line that names a file or the folder."""
+        said = f"{self.folder}: fine"
+        try:
+            self.read(self.folder)
+        except InputError as e:
+            said = str(e)
+        assert str(self.folder) in said
+        assert len(said) < 1000
+        assert "\n" not in said
+
+    def damage(self, data, changes, *, packed=False, until=1.0):
+        """Changes a file, in its first part, and reads; then it is sound again."""
+        path = data.draw(st.sampled_from(sorted(self.contents)))
+        place = path.with_name(f"{path.name}.gz") if packed else path
+        content = gzip.compress(self.contents[path], mtime=0) if packed else self.contents[path]
+        part = until if path.suffix == ".safetensors" else 1.0
+        try:
+            path.unlink()
+            place.write_bytes(damaged(content, [(at * part, *rest) for at, *rest in changes]))
+            self.read_or_refused()
+        finally:
+            place.unlink(missing_ok=True)
+            path.write_bytes(self.contents[path])
+
+
 @pytest.fixture(scope="module", params=READERS)
 def sound(request, tmp_path_factory):
-    """(folder, its files' contents, `read(folder)`) of a format."""
     write, read = READERS[request.param]
     folder = tmp_path_factory.mktemp("fuzz") / "data"
     write(folder)
-    read(folder)
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    return folder, {path: path.read_bytes() for path in paths}, read
+    return Sound(folder, read)
 
 
-def read_or_refused(read, folder):
-    """Reads, or is refused in one line that names a file or the folder."""
-    said = f"{folder}: fine"
-    try:
-        read(folder)
-    except InputError as e:
-        said = str(e)
-    assert str(folder) in said
-    assert len(said) < 1000
-    assert "\n" not in said
+def checked(examples):
+    ignored = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    return settings(max_examples=examples, suppress_health_check=ignored, deadline=None)
 
 
-@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@checked(80)
 @given(data=st.data(), changes=edits, packed=st.booleans())
 def test_damage_is_read_over_or_told(sound, data, changes, packed):
-    folder, contents, read = sound
-    path = data.draw(st.sampled_from(sorted(contents)))
-    place = path.with_name(f"{path.name}.gz") if packed and len(contents) > 1 else path
-    try:
-        path.unlink()
-        content = contents[path]
-        if place != path:
-            content = gzip.compress(content, mtime=0)
-        place.write_bytes(damaged(content, changes))
-        read_or_refused(read, folder)
-    finally:
-        place.unlink(missing_ok=True)
-        path.write_bytes(contents[path])
+    # What is one file has its name given.
+    sound.damage(data, changes, packed=packed and len(sound.contents) > 1)
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@checked(60)
 @given(st.binary(max_size=200))
 def test_any_bytes_are_read_or_told(sound, content):
-    folder, contents, read = sound
-    for path in contents:
+    for path in sound.contents:
         try:
             path.write_bytes(content)
-            read_or_refused(read, folder)
+            sound.read_or_refused()
         finally:
-            path.write_bytes(contents[path])
-
-
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data(), changes=edits)
-def test_a_damaged_store_opens_or_is_told_of(sound_store, data, changes):
-    store, contents = sound_store
-    path = data.draw(st.sampled_from(sorted(contents)))
-    try:
-        path.write_bytes(damaged(contents[path], changes))
-        read_or_refused(open_store, store)
-    finally:
-        path.write_bytes(contents[path])
+            path.write_bytes(sound.contents[path])
 
 
 @pytest.fixture(scope="module")
-def sound_store(tmp_path_factory):
+def store(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fuzz")
     write_beir(folder / "data")
     texts = beir.beir(folder / "data", train_qrels="qrels", eval_qrels="qrels")
     prepare(texts, LETTERS, folder / "store")
-    shutil.rmtree(folder / "data")
-    paths = sorted(path for path in (folder / "store").rglob("*") if path.is_file())
-    return folder / "store", {path: path.read_bytes() for path in paths}
+    return Sound(folder / "store", open_store)
 
 
-@pytest.fixture(scope="module")
-def sound_model(bert_folder, tmp_path_factory):
-    folder = shutil.copytree(bert_folder, tmp_path_factory.mktemp("fuzz") / "model")
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    return folder, {path: path.read_bytes() for path in paths}
+@checked(150)
+@given(data=st.data(), changes=edits)
+def test_a_damaged_store_opens_or_is_told_of(store, data, changes):
+    store.damage(data, changes)
 
 
 def read_model(folder):
@@ -243,15 +244,14 @@ def read_model(folder):
     weights.load_encoder(folder, opened.models.retriever)
 
 
-@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.fixture(scope="module")
+def model(bert_folder, tmp_path_factory):
+    folder = shutil.copytree(bert_folder, tmp_path_factory.mktemp("fuzz") / "model")
+    return Sound(folder, read_model)
+
+
+@checked(100)
 @given(data=st.data(), changes=edits)
-def test_a_damaged_model_folder_opens_or_is_told_of(sound_model, data, changes):
-    folder, contents = sound_model
-    path = data.draw(st.sampled_from(sorted(contents)))
+def test_a_damaged_model_folder_opens_or_is_told_of(model, data, changes):
     # The headers of tensors are at the beginning.
-    share = 0.02 if path.suffix == ".safetensors" else 1.0
-    try:
-        path.write_bytes(damaged(contents[path], [(at * share, *rest) for at, *rest in changes]))
-        read_or_refused(read_model, folder)
-    finally:
-        path.write_bytes(contents[path])
+    model.damage(data, changes, until=0.02)

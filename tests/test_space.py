@@ -15,6 +15,15 @@ from rqv2_jax.recipe.claim import open_workdir
 Usage = collections.namedtuple("Usage", "total used free")
 
 
+def size(folder):
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def files(folder):
+    """The files, but for that of the lock."""
+    return sorted(path for path in folder.rglob("*") if path.name != ".lock")
+
+
 def test_a_finished_run_holds_no_more_than_was_asked_for(finished):
     run = open_workdir(finished[1])
     store = tokens.open_store(finished[1] / "data" / "tokens")
@@ -24,9 +33,9 @@ def test_a_finished_run_holds_no_more_than_was_asked_for(finished):
         assert made * 0.99 < space.of_params(run, model) <= made
     joint = space.of_params(run, "retriever") + space.of_params(run, "reranker")
     # One state, and the best params.
-    held = space._size(finished[1] / "joint")
+    held = size(finished[1] / "joint")
     assert 3.9 * joint < held < space.CHECKPOINTS * joint
-    arrays = space._size(finished[1] / "vectors" / "joint")
+    arrays = size(finished[1] / "vectors" / "joint")
     assert space.of_vectors(len(store.passage_ids), 32) <= arrays < 2**16
 
 
@@ -37,14 +46,14 @@ def test_a_full_disk_is_told_of_before_a_part_begins(finished, tmp_path, monkeyp
     for folder in {"retriever", "vectors", "reranker", "joint", "lists", part}:
         if part == "retriever" or folder == part:
             shutil.rmtree(tmp_path / "w" / folder)
-    before = sorted(tmp_path.rglob("*"))
+    before = files(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(space.shutil, "disk_usage", lambda _: Usage(9, 9 - 1, 1))
         with pytest.raises(
             InputError, match=rf"w/{part}: will hold 0\.\d\d GiB more, and its disk"
         ):
             pipeline.main(config_lib.loads(config_lib.dumps(config)), tmp_path / "w")
-    assert sorted(path for path in tmp_path.rglob("*") if path.name != ".lock") == before
+    assert files(tmp_path) == before
     pipeline.main(config, tmp_path / "w")
     assert (tmp_path / "w/results.json").read_text() == (workdir / "results.json").read_text()
 

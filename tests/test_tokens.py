@@ -318,7 +318,7 @@ def test_a_store_of_which_any_file_is_damaged_is_made_again(tmp_path, capsys, da
     build(tmp_path)
     folder = tmp_path / "store"
     files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    assert len(files) == 14
+    assert len(files) == 16
     for name in files:
         path = folder / name
         if damage == "gone":

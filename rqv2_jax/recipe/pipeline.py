@@ -66,7 +66,8 @@ def warm_up(run: Run) -> tuple[tokens.Store, candidates_lib.Candidates]:
         with budget.timed(run, "retriever"):
             train_retriever(run, store)
     tqdm.tqdm.write("retrieve: candidates of the training and dev queries")
-    space.check(run, store, "vectors")
+    if "retriever" in config.mine.sources and not config.mine.candidates:
+        space.check_vectors(run, store, ("retriever",))
     with budget.timed(run, "retrieve"):
         candidates = mining.retrieve(run, store)
     if config.reranker.epochs > 0:
@@ -89,7 +90,7 @@ def finish(
         train_joint(run, store, candidates)
     budget.report(run)
     tqdm.tqdm.write("evaluate: every model state on the test queries")
-    space.check(run, store, "vectors", retrievers=len(STATES))
+    space.check_vectors(run, store, STATES)
     report = evaluation.evaluate(run, store, "test", indexes)
     artifacts.write_text(run.workdir / "results.json", json.dumps(report, indent=1) + "\n")
     return report

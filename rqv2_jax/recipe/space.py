@@ -6,6 +6,7 @@ The figures are what a part writes at most, in bytes. `rqv2_jax.plan` prints tho
 import math
 import pathlib
 import shutil
+from collections.abc import Callable
 
 import jax
 
@@ -34,31 +35,44 @@ def of_params(run: Run, model: str) -> int:
     return towers * sum(4 * math.prod(x.shape) for x in jax.tree.leaves(encoder))
 
 
-def check(run: Run, store: tokens.Store, part: str, *, retrievers: int = 1) -> None:
-    """Raises InputError if the workdir's disk has less free space than a part of the run writes.
+def check_stage(run: Run, name: str) -> None:
+    """Raises InputError if the disk has too little free space for a training stage's checkpoints."""
+    models = ("retriever", "reranker") if name == "joint" else (name,)
+    needed, folder = (
+        CHECKPOINTS * sum(of_params(run, model) for model in models),
+        run.workdir / name,
+    )
 
-    `part` is a training stage, or "vectors" of so many retrievers. What is there of it already counts
-    as written.
+    def left() -> int:
+        return needed - sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+    _check(folder, left)
+
+
+def check_vectors(run: Run, store: tokens.Store, states: tuple[str, ...]) -> None:
+    """Raises InputError if the disk has too little free space for the vectors of retrievers.
+
+    They are those of these states' retrievers that have not been begun.
     """
-    folder = run.workdir / part
-    if part == "vectors":
-        size = run.models.retriever.hidden_size
-        needed = retrievers * of_vectors(len(store.passage_ids), size)
-    else:
-        models = ("retriever", "reranker") if part == "joint" else (part,)
-        needed = CHECKPOINTS * sum(of_params(run, model) for model in models)
+    folder = run.workdir / "vectors"
+    each = of_vectors(len(store.passage_ids), run.models.retriever.hidden_size)
 
-    def short() -> tuple[float, float] | None:
-        there, free = _size(folder), shutil.disk_usage(run.workdir).free
-        return None if needed - there <= free else ((needed - there) / GIB, free / GIB)
+    def left() -> int:
+        stages = {run.kept_by(state=state, model="retriever") for state in states}
+        return each * sum(not (folder / stage).exists() for stage in stages)
+
+    # The states are read on all hosts.
+    needed = left()
+    _check(folder, lambda: needed)
+
+
+def _check(folder: pathlib.Path, left: Callable[[], int]) -> None:
+    def short() -> list[float]:
+        needed, free = left(), shutil.disk_usage(folder.parent).free
+        return [needed / GIB, free / GIB] if needed > free else []
 
     if found := hosts.from_first(short):
         raise InputError(
             f"{folder}: will hold {found[0]:.2f} GiB more, and its disk has {found[1]:.2f} GiB free; "
             "free some of it, then give the same command again"
         )
-
-
-def _size(folder: pathlib.Path) -> int:
-    """Returns the bytes of a folder's files."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

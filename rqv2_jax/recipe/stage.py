@@ -202,7 +202,7 @@ def train_stage(
         tqdm.tqdm.write(f"  done; {_kept(folder, steps, settings.keep, dev.metric)}")
         return
     batches = stage_batches(run, store, name, stage, lists)
-    space.check(run, store, name)
+    space.check_stage(run, name)
     begin(folder, trained_on)
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(folder)))

@@ -14,6 +14,7 @@ Queries have no ids of their own and get `<split>-<number>`, from 0.
 import ast
 import csv
 import functools
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -98,7 +99,7 @@ def _trained(file: Path, split: str) -> Iterator[tuple[Query, Qrel | None]]:
         with files.opened(file) as stream:
             for number, item in enumerate(ijson.items(stream, "item")):
                 yield _question(item, f"{file}: question {number}", f"{split}-{number}")
-    except (ijson.JSONError, OSError, EOFError, UnicodeDecodeError) as error:
+    except (ijson.JSONError, OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         reason = " ".join(str(error).split())[:100]
         raise InputError(
             f"{file}: not JSON after question {number} ({reason}); fetch the file again"
