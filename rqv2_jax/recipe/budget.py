@@ -132,11 +132,9 @@ def plan(
     And `sources`, who finds candidates. `queries` are those of the training split, `positives` their
     labels.
     """
-    budget, mine, encoding = 60 * config.budget, config.mine, costs.once["retrieve"]
-    sources = list(mine.sources)
-    if "bm25" in sources and encoding > ENCODING * budget:
-        sources, encoding = ["bm25"], 0.0
-        costs = costs._replace(once={**costs.once, "retrieve": encoding})
+    budget, mine = 60 * config.budget, config.mine
+    sources, costs = _affordable(config, costs)
+    encoding = costs.once["retrieve"]
     needed = _needed(costs)
     left = (1 - RESERVE) * budget - sum(costs.once.values()) if needed <= budget else 0.0
     scored = config.joint.denoised_share > 0 and not config.joint.lists
@@ -183,6 +181,14 @@ def plan(
         "sources": sources,
         "enough": 0 if needed <= budget else math.ceil(needed / 60),
     }
+
+
+def _affordable(config: ml_collections.ConfigDict, costs: Costs) -> tuple[list[str], Costs]:
+    """Returns who finds candidates, and what is left of the costs where the corpus is not encoded."""
+    sources = list(config.mine.sources)
+    if "bm25" not in sources or costs.once["retrieve"] <= ENCODING * 60 * config.budget:
+        return sources, costs
+    return ["bm25"], costs._replace(once={**costs.once, "retrieve": 0.0})
 
 
 def _needed(costs: Costs) -> float:
