@@ -30,6 +30,7 @@ def costs(speed=1.0):
     each = {
         "once": {"measuring": 60, "retrieve": 150, "mine": 20, **dict.fromkeys(STAGES, 20)},
         "step": {"retriever": 2.0, "reranker": 1.0, "joint": 4.0},
+        "start": {"retriever": 12, "reranker": 0, "joint": 12},
         "dev": {"retriever": 12, "reranker": 20, "joint": 32},
     }
     scaled = {key: {k: v / speed for k, v in values.items()} for key, values in each.items()}
@@ -158,7 +159,9 @@ def budgeted(tmp_path_factory, bert_folder):
     def measured(run, store, measure=budget.measure):
         found = measure(run, store)
         assert set(found.once) == {"measuring", "retrieve", "mine", *STAGES}
-        assert set(found.step) == set(found.dev) == set(STAGES)
+        assert set(found.step) == set(found.start) == set(found.dev) == set(STAGES)
+        # A new re-ranker is not measured before its warm-up, nor again after it.
+        assert found.start["reranker"] == 0 < found.start["joint"] < found.dev["joint"]
         assert all(seconds > 0 for seconds in (found.pair, *found.step.values()))
         # The retriever's is the joint step's share of inputs and tokens, the others are measured.
         assert found.step["retriever"] < found.step["joint"]
@@ -168,7 +171,7 @@ def budgeted(tmp_path_factory, bert_folder):
         assert found.once["measuring"] > compiling[1] + compiling[2]
         once = {"measuring": 2, "retrieve": 1, "mine": 1, **dict.fromkeys(STAGES, 1)}
         step = {"retriever": 0.4, "reranker": 4.0, "joint": 5.0}
-        return budget.Costs(once, 0.05, step, dict.fromkeys(STAGES, 0.5))
+        return budget.Costs(once, 0.05, step, *[dict.fromkeys(STAGES, 0.5)] * 2)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(budget, "measure", measured)

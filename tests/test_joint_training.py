@@ -23,7 +23,7 @@ from rqv2_jax.recipe.workdir import branch
 from rqv2_jax.retrieval import encode
 from rqv2_jax.tools import figures
 from rqv2_jax.training import train
-from rqv2_jax.training.checkpoint import Checkpoints, best_steps, restore_best
+from rqv2_jax.training.checkpoint import Checkpoints, best_steps, best_values, restore_best
 
 
 def test_joint_training_changes_both_models_and_starts_from_the_warm_ones(finished):
@@ -127,6 +127,20 @@ def test_candidates_that_cannot_be_made_again_are_missed(finished, joint_again, 
     candidates = mining.mine(run, store, mining.retrieve(run, store))
     with pytest.raises(InputError, match=r"joint\.0000003: the candidates of step 3 are gone"):
         pipeline.train_joint(run, store, candidates)
+
+
+def test_a_start_is_measured_only_if_it_is_not_known(finished):
+    run, store = open_workdir(finished[1]), tokens.open_store(finished[1] / "data" / "tokens")
+    name = "dev/reranker RR@10"
+    # A new re-ranker has nothing to be measured.
+    assert [step for step, _ in figures.curves(finished[1] / "reranker")[name]] == [3, 6]
+    known_Q = best_values(finished[1] / "reranker", "reranker")
+    curve = figures.curves(finished[1] / "joint")[name]
+    assert [step for step, _ in curve] == [0, 3, 6]
+    assert curve[0][1] == pytest.approx(known_Q.mean())
+    dev = Dev(run.config, run.forward, store, mining.retrieve(run, store)["dev"])
+    params = {"reranker": run.params(state="reranker", model="reranker")}
+    np.testing.assert_array_equal(dev.values(params)["reranker"], known_Q)
 
 
 def test_a_stage_that_resumes_makes_no_second_state(joint_again, monkeypatch):

@@ -29,9 +29,9 @@ RESERVE = 0.1
 # Shares of the time that encoding and compiling leave: scores of candidates, at most; and, of the rest,
 # the stages. What a stage does not need goes to the others.
 SCORING = 0.1
-SHARES = {"retriever": 0.25, "reranker": 0.35, "joint": 0.4}
-# Share of a stage's time in which dev is measured, at most, and how often.
-DEV_SHARE, DEV_TIMES = 0.15, (2, 5)
+SHARES = {"retriever": 0.2, "reranker": 0.45, "joint": 0.35}
+# Share of a stage's time in which dev is measured, at most, and how often after its start.
+DEV_SHARE, DEV_TIMES = 0.15, (1, 4)
 # Share of a stage's steps in which its learning rate rises.
 RISING = 0.1
 # Share of the budget that encoding the corpus may take. If it takes more, BM25 alone finds candidates,
@@ -150,18 +150,18 @@ def plan(
         of_file = name == "joint" and config.joint.lists
         one_pass = math.inf if of_file else positives if name == "retriever" else mined
         most[name] = max(int(min(stage.epochs * one_pass, stage.most_lists)) // stage.batch, 1)
-    seconds = _share(left - scoring, step, costs.dev, most)
+    seconds = _share(left - scoring, step, costs, most)
     counts, expected = {}, dict(costs.once)
     for name, given in seconds.items():
-        stage, dev = config[name], costs.dev[name]
+        stage, start, dev = config[name], costs.start[name], costs.dev[name]
+        times = _times(given, start, dev)
         # What exactly so many steps need may come out a hair short of them.
-        steps = int((given - _dev(given, dev)) / step[name] + 1e-6)
+        steps = int((given - start - times * dev) / step[name] + 1e-6)
         steps = min(max(steps, 1), most[name])
-        times = max(int(_dev(given, dev) / dev), DEV_TIMES[0])
         counts[f"{name}.most_lists"] = steps * stage.batch
         counts[f"{name}.warmup_steps"] = int(RISING * steps)
-        counts[f"{name}.evaluate_every"] = every = -(-steps // (times - 1))
-        expected[name] += steps * step[name] + (-(-steps // every) + 1) * dev
+        counts[f"{name}.evaluate_every"] = every = -(-steps // times)
+        expected[name] += steps * step[name] + start + -(-steps // every) * dev
     # A stage of less than one pass takes that share of the lists.
     wanted = {
         name: counts[f"{name}.most_lists"] / min(config[name].epochs, 1.0) * queries / positives
@@ -195,21 +195,21 @@ def _needed(costs: Costs) -> float:
     """Returns the seconds of a budget in which encoding and a step of every stage have their shares."""
     weight = sum(SHARES[name] for name in costs.step)
     least = max(
-        (seconds + DEV_TIMES[0] * costs.dev[name]) * weight / SHARES[name]
+        (seconds + costs.start[name] + costs.dev[name]) * weight / SHARES[name]
         for name, seconds in costs.step.items()
     )
     least = (sum(costs.once.values()) + least / (1 - SCORING)) / (1 - RESERVE)
     return max(costs.once["retrieve"] / ENCODING, least)
 
 
-def _dev(seconds: float, dev: float) -> float:
-    """Returns the seconds of a stage's in which dev is measured, which takes `dev` once."""
+def _times(seconds: float, start: float, dev: float) -> int:
+    """Returns how often dev is measured after the start of a stage with so many seconds."""
     least, most = DEV_TIMES
-    return max(min(DEV_SHARE * seconds, most * dev), least * dev)
+    return min(max(int((DEV_SHARE * seconds - start) / dev), least), most)
 
 
 def _share(
-    seconds: float, step: dict[str, float], dev: dict[str, float], most: dict[str, int]
+    seconds: float, step: dict[str, float], costs: Costs, most: dict[str, int]
 ) -> dict[str, float]:
     """Shares seconds among the stages, of which none gets more than its `most` steps need."""
     shared: dict[str, float] = {}
@@ -217,7 +217,10 @@ def _share(
         weight = sum(SHARES[name] for name in step if name not in shared)
         left = seconds - sum(shared.values())
         parts = {n: left * SHARES[n] / weight for n in step if n not in shared}
-        needed = {n: most[n] * step[n] + _dev(part, dev[n]) for n, part in parts.items()}
+        needed = {}
+        for name, part in parts.items():
+            start, dev = costs.start[name], costs.dev[name]
+            needed[name] = most[name] * step[name] + start + _times(part, start, dev) * dev
         full = {n: needed[n] for n in parts if needed[n] < parts[n]}
         if not full:
             return {n: (shared | parts)[n] for n in step}

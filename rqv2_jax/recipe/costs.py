@@ -35,7 +35,8 @@ class Costs(NamedTuple):
     once: dict[str, float]
     pair: float  # a query and a candidate, scored by the re-ranker
     step: dict[str, float]
-    dev: dict[str, float]  # measured once
+    start: dict[str, float]  # dev before the first step, as far as it is measured then
+    dev: dict[str, float]  # dev after a step
 
 
 def stages_of(config: ml_collections.ConfigDict) -> list[str]:
@@ -55,6 +56,13 @@ def measure(run: Run, store: tokens.Store) -> Costs:
         min(max(config.dev.pool, asked * each), size) * passage
         for each in (1, 1 + config.dev.depth)
     )
+    trained = config.reranker.epochs > 0
+    start = {
+        "retriever": warm,
+        "reranker": 0.0 if run.new_reranker else rerank_dev,
+        "joint": both + (0.0 if trained else rerank_dev),
+    }
+    dev = {"retriever": warm, "reranker": rerank_dev, "joint": both + rerank_dev}
     compiling = {name: max(first - later, 0.0) for name, (first, later) in steps.items()}
     scored = config.joint.denoised_share > 0 and not config.joint.lists
     return Costs(
@@ -63,10 +71,8 @@ def measure(run: Run, store: tokens.Store) -> Costs:
         | {"mine": rerank_dev * scored},
         pair=pair,
         step={name: later for name, (_, later) in steps.items()},
-        dev={
-            name: {"retriever": warm, "reranker": rerank_dev, "joint": both + rerank_dev}[name]
-            for name in steps
-        },
+        start={name: start[name] for name in steps},
+        dev={name: dev[name] for name in steps},
     )
 
 

@@ -28,6 +28,7 @@ from rqv2_jax.recipe.stage import Dev, train_stage
 from rqv2_jax.recipe.texts import open_collection, open_store
 from rqv2_jax.recipe.workdir import alone, begun, finished
 from rqv2_jax.training import train
+from rqv2_jax.training.checkpoint import best_values
 
 
 def main(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
@@ -169,7 +170,8 @@ def train_reranker(run: Run, store: tokens.Store, candidates: candidates_lib.Can
 
     lists = mining.draw_lists(run.config, store, candidates, "reranker")
     lists = teacher.taught(run, store, lists)
-    dev = Dev(run.config, run.forward, store, candidates["dev"])
+    new = {"reranker": None} if run.new_reranker else {}
+    dev = Dev(run.config, run.forward, store, candidates["dev"], start=new)
     train_stage(run, store, "reranker", start, run.weights_hash, lists, dev)
 
 
@@ -193,7 +195,12 @@ def train_joint(run: Run, store: tokens.Store, candidates: candidates_lib.Candid
     def start() -> dict:
         return {m: run.params(state="reranker", model=m) for m in ("retriever", "reranker")}
 
-    origin, dev = mining.warmed_up(run), Dev(run.config, run.forward, store, candidates["dev"])
+    origin, start_values = mining.warmed_up(run), {}
+    if run.config.reranker.epochs > 0:
+        # Its warm-up has measured it on the same candidates.
+        values_Q = best_values(run.workdir / "reranker", "reranker")
+        start_values = {} if values_Q is None else {"reranker": values_Q}
+    dev = Dev(run.config, run.forward, store, candidates["dev"], start=start_values)
     refreshing = run.config.joint.refresh_every > 0
     train_stage(run, source, "joint", start, origin, lists, dev, redraw if refreshing else None)
 

@@ -65,6 +65,11 @@ class Run:
             params = {"encoder": encoder, "head": weights.load_head(head, config.hidden_size)}
         return self.sharding.put_params(params)
 
+    @property
+    def new_reranker(self) -> bool:
+        """Says whether the re-ranker's head begins with random weights."""
+        return not isinstance(self.sources.reranker.head, sbert.Head)
+
     def trained_by(self, *, state: str, model: str) -> str:
         """Returns the stage whose params a model has in a state; "zero_shot" for none."""
         if state == "joint":

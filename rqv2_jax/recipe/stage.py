@@ -35,7 +35,9 @@ class Dev:
 
     The retriever ranks a pool: the positives of the dev queries, their candidates if there are any, or
     else the passages `hard_QxK`, and random passages up to `config.dev.pool`. The re-ranker re-ranks
-    each query's candidates. Both are measured by `config.dev.metric`.
+    each query's candidates. Both are measured by `config.dev.metric`. `start` has the values [Q] of
+    models that a stage starts from, where they are known, and None for one that is new: neither is
+    measured before training.
     """
 
     def __init__(
@@ -45,7 +47,9 @@ class Dev:
         store: tokens.Store,
         candidates: lists_lib.Candidates | None,
         hard_QxK: np.ndarray | None = None,
+        start: Mapping[str, np.ndarray | None] | None = None,
     ):
+        self.start = start or {}
         self.forward, self.store, self.queries = forward, store, store.splits["dev"]
         self.metric = config.dev.metric
         _, self.depth, _ = metrics.parse_metric(self.metric)
@@ -147,8 +151,13 @@ def _evaluate(
     dev: Dev, checkpoints: Checkpoints, log: _Log, keep: str, step: int, params: dict[str, Any]
 ):
     """Measures the models of a step on dev; keeps each that is its best so far, or else the last."""
-    values = dev.values(params)
+    known = dev.start if step == 0 else {}
+    values = dev.values({model: tree for model, tree in params.items() if model not in known})
+    values |= {model: values_Q for model, values_Q in known.items() if values_Q is not None}
+    params = {model: params[model] for model in values}
     terms = {f"dev/{model} {dev.metric}": float(x.mean()) for model, x in values.items()}
+    if not terms:
+        return
     train.check_finite(log.name, step, terms)
     log.write(step, terms)
     if keep == "best" or step == log.steps:

@@ -143,10 +143,8 @@ class Checkpoints:
     def best(self, model: str) -> tuple[int, np.ndarray] | None:
         """Returns step and dev values [Q] of a model's best; None if it has none that can be read."""
         step = self._best_of(model).latest_step()
-        if step is None:
-            return None
-        path = self.folder / "best" / model / str(step) / "score" / "metadata"
-        return readable(path, lambda: (step, np.array(json.loads(path.read_text())["values"])))
+        values_Q = None if step is None else _values(self.folder, model, step)
+        return None if values_Q is None else (step, values_Q)
 
     def close(self) -> None:
         """Waits for checkpoints that are still being written."""
@@ -208,6 +206,23 @@ def does_better(values_Q: np.ndarray, best_Q: np.ndarray, *, start: bool) -> boo
     difference_Q = values_Q - best_Q
     mean, error = difference_Q.mean(), difference_Q.std() / math.sqrt(len(difference_Q))
     return bool(mean > (-error if start else 0))
+
+
+def _values(folder: pathlib.Path, model: str, step: int) -> np.ndarray | None:
+    path = folder / "best" / model / str(step) / "score" / "metadata"
+    return readable(path, lambda: np.array(json.loads(path.read_text())["values"]))
+
+
+def best_values(folder: pathlib.Path, model: str) -> np.ndarray | None:
+    """Returns the dev values [Q] of a model's best params in a stage; None if they cannot be read."""
+    step = best_step(folder, model)
+
+    def read() -> list[float] | None:
+        values_Q = _values(folder, model, step)
+        return None if values_Q is None else values_Q.tolist()
+
+    found = hosts.from_first(read)
+    return None if found is None else np.array(found)
 
 
 def _models(folder: pathlib.Path) -> list[str]:
