@@ -182,7 +182,7 @@ def budgeted(tmp_path_factory, bert_folder):
 def test_a_run_with_its_counts_written_by_hand_has_the_same_params(budgeted, tmp_path):
     config, workdir = budgeted
     counts = json.loads((workdir / "budget.json").read_text())["counts"]
-    assert [counts[f"{stage}.most_lists"] for stage in STAGES] == [128, 24, 24]
+    assert [counts[f"{stage}.most_lists"] for stage in STAGES] == [128, 32, 16]
     assert counts["mine.queries"] == 32
     assert counts["retriever.warmup_steps"] == 1
     by_hand = config_lib.loads(config_lib.dumps(config))

@@ -77,7 +77,8 @@ def load_tokenizer(folder: pathlib.Path, vocab_size: int) -> Tokenizer:
         )
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (ValueError, TypeError, AttributeError, OSError, KeyError) as e:
+    except Exception as e:
+        # The library that reads tokenizer.json raises Exception itself.
         reason = " ".join(str(e).split())[:200]
         raise InputError(f"{folder}: its tokenizer cannot be read ({reason}); copy it again") from e
     if tokenizer.cls_token_id is None or tokenizer.sep_token_id is None:
