@@ -44,9 +44,8 @@ def main(*question: str) -> None:
     from rqv2_jax.tools import outputs
 
     def is_made(run: Any) -> bool:
-        return (
-            run.workdir / "results.json"
-        ).is_file() and _INDEX.value in run.config.evaluate.indexes
+        evaluated = (run.workdir / "results.json").is_file()
+        return evaluated and _INDEX.value in run.config.evaluate.indexes
 
     with program.opened(reads=is_made) as run:
         store = open_store(run)

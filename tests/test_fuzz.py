@@ -12,6 +12,7 @@ import shutil
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tiny_run import write_beir
 
 from rqv2_jax import config as config_lib
 from rqv2_jax.data import files
@@ -73,17 +74,6 @@ def consume(texts: Collection):
     for split in texts.splits:
         list(texts.queries(split))
         list(texts.qrels(split))
-
-
-def write_beir(folder):
-    (folder / "qrels").mkdir(parents=True)
-    passages = [{"_id": f"p{i}", "title": "a town", "text": f"word {i}"} for i in range(6)]
-    (folder / "corpus.jsonl").write_text("".join(json.dumps(p) + "\n" for p in passages))
-    queries = [{"_id": f"q{i}", "text": f"asks {i}"} for i in range(6)]
-    (folder / "queries.jsonl").write_text("".join(json.dumps(q) + "\n" for q in queries))
-    for split, rows in (("train", (0, 1, 2)), ("dev", (3,)), ("test", (4, 5))):
-        labels = "".join(f"q{i}\tp{i}\t1\n" for i in rows)
-        (folder / "qrels" / f"{split}.tsv").write_text(f"query-id\tcorpus-id\tscore\n{labels}")
 
 
 def write_tevatron(folder):

@@ -11,6 +11,7 @@ from rqv2_jax.data import tokens
 from rqv2_jax.errors import InputError
 from rqv2_jax.recipe import pipeline, space
 from rqv2_jax.recipe.claim import open_workdir
+from rqv2_jax.training import train
 
 Usage = collections.namedtuple("Usage", "total used free")
 
@@ -32,9 +33,12 @@ def test_a_finished_run_holds_no_more_than_was_asked_for(finished):
         # The re-ranker's head is not counted.
         assert made * 0.99 < space.of_params(run, model) <= made
     joint = space.of_params(run, "retriever") + space.of_params(run, "reranker")
-    # One state, and the best params.
-    held = size(finished[1] / "joint")
-    assert 3.9 * joint < held < space.CHECKPOINTS * joint
+    params = {model: run.initial(model) for model in ("retriever", "reranker")}
+    optimizer = train.make_optimizer(run.config.optimizer, run.config.joint, 6, {})
+    state = jax.tree.leaves(train.state_shapes(params, optimizer, run.sharding))
+    # A state has the params and two moments; orbax compresses it and the best params on disk.
+    assert 3 * joint < sum(x.size * x.dtype.itemsize for x in state) < 3.01 * joint
+    assert size(finished[1] / "joint") < (3 + 2) * joint < space.CHECKPOINTS * joint
     arrays = size(finished[1] / "vectors" / "joint")
     assert space.of_vectors(len(store.passage_ids), 32) <= arrays < 2**16
 

@@ -16,7 +16,7 @@ from rqv2_jax.data import collection as collection_lib
 from rqv2_jax.data import own_texts
 from rqv2_jax.data.collection import Collection, Passage, Query
 from rqv2_jax.data.tokens import Texts, read_store
-from rqv2_jax.errors import InputError, readable
+from rqv2_jax.errors import InputError, one_line, readable
 
 FORMAT = 3
 CHUNK = 4096
@@ -79,8 +79,9 @@ def load_tokenizer(folder: pathlib.Path, vocab_size: int) -> Tokenizer:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as e:
         # The library that reads tokenizer.json raises Exception itself.
-        reason = " ".join(str(e).split())[:200]
-        raise InputError(f"{folder}: its tokenizer cannot be read ({reason}); copy it again") from e
+        raise InputError(
+            f"{folder}: its tokenizer cannot be read ({one_line(e)}); copy it again"
+        ) from e
     if tokenizer.cls_token_id is None or tokenizer.sep_token_id is None:
         raise InputError(f"{folder}: the tokenizer has no [CLS] and [SEP]; use a BERT tokenizer")
     if len(tokenizer) > vocab_size:

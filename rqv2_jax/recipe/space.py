@@ -57,13 +57,8 @@ def check_vectors(run: Run, store: tokens.Store, states: tuple[str, ...]) -> Non
     folder = run.workdir / "vectors"
     each = of_vectors(len(store.passage_ids), run.models.retriever.hidden_size)
 
-    def left() -> int:
-        stages = {run.kept_by(state=state, model="retriever") for state in states}
-        return each * sum(not (folder / stage).exists() for stage in stages)
-
-    # The states are read on all hosts.
-    needed = left()
-    _check(folder, lambda: needed)
+    stages = {run.kept_by(state=state, model="retriever") for state in states}
+    _check(folder, lambda: each * sum(not (folder / stage).exists() for stage in stages))
 
 
 def _check(folder: pathlib.Path, left: Callable[[], int]) -> None:
