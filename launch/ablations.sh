@@ -32,7 +32,5 @@ fi
 WORKDIR="${WORKDIR:-workdir/ablations/$name${PRESET:+.$PRESET}}"
 
 set_up requirements.txt
-# XLA takes its large buffers anew at every step; huge pages make that cheaper on a CPU.
-export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
 "$VENV/bin/python" -m rqv2_jax.ablations "${config[@]}" --workdir "$WORKDIR" "$@"
 exec "$VENV/bin/python" -m rqv2_jax.report --workdir "$WORKDIR"

@@ -13,6 +13,4 @@ WORKDIR="${WORKDIR:-workdir/quickstart}"
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 set_up requirements.txt
-# XLA takes its large buffers anew at every step; huge pages make that cheaper on a CPU.
-export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
 exec "$VENV/bin/python" -m rqv2_jax.main --config configs/docstrings.py --workdir "$WORKDIR" "$@"

@@ -1,10 +1,13 @@
 """How commands start and fail."""
 
+import os
 import subprocess
 import sys
 
 import pytest
 from tiny_run import ROOT, run_program
+
+from rqv2_jax import program
 
 FAILURES = """
 import os, signal, threading, time
@@ -101,3 +104,52 @@ def test_help_shows_an_example():
     ended = run_program("rqv2_jax.main", "--help")
     assert ended.returncode == 0
     assert "python -m rqv2_jax.main --config" in ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("linux", "before", "after"),
+    [
+        ("always [madvise] never", None, "glibc.malloc.hugetlb=1"),
+        ("always [madvise] never", "glibc.a=2", "glibc.a=2:glibc.malloc.hugetlb=1"),
+        ("always [madvise] never", "glibc.malloc.hugetlb=0", None),
+        ("[always] madvise never", None, None),
+        ("always madvise [never]", None, None),
+        (None, None, None),
+    ],
+)
+def test_a_command_starts_anew_with_large_pages_where_it_has_to_ask(
+    tmp_path, monkeypatch, linux, before, after
+):
+    if linux:
+        (tmp_path / "enabled").write_text(f"{linux}\n")
+    monkeypatch.setattr(program, "LARGE_PAGES", tmp_path / "enabled")
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    if before:
+        monkeypatch.setenv("GLIBC_TUNABLES", before)
+    started = []
+    monkeypatch.setattr(os, "execve", lambda *given: started.append(given))
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "rqv2_jax.main", "--help"])
+    monkeypatch.setattr(sys, "argv", ["main.py", "--help"])
+    program.run(lambda: None, "")
+    if after is None:
+        assert not started
+        return
+    ((name, arguments, environment),) = started
+    assert name == sys.executable
+    assert arguments == [sys.executable, "-m", "rqv2_jax.main", "--help"]
+    assert environment["GLIBC_TUNABLES"] == after
+    assert environment["PATH"] == os.environ["PATH"]
+
+
+def test_the_process_that_starts_anew_keeps_its_number_and_its_arguments():
+    said = "print(os.getpid(), os.environ.get('GLIBC_TUNABLES'), x)"
+    code = (
+        f"import os; from rqv2_jax import program; program.run(lambda x: {said}, '', arguments=1)"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
+    command = [sys.executable, "-c", code, "a b"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=ROOT, stdout=pipe, text=True, env=environment) as started:
+        out = started.communicate()[0]
+    asks = program.LARGE_PAGES.exists() and "[madvise]" in program.LARGE_PAGES.read_text()
+    assert out == f"{started.pid} {'glibc.malloc.hugetlb=1' if asks else None} a b\n"

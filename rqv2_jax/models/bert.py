@@ -35,8 +35,18 @@ REMAT = {
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
+
+def gelu(x: Array) -> Array:
+    """Returns x times the normal distribution's share below x, as BERT has it."""
+    if x.dtype != jnp.float32:
+        # In bfloat16 the sum 1 + erf loses all but three digits.
+        return nn.gelu(x, approximate=False)
+    # JAX's own goes by erfc, which takes a CPU three times as long as erf.
+    return 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5))
+
+
 ACTIVATIONS = {
-    "gelu": lambda x: nn.gelu(x, approximate=False),
+    "gelu": gelu,
     "gelu_new": lambda x: nn.gelu(x, approximate=True),
     "gelu_pytorch_tanh": lambda x: nn.gelu(x, approximate=True),
     "relu": nn.relu,
