@@ -21,6 +21,7 @@ from rqv2_jax.recipe import mining, scorer
 from rqv2_jax.recipe.run import Run
 from rqv2_jax.recipe.texts import rows_of, texts_of
 from rqv2_jax.retrieval import rerank
+from rqv2_jax.tools import cards
 
 NO_LABELS_3x0 = np.zeros((3, 0), np.int64)
 
@@ -80,11 +81,13 @@ def write_models(run: Run, state: str, path: pathlib.Path) -> str:
         folder = partial / ("retriever" if name == "both" else name)
         exported.save_encoder(folder, source, shape, encoder)
         exported.describe_retriever(folder, shape.hidden_size, run.config.model, lengths[name])
+        cards.write_card(run, state, folder)
     source, shape, folder = run.sources.reranker.folder, models.reranker, partial / "reranker"
     exported.save_encoder(folder, source, shape, reranker["encoder"], reranker["head"])
     exported.describe_reranker(
         folder, shape.hidden_size, models.head, models.reranker_pooling, data.pair_length
     )
+    cards.write_card(run, state, folder)
     os.replace(partial, path)
     joined = "title and text joined by a space" if data.titles else "text"
     if data.titles and run.config.model.passage_format == "title_sep_text":
