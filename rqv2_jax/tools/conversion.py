@@ -4,6 +4,7 @@ import collections
 import json
 import pathlib
 import shlex
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from rqv2_jax.data.collection import Passage
 from rqv2_jax.data.readers.records import Record, records
 from rqv2_jax.errors import InputError
 
-# The longest question of the test queries that is shown as an example, in characters.
+# Characters of a text that is shown, at most.
 MOST_SHOWN = 70
 
 
@@ -172,11 +173,14 @@ def render(made: Converted) -> str:
         for name, *counts in rows
     ]
     size_G = made.parts.size_G
-    groups = (
+    (often, asked), *_ = collections.Counter(passage for _, passage in labels).most_common(1)
+    remarks = [
         f"{len(size_G):,} groups of questions that share a passage or a wording, the largest of "
-        f"{size_G.max():,}; no group is in two parts"
-    )
-    return "\n".join([*made.counts, "", *table, "", groups])
+        f"{size_G.max():,}; no group is in two parts",
+        f"most questions of one passage: {asked:,} of {passages[often].id}, "
+        f"{textwrap.shorten(passages[often].text, MOST_SHOWN)!r}",
+    ]
+    return "\n".join([*made.counts, "", *table, "", *remarks])
 
 
 def next_steps(made: Converted, folder: pathlib.Path) -> str:
