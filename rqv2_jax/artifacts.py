@@ -5,7 +5,6 @@ On several hosts all processes call these functions; the first writes and the ot
 
 import hashlib
 import json
-import os
 import pathlib
 import shutil
 import zlib
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from rqv2_jax import hosts
+from rqv2_jax.durable import settle
 from rqv2_jax.errors import readable
 
 
@@ -98,22 +98,6 @@ def checksums(folder: pathlib.Path) -> dict[str, int]:
 
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): checksum(path) for path in files}
-
-
-def _sync(path: pathlib.Path) -> None:
-    """Waits until a file, or a folder's list of names, is on the disk."""
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
-
-
-def settle(partial: pathlib.Path, path: pathlib.Path) -> None:
-    """Gives a complete file its name; after a power failure either is there, whole."""
-    _sync(partial)
-    os.replace(partial, path)
-    _sync(path.parent)
 
 
 def write(path: pathlib.Path, save: Callable[[pathlib.Path], None]) -> None:

@@ -11,6 +11,7 @@ import math
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -72,23 +73,37 @@ def opened(file: Path) -> gzip.GzipFile | io.BufferedReader:
     return gzip.open(file) if file.suffix == ".gz" else file.open("rb")
 
 
-def lines(file: Path) -> Iterator[tuple[int, str]]:
-    """Yields (line number from 1, text without its line end) of every line that is not blank."""
+def decoded(file: Path) -> Iterator[tuple[int, str]]:
+    """Yields (line number from 1, text with its line end) of every line."""
     number = 0
     try:
         with opened(file) as stream:
             for raw in stream:
                 number += 1
                 # utf-8-sig, because some editors begin a file with a byte order mark.
-                line = raw.decode("utf-8-sig").rstrip("\r\n")
-                if line.strip():
-                    yield number, line
+                yield number, raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{file}:{number}: not UTF-8 ({error.reason}); save it as UTF-8") from None
     except (EOFError, OSError, zlib.error) as error:
         raise InputError(
             f"{file}:{number + 1}: cannot be read on ({error}); fetch or compress the file again"
         ) from None
+
+
+def lines(file: Path) -> Iterator[tuple[int, str]]:
+    """Yields (line number from 1, text without its line end) of every line that is not blank."""
+    for number, text in decoded(file):
+        line = text.rstrip("\r\n")
+        if line.strip():
+            yield number, line
+
+
+def json_of(source: str, line: str) -> Any:
+    """Returns what a line of JSON holds."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{source}: not JSON ({error}); write one object per line") from None
 
 
 # The columns of query, passage and relevance, by the number of columns.
@@ -149,10 +164,7 @@ def objects(file: Path, id_field: str) -> Iterator[tuple[str, str, dict]]:
     first_lines: dict[str, int] = {}
     for number, line in lines(file):
         source = f"{file}:{number}"
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{source}: not JSON ({error}); write one object per line") from None
+        value = json_of(source, line)
         if not isinstance(value, dict):
             raise InputError(f'{source}: no JSON object; write {{"{id_field}": "...", ...}}')
         key = value.get(id_field)
