@@ -110,8 +110,9 @@ def _sync(path: pathlib.Path) -> None:
 
 
 def settle(partial: pathlib.Path, path: pathlib.Path) -> None:
-    """Gives a complete file its name; after a power failure either is there, whole."""
-    _sync(partial)
+    """Gives a complete file or folder its name; after a power failure either is there, whole."""
+    for each in (*(partial.rglob("*") if partial.is_dir() else ()), partial):
+        _sync(each)
     os.replace(partial, path)
     _sync(path.parent)
 

@@ -6,16 +6,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from rqv2_jax.data.lists import (
-    Candidates,
-    Denoising,
-    Lists,
-    Provenance,
-    draw,
-    known_positive,
-    training_lists,
-    without_known_positives,
-)
+from rqv2_jax.data.drawing import Denoising, draw, without_known_positives
+from rqv2_jax.data.lists import Candidates, Lists, Provenance, known_positive, training_lists
 from rqv2_jax.errors import InputError
 from rqv2_jax.recipe.mining import epochs_of_lists
 

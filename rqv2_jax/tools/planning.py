@@ -23,7 +23,7 @@ from rqv2_jax.training import sharding
 # Memory of ScaNN over that of the vectors, measured with 400,000 and 1,000,000 of 384 dimensions.
 SCANN_BUILT, SCANN_KEPT = 4.3, 1.1
 # Bytes of memory for each candidate while lists are drawn, measured with 2,000 queries of 1,000: four
-# arrays of candidates, and what `lists.draw` makes of them.
+# arrays of candidates, and what `drawing.draw` makes of them.
 DRAWN = 74
 
 # Passages and training queries of the published data.
