@@ -1,6 +1,7 @@
 """Passages that are read alone, by the places of their lines in the corpus's files."""
 
 import gzip
+import io
 import json
 import os
 import pathlib
@@ -108,7 +109,7 @@ def test_no_byte_is_read_but_those_of_the_lines(tmp_path, monkeypatch):
             count.append(size)
             return self.file.read(size)
 
-    monkeypatch.setattr(pathlib.Path, "open", lambda path, *_, **__: Counted(open(path, "rb", 0)))
+    monkeypatch.setattr(pathlib.Path, "open", lambda path, *_, **__: Counted(io.FileIO(path)))
     offsets.read(corpus, table_FxN, [3, 15])
     # An empty line follows each title.
     expected = [f"{PASSAGES[row].id}\t{PASSAGES[row].text}\n" for row in (3, 15)]

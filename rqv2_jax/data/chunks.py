@@ -1,7 +1,7 @@
 """Files that grow by chunks, so that a process that was killed while it wrote them goes on.
 
 A journal in their folder has, for each chunk, the number of items so far, and of each file the size so
-far and the chunk's checksum. What lies behind the last whole chunk is cut off.
+far and a checksum of the chunk and the numbers. What lies behind the last whole chunk is cut off.
 """
 
 import json
@@ -42,14 +42,13 @@ class Growing:
 
     def append(self, items: int, contents: dict[str, bytes]) -> None:
         """Adds a chunk of some items to each file; it counts when all of it is on the disk."""
-        files = {}
+        files, self.items = {}, self.items + items
         for name, content in contents.items():
             with (self.folder / name).open("ab") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            files[name] = [self.size(name) + len(content), zlib.crc32(content)]
-        self.items += items
+            files[name] = [self.size(name) + len(content), zlib.crc32(content, self.items)]
         self._chunks.append({"items": self.items, "files": files})
         artifacts.replace_text(self.folder / JOURNAL, json.dumps(self._chunks))
 
@@ -62,10 +61,12 @@ class Growing:
         items, starts = 0, dict[str, int]()
         for number, chunk in enumerate(chunks):
             for name, (end, checksum) in chunk["files"].items():
+                start = starts.get(name, 0)
                 with (self.folder / name).open("rb") as file:
-                    file.seek(starts.get(name, 0))
-                    content = file.read(end - starts.get(name, 0))
-                if zlib.crc32(content) != checksum:
+                    file.seek(start)
+                    content = file.read(end - start)
+                actual = start + len(content), zlib.crc32(content, chunk["items"])
+                if actual != (end, checksum):
                     tqdm.tqdm.write(
                         f"{self.folder / name}: is damaged behind item {items:,}; from there on it is "
                         "made again"
