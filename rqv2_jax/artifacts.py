@@ -5,7 +5,6 @@ On several hosts all processes call these functions; the first writes and the ot
 
 import hashlib
 import json
-import os
 import pathlib
 import shutil
 import zlib
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from rqv2_jax import hosts
+from rqv2_jax.disk import replace_text, settle
 from rqv2_jax.errors import readable
 
 
@@ -100,23 +100,6 @@ def checksums(folder: pathlib.Path) -> dict[str, int]:
     return {str(path.relative_to(folder)): checksum(path) for path in files}
 
 
-def _sync(path: pathlib.Path) -> None:
-    """Waits until a file, or a folder's list of names, is on the disk."""
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
-
-
-def settle(partial: pathlib.Path, path: pathlib.Path) -> None:
-    """Gives a complete file or folder its name; after a power failure either is there, whole."""
-    for each in (*(partial.rglob("*") if partial.is_dir() else ()), partial):
-        _sync(each)
-    os.replace(partial, path)
-    _sync(path.parent)
-
-
 def write(path: pathlib.Path, save: Callable[[pathlib.Path], None]) -> None:
     """Saves a file in the first process; it gets its name when it is complete."""
 
@@ -137,11 +120,3 @@ def write_arrays(path: pathlib.Path, arrays: dict[str, Any]) -> None:
 def write_text(path: pathlib.Path, text: str) -> None:
     """Writes a file in the first process; readers see the old file or the new one, never a part."""
     hosts.from_first(lambda: replace_text(path, text))
-
-
-def replace_text(path: pathlib.Path, text: str) -> None:
-    """Writes a file as `write_text` does, in the process that calls it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    settle(partial, path)

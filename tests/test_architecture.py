@@ -30,7 +30,7 @@ LAYERS = (
         ("models",),
         ("ranking",),
         ("data",),
-        ("optional", "artifacts", "hosts", "stopping", "errors"),
+        ("optional", "artifacts", "disk", "hosts", "stopping", "errors"),
     ),
 )
 WITHOUT_JAX = ("data", "ranking")

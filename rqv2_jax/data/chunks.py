@@ -12,7 +12,7 @@ from typing import Any
 
 import tqdm
 
-from rqv2_jax import artifacts
+from rqv2_jax import disk
 from rqv2_jax.errors import readable
 
 JOURNAL = "chunks.json"
@@ -50,7 +50,7 @@ class Growing:
                 os.fsync(file.fileno())
             files[name] = [self.size(name) + len(content), zlib.crc32(content, self.items)]
         self._chunks.append({"items": self.items, "files": files})
-        artifacts.replace_text(self.folder / JOURNAL, json.dumps(self._chunks))
+        disk.replace_text(self.folder / JOURNAL, json.dumps(self._chunks))
 
     def _sizes(self) -> dict[str, int]:
         files = self._chunks[-1]["files"] if self._chunks else {}

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 import tqdm
 
-from rqv2_jax import artifacts
+from rqv2_jax import disk
 from rqv2_jax.data import chunks, offsets, own_texts
 from rqv2_jax.data import collection as collection_lib
 from rqv2_jax.data.collection import Collection, Corpus, Passage, Query
@@ -140,9 +140,9 @@ def prepare(collection: Collection, tokenizer: Tokenizer, folder: pathlib.Path) 
         counts = _write_queries(collection, tokenizer, partial, left)
         manifest |= {f"{split}_queries": count for split, count in counts.items()}
         manifest["remarks"] = [*collection.remarks, *left.lines()]
-        artifacts.replace_text(partial / "manifest.json", json.dumps(manifest, indent=1))
+        disk.replace_text(partial / "manifest.json", json.dumps(manifest, indent=1))
         shutil.rmtree(folder, ignore_errors=True)
-        artifacts.settle(partial, folder)
+        disk.settle(partial, folder)
     # They are there until now, so that a process that is killed in the last moment can go on too.
     for journal in folder.glob(f"*/{chunks.JOURNAL}"):
         journal.unlink()
@@ -177,7 +177,7 @@ def _begin(partial: pathlib.Path, manifest: dict) -> None:
         if existing is not None and not _differing(existing, manifest):
             return
     shutil.rmtree(partial, ignore_errors=True)
-    artifacts.replace_text(path, json.dumps(manifest, indent=1))
+    disk.replace_text(path, json.dumps(manifest, indent=1))
 
 
 def _write_passages(
