@@ -203,6 +203,37 @@ def test_chunks_of_other_texts_or_another_tokenizer_are_not_taken(tmp_path, chan
     assert len(encoded) == 2 * PASSAGES + QUERIES
     assert contents(folder) == contents(make(tmp_path / "other" / "store", **changed))
     assert len(open_store(folder).texts) == PASSAGES
+    assert not [*folder.rglob(chunks.JOURNAL)]
+
+
+def test_a_complete_store_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    folder, synced = tmp_path / "w" / "store", set()
+
+    def rename(old, new, replace=os.replace):
+        if pathlib.Path(new) == folder:
+            of_all = {partial, *partial.rglob("*")} - {*partial.rglob(chunks.JOURNAL)}
+            assert of_all <= synced
+        replace(old, new)
+
+    partial = folder.with_name("store.partial")
+    monkeypatch.setattr(
+        os, "fsync", lambda n: synced.add(pathlib.Path(f"/proc/self/fd/{n}").readlink())
+    )
+    monkeypatch.setattr(os, "replace", rename)
+    make(folder)
+    assert folder.parent in synced
+
+
+def test_a_store_that_is_made_again_says_why(tmp_path, capsys):
+    folder = make(tmp_path / "w" / "store")
+    make(folder)
+    assert "made again" not in capsys.readouterr().out
+    make(folder, fingerprint="other")
+    assert f"{folder}: is of another tokenizer; it is made again" in capsys.readouterr().out
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "format": 3}))
+    make(folder, fingerprint="other")
+    assert f"{folder}: is of another format; it is made again" in capsys.readouterr().out
 
 
 def test_a_run_says_where_it_goes_on(tmp_path, capsys):

@@ -464,6 +464,22 @@ def test_centred_scores_are_the_same_bit_for_bit(monkeypatch, at_once):
 
 
 @pytest.mark.parametrize("at_once", [1, 7, 1024])
+def test_labelled_candidates_are_known_however_many_queries_are_looked_at(monkeypatch, at_once):
+    monkeypatch.setattr(lists_lib, "AT_ONCE", at_once)
+    rng = np.random.default_rng(0)
+    rows_Q, passages_QxN = rng.permutation(40)[:20], rng.integers(-1, 12, (20, 9))
+    pairs_2xN = np.stack([rng.integers(0, 40, 60), rng.integers(0, 12, 60)])
+    pairs = {*map(tuple, pairs_2xN.T.tolist())}
+    known_QxN = known_positive(pairs_2xN, rows_Q, passages_QxN, 12)
+    expected = [
+        [(q, p) in pairs for p in row] for q, row in zip(rows_Q.tolist(), passages_QxN.tolist())
+    ]
+    assert known_QxN.tolist() == expected
+    assert 0 < known_QxN.sum() < 100
+    assert not known_positive(pairs_2xN[:, :0], rows_Q, passages_QxN, 12).any()
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 1024])
 def test_twins_are_found_however_many_queries_are_looked_at(monkeypatch, at_once):
     monkeypatch.setattr(lists_lib, "AT_ONCE", at_once)
     rng = np.random.default_rng(0)

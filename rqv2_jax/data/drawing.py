@@ -73,8 +73,9 @@ def draw(
         eligible_LxN = np.where(denoised_Lx1, judged.trusted_QxN, judged.undenoised_QxN)
         negatives_LxK = _choose_negatives(judged.passages_QxN, eligible_LxN, list_size - 1, rng)
         passages_LxP[part, 1:] = negatives_LxK
-    kinds = np.uint8([Provenance.UNDENOISED_NEGATIVE, Provenance.DENOISED_NEGATIVE])
-    provenance_LxP = kinds[denoised_L.astype(int)][:, None].repeat(list_size, axis=1)
+    kinds = [Provenance.UNDENOISED_NEGATIVE, Provenance.DENOISED_NEGATIVE]
+    provenance_L = np.array(kinds, np.uint8)[denoised_L.astype(int)]
+    provenance_LxP = provenance_L[:, None].repeat(list_size, axis=1)
     provenance_LxP[:, 0] = kind_L
     provenance_LxP[passages_LxP < 0] = Provenance.RANDOM_FILL
     lists = Lists(candidates.query_rows_Q[query_L], passages_LxP, provenance_LxP)
