@@ -23,8 +23,15 @@ PASSAGES = [
     Passage(f"p{n}", f"Title {n}" if n % 3 else "", "stone " * (n % 4) + f"garden é {n}")
     for n in range(20)
 ]
-# One number for each word.
-WORDS = Tokenizer(lambda given: [[len(w) for w in t.split()] for t in given], "words", 99, 1, 2)
+
+
+def encode(given):
+    """One number for each word; an empty list is refused, as by transformers."""
+    assert given
+    return [[len(word) for word in text.split()] for text in given]
+
+
+WORDS = Tokenizer(encode, "words", 99, 1, 2)
 
 
 def json_lines(folder, id_field, name="corpus.jsonl"):
@@ -204,6 +211,16 @@ def test_a_corpus_that_has_changed_is_noticed(tmp_path, change):
     CHANGES[change](tmp_path / "data" / "corpus.jsonl")
     message = refused(lambda: texts.show_passages(run, store, [2, 7]), tmp_path / "w")
     assert "bring the" in message or "bring these" in message
+
+
+@pytest.mark.parametrize("place", [-1, 2**62])
+def test_places_beyond_the_file_are_noticed(tmp_path, place):
+    write_msmarco(tmp_path)
+    corpus = tables.msmarco_corpus(tmp_path)
+    for number in (7, 8):
+        table_FxN = recorded(corpus)
+        table_FxN[1, number] = place
+        refused(lambda given=table_FxN: offsets.read(corpus, given, [3, 7]), "para.title.txt")
 
 
 def test_titles_that_are_gone_are_noticed(tmp_path):

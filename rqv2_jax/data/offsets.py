@@ -11,6 +11,7 @@ import numpy as np
 
 from rqv2_jax.data import files
 from rqv2_jax.data.collection import Corpus, Passage
+from rqv2_jax.errors import InputError
 
 
 class Recorded:
@@ -52,11 +53,15 @@ def read(corpus: Corpus, offsets_FxN: np.ndarray, rows: Sequence[int]) -> list[P
 
     def lines(file: Path) -> Iterator[tuple[int, str]]:
         starts_N = offsets_FxN[corpus.files.index(file)]
+        size = file.stat().st_size
         with file.open("rb", buffering=0) as stream:
             for row in rows:
-                stream.seek(starts_N[row])
+                start, end = starts_N[row : row + 2].tolist()
+                if not 0 <= start < end <= size:
+                    raise InputError(f"{file}: has no line in the place of passage {row}")
+                stream.seek(start)
                 # Blank lines may follow.
-                line = stream.read(int(starts_N[row + 1] - starts_N[row])).partition(b"\n")[0]
+                line = stream.read(end - start).partition(b"\n")[0]
                 yield row + 1, line.decode("utf-8-sig", "replace").rstrip("\r")
 
     return list(corpus.read(lines))

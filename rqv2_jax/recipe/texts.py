@@ -104,8 +104,11 @@ def show_passages(run: Run, store: tokens.Store, rows: Iterable[int]) -> dict[in
     Reads their lines alone where the corpus's files allow that, and then checks nothing else of them.
     Raises InputError if these are other passages than those of the store.
     """
+    ordered = sorted(set(rows))
+    if not ordered:
+        return {}
     _check_place(run)
-    corpus, ordered = open_corpus(run.config.data), sorted(set(rows))
+    corpus = open_corpus(run.config.data)
     if corpus is None or store.lines_FxN is None:
         return texts_of(run, store.fingerprint).shown(set(ordered))
     try:
