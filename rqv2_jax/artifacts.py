@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from rqv2_jax import hosts
-from rqv2_jax.durable import settle
+from rqv2_jax.disk import replace_text, settle
 from rqv2_jax.errors import readable
 
 
@@ -120,11 +120,3 @@ def write_arrays(path: pathlib.Path, arrays: dict[str, Any]) -> None:
 def write_text(path: pathlib.Path, text: str) -> None:
     """Writes a file in the first process; readers see the old file or the new one, never a part."""
     hosts.from_first(lambda: replace_text(path, text))
-
-
-def replace_text(path: pathlib.Path, text: str) -> None:
-    """Writes a file as `write_text` does, in the process that calls it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    settle(partial, path)

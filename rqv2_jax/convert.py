@@ -15,7 +15,7 @@ import pathlib
 
 from absl import flags
 
-from rqv2_jax import durable, program
+from rqv2_jax import disk, program
 from rqv2_jax.errors import InputError
 
 flags.DEFINE_string("from", None, "File with a question, and a passage that answers it, in a row.")
@@ -43,7 +43,7 @@ def main() -> None:
     if columns.query == columns.passage:
         raise InputError(f"--query and --passage both name {columns.query!r}; name two columns")
     # Reading may take long.
-    durable.check_new(folder)
+    disk.check_new(folder)
     files = pathlib.Path(file), pathlib.Path(corpus) if corpus else None
     made = conversion.convert(*files, columns, shares, _SEED.value)
     conversion.write(made, folder)

@@ -33,7 +33,7 @@ LAYERS = (
         ("models",),
         ("ranking",),
         ("data",),
-        ("optional", "artifacts", "durable", "hosts", "stopping", "errors"),
+        ("optional", "artifacts", "disk", "hosts", "stopping", "errors"),
     ),
 )
 WITHOUT_JAX = ("data", "ranking")

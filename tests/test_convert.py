@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from refusals import refused
 from tiny_run import ROOT, run_program
 
-from rqv2_jax import durable
+from rqv2_jax import disk
 from rqv2_jax.data import pairs
 from rqv2_jax.data.readers import beir
 from rqv2_jax.data.readers.records import records
@@ -363,13 +363,13 @@ def test_the_same_input_gives_the_same_bytes_and_another_seed_another_split(tmp_
 
 
 def test_a_folder_appears_when_it_is_complete_and_not_at_all_after_a_failure(tmp_path):
-    with durable.new_folder(tmp_path / "inner" / "new") as partial:
+    with disk.new_folder(tmp_path / "inner" / "new") as partial:
         (partial / "file").write_text("x")
         assert not (tmp_path / "inner" / "new").exists()
     assert (tmp_path / "inner" / "new" / "file").read_text() == "x"
 
     def fail(error):
-        with durable.new_folder(tmp_path / "other") as partial:
+        with disk.new_folder(tmp_path / "other") as partial:
             (partial / "file").write_text("x")
             raise error
 
@@ -385,16 +385,16 @@ def test_a_folder_that_is_not_empty_is_left_as_it_is(tmp_path):
     (tmp_path / "full" / "mine").write_text("x")
     (tmp_path / "empty").mkdir()
     for name, what in (("full", "not empty"), ("full/mine", "no folder")):
-        with pytest.raises(InputError, match=what), durable.new_folder(tmp_path / name):
+        with pytest.raises(InputError, match=what), disk.new_folder(tmp_path / name):
             pass
-    with durable.new_folder(tmp_path / "empty") as partial:
+    with disk.new_folder(tmp_path / "empty") as partial:
         (partial / "file").write_text("y")
     assert (tmp_path / "empty" / "file").read_text() == "y"
 
 
 def test_a_folder_that_another_process_has_filled_meanwhile_is_left_as_it_is(tmp_path):
     def fill():
-        with durable.new_folder(tmp_path / "late"):
+        with disk.new_folder(tmp_path / "late"):
             (tmp_path / "late").mkdir()
             (tmp_path / "late" / "theirs").touch()
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from rqv2_jax.data.collection import Passage, Qrel
+from rqv2_jax.data.collection import Corpus, Lines, Passage, Qrel
 from rqv2_jax.errors import InputError
 
 MAX_RELEVANCE = int(np.iinfo(np.int32).max)
@@ -73,15 +73,15 @@ def opened(file: Path) -> gzip.GzipFile | io.BufferedReader:
     return gzip.open(file) if file.suffix == ".gz" else file.open("rb")
 
 
-def decoded(file: Path) -> Iterator[tuple[int, str]]:
-    """Yields (line number from 1, text with its line end) of every line."""
-    number = 0
+def decoded(file: Path) -> Iterator[tuple[int, int, str]]:
+    """Yields (number from 1, the byte at which it begins, text with its end) of every line."""
+    number, end = 0, 0
     try:
         with opened(file) as stream:
             for raw in stream:
-                number += 1
+                number, start, end = number + 1, end, end + len(raw)
                 # utf-8-sig, because some editors begin a file with a byte order mark.
-                yield number, raw.decode("utf-8-sig")
+                yield number, start, raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{file}:{number}: not UTF-8 ({error.reason}); save it as UTF-8") from None
     except (EOFError, OSError, zlib.error) as error:
@@ -92,10 +92,15 @@ def decoded(file: Path) -> Iterator[tuple[int, str]]:
 
 def lines(file: Path) -> Iterator[tuple[int, str]]:
     """Yields (line number from 1, text without its line end) of every line that is not blank."""
-    for number, text in decoded(file):
+    return ((number, line) for number, _, line in placed_lines(file))
+
+
+def placed_lines(file: Path) -> Iterator[tuple[int, int, str]]:
+    """Yields what `lines` does, with the byte at which each line begins, from 0, between the two."""
+    for number, start, text in decoded(file):
         line = text.rstrip("\r\n")
         if line.strip():
-            yield number, line
+            yield number, start, line
 
 
 def json_of(source: str, line: str) -> Any:
@@ -159,10 +164,13 @@ def _relevance(source: str, text: str) -> int:
     return value
 
 
-def objects(file: Path, id_field: str) -> Iterator[tuple[str, str, dict]]:
-    """Yields (`path:line`, id, object) of a JSON-lines file whose objects have ids, each once."""
+def objects(file: Path, id_field: str, read: Lines = lines) -> Iterator[tuple[str, str, dict]]:
+    """Yields (`path:line`, id, object) of a JSON-lines file whose objects have ids, each once.
+
+    Its lines are those that `read(file)` yields.
+    """
     first_lines: dict[str, int] = {}
-    for number, line in lines(file):
+    for number, line in read(file):
         source = f"{file}:{number}"
         value = json_of(source, line)
         if not isinstance(value, dict):
@@ -220,9 +228,13 @@ def answers_of(source: str, value: dict, field: str = "answers") -> tuple[str, .
     return tuple(answers)
 
 
-def read_passages(file: Path, id_field: str) -> Iterator[Passage]:
-    """Yields the passages of a JSON-lines file: id, and `title` and `text` where there are any."""
-    for source, key, value in objects(file, id_field):
+def corpus(file: Path, id_field: str) -> Corpus:
+    """Returns the passages of a JSON-lines file: id, and `title` and `text` where there are any."""
+    return Corpus((file,), lambda read: _passages(file, id_field, read))
+
+
+def _passages(file: Path, id_field: str, read: Lines) -> Iterator[Passage]:
+    for source, key, value in objects(file, id_field, read):
         title = value.get("title")
         if not isinstance(title, str | None):
             raise InputError(f"{source}: `title` is {title!r}; make it a string or leave it out")

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tqdm
 
-from rqv2_jax import durable
+from rqv2_jax import disk
 from rqv2_jax.data import pairs
 from rqv2_jax.data.collection import Passage
 from rqv2_jax.data.readers.records import Record, records
@@ -138,7 +138,7 @@ def _add(passages: pairs.Merged, place: str, row: dict[str, str]) -> int:
 def write(made: Converted, folder: pathlib.Path) -> None:
     """Writes the folder, which appears when all its files are complete."""
     queries, passages, labels = made.found
-    with durable.new_folder(folder) as partial:
+    with disk.new_folder(folder) as partial:
         (partial / "qrels").mkdir()
         _write_objects(partial / "corpus.jsonl", passages, ("id", "title", "text"))
         _write_objects(partial / "queries.jsonl", queries, ("id", "text"))

@@ -19,7 +19,7 @@ from rqv2_jax.models import exported
 from rqv2_jax.ranking import trec
 from rqv2_jax.recipe import mining, scorer
 from rqv2_jax.recipe.run import Run
-from rqv2_jax.recipe.texts import rows_of, texts_of
+from rqv2_jax.recipe.texts import rows_of, show_passages
 from rqv2_jax.retrieval import rerank
 from rqv2_jax.tools import cards
 
@@ -35,7 +35,7 @@ def show(run: Run, store: tokens.Store, question: str, state: str, index: str, s
     order_K = np.argsort(-rerank.merge(reranker_1xR, retriever_1xK)[0], kind="stable")
     order = [number for number in order_K.tolist() if passages_1xK[0, number] >= 0][:shown]
     rows = passages_1xK[0, order].tolist()
-    texts = texts_of(run, store.fingerprint).shown(set(rows))
+    texts = show_passages(run, store, rows)
     lines = ["rank  re-ranker  retriever  passage"]
     for rank, (number, row) in enumerate(zip(order, rows), start=1):
         reranker = f"{reranker_1xR[0, number]:.3f}" if number < reranker_1xR.shape[1] else ""
@@ -129,7 +129,8 @@ def denoise_report(run: Run, labels: str, samples: int) -> tuple[dict, list[dict
     report["by"] = {key: config.mine[key] for key in by}
     shown = denoise.rejected(*known, negative_below=below, count=samples, seed=config.seed)
     labelled = dict(positives_2xN.T[::-1].tolist())
-    passages = texts.shown({row for query, row, _ in shown for row in (row, labelled[query])})
+    rows = {row for query, row, _ in shown for row in (row, labelled[query])}
+    passages = show_passages(run, store, rows)
     queries = [query.text for query in texts.queries("train")]
     keys = ("query", "labelled", "candidate", "probability")
     return report, [

@@ -22,9 +22,12 @@ from rqv2_jax.training import sharding
 
 # Memory of ScaNN over that of the vectors, measured with 400,000 and 1,000,000 of 384 dimensions.
 SCANN_BUILT, SCANN_KEPT = 4.3, 1.1
-# Bytes of memory for each candidate while lists are drawn, measured with 2,000 queries of 1,000: four
-# arrays of candidates, and what `lists.draw` makes of them.
-DRAWN = 74
+# Bytes of memory while lists are drawn: of each candidate, its passage and three scores, and of each
+# passage of a list, with the copies that are made meanwhile (measured with 20,000 queries of 200).
+CANDIDATE, LISTED = 20, 20
+# Bytes of a token store for each passage beside its tokens: where its title, text, id and its lines in
+# two files begin, and the id.
+PLACES = 56
 
 # Passages and training queries of the published data.
 PUBLISHED = {"msmarco": (8_841_823, 502_939), "dpr": (21_015_324, 58_880)}
@@ -222,11 +225,14 @@ def render_run(
         f"| all of it, {queries:,} training queries, {passages:,} passages | | {total:.2f} |"
     )
     vectors = space.of_vectors(passages, plan.hidden_size)
+    listed = training_lists(config.joint, mined) * config.joint.list_size
     stored = {
-        "token store, disk, at most": passages * plan.passage_length * 2 + passages * 16,
+        "token store, disk, at most": passages * (plan.passage_length * 2 + PLACES),
         "vectors, disk, each retriever": vectors,
         "candidates, disk": mined * config.mine.depth * 16,
-        "candidates, memory of every host while lists are drawn": mined * config.mine.depth * DRAWN,
+        "candidates and lists, memory of every host while these are drawn": (
+            mined * config.mine.depth * CANDIDATE + listed * LISTED
+        ),
     }
     if "scann" in config.evaluate.indexes:
         stored["ScaNN, memory of the first host while it is built"] = vectors * SCANN_BUILT

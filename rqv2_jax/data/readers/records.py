@@ -83,7 +83,7 @@ def _positions(file: Path, names: list[str], columns: list[str]) -> list[int]:
 
 def _lines(file: Path) -> Iterator[str]:
     """Yields lines with their ends; blank ones too, which a quoted field may hold."""
-    for number, line in files.decoded(file):
+    for number, _, line in files.decoded(file):
         if "\0" in line:
             raise InputError(f"{file}:{number}: holds a NUL byte, as UTF-16 does; save it as UTF-8")
         yield line

@@ -1,4 +1,4 @@
-"""Files and folders that get their names when they are complete, and survive a power failure."""
+"""Files and folders that get their name when they are complete and on the disk."""
 
 import contextlib
 import errno
@@ -20,10 +20,19 @@ def _sync(path: pathlib.Path) -> None:
 
 
 def settle(partial: pathlib.Path, path: pathlib.Path) -> None:
-    """Gives a complete file its name; after a power failure either is there, whole."""
-    _sync(partial)
+    """Gives a complete file or folder its name; after a power failure either is there, whole."""
+    for each in (*(partial.rglob("*") if partial.is_dir() else ()), partial):
+        _sync(each)
     os.replace(partial, path)
     _sync(path.parent)
+
+
+def replace_text(path: pathlib.Path, text: str) -> None:
+    """Writes a file; readers see the old file or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    settle(partial, path)
 
 
 def check_new(path: pathlib.Path) -> None:
@@ -48,8 +57,6 @@ def new_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
         place.parent.mkdir(parents=True, exist_ok=True)
         partial.mkdir()
         yield partial
-        for inner in partial.rglob("*"):
-            _sync(inner)
         settle(partial, place)
     except OSError as e:
         # A full disk has a line of its own.
