@@ -21,6 +21,7 @@ from rqv2_jax.data.inputs import Inputs
 from rqv2_jax.data.lists import training_lists
 from rqv2_jax.data.tokenise import Tokenizer
 from rqv2_jax.data.tokens import Store
+from rqv2_jax.recipe import needs
 
 SAMPLED = 20_000
 # A length in tokens that no input has, so that nothing is truncated.
@@ -194,6 +195,7 @@ class Report(NamedTuple):
     sampled: tuple[int, int]  # passages, queries
     lengths: list[Lengths]
     findings: list[Finding]
+    sizes: needs.Sizes
 
     def verdict(self) -> str:
         """Returns `ok`, `usable, with N warnings` or `not usable: N errors`."""
@@ -258,6 +260,12 @@ def lists(
             place = f"first list {wrong_L.argmax() + 1:,} of {path}"
             told = f"{some} {what}, {place}; mend or remove them"
             yield Finding("warning", "joint lists", told)
+
+
+def mean_tokens(tokenizer: Tokenizer, strings: Iterable[str]) -> float:
+    """Returns the mean number of tokens of texts, without special ones; 0 of none."""
+    tokens = tokenizer.encode(list(strings))
+    return sum(map(len, tokens)) / max(len(tokens), 1)
 
 
 def truncation(lengths: list[Lengths]) -> Iterator[Finding]:
