@@ -195,7 +195,7 @@ def sizes(
         )
     of_split = {"train": queries, "dev": min(config.dev.queries, queries)}
     of_split["test"] = known[2] or round(TEST_SHARE * queries)
-    drawn = workload.draw_lengths(config, lengths, 1, 1, training=False)
+    drawn = workload.draw_lengths(config, lengths, 64, 1, training=False)
     passage, query = (float(drawn[kind].mean()) for kind in ("passages", "queries"))
     return needs.Sizes(passages, passage, of_split, query, of_split)
 
