@@ -12,7 +12,6 @@ Shape suffixes: N labels, Q queries, L lists, P passages of a list.
 import itertools
 import tempfile
 from array import array
-from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -97,7 +96,6 @@ class _Doctor:
         self.splits: dict[str, Split] = {}
         self.num_lists: dict[str, int] = {}
         self.labels: dict[str, int] = {}
-        self.id_bytes = Counter[str]()
         self.passage_sample, self.query_sample = Sample(config.seed), Sample(config.seed)
 
     def report(self, kind: str, where: str, what: str) -> None:
@@ -139,8 +137,9 @@ class _Doctor:
             queries=asked,
             query_tokens=doctor_checks.mean_tokens(tokenizer, self.query_sample.items),
             labels=self.labels,
-            passage_id=self.id_bytes["passages"] / max(len(self.corpus), 1),
-            query_id=self.id_bytes["queries"] / max(sum(asked.values()), 1),
+            passage_id=self.corpus.id_bytes / max(len(self.corpus), 1),
+            query_id=sum(split.queries.id_bytes for split in self.splits.values())
+            / max(sum(asked.values()), 1),
         )
 
     def add_stream(self, name: str, count: int, remark: str, complete: bool) -> None:
@@ -156,7 +155,6 @@ class _Doctor:
             nonlocal titled
             titled += bool(passage.title.strip())
             self.add_passage(self.corpus, passage)
-            self.id_bytes["passages"] += len(passage.id.encode())
             self.bodies.add(passage.id, passage.text)
             if not (passage.text.strip() or (self.titles and passage.title.strip())):
                 left.add("passages have no text; kept, empty", repr(passage.id))
@@ -181,7 +179,6 @@ class _Doctor:
 
         def take_query(query: collection.Query) -> None:
             queries.add(query.id, query.text)
-            self.id_bytes["queries"] += len(query.id.encode())
             self.query_sample.add(query.text)
 
         def take_any(query: collection.Query) -> None:

@@ -53,11 +53,13 @@ class Hashes:
 
     def __init__(self):
         self._ids, self._texts = array("q"), array("q")
+        self.id_bytes = 0
 
     def add(self, key: str, *texts: str) -> None:
         """Keeps hashes of an id and of what belongs to it."""
         # Python's hash has 64 bits, and another key in every process.
         self._ids.append(hash(key))
+        self.id_bytes += len(key.encode())
         self._texts.append(hash(tuple(" ".join(text.split()).casefold() for text in texts)))
 
     def __len__(self):
