@@ -184,7 +184,7 @@ def test_memory_of_drawn_lists_is_as_estimated():
 
 def test_memory_of_bm25_and_of_ids_is_as_estimated(tmp_path):
     rng, passages, length = np.random.default_rng(0), 5000, 40
-    made = [f"{word}{i}" for word in WORDS for i in range(300)]
+    made = [f"{word}{i}" for word in WORDS for i in range(30)]
     texts = [" ".join(rng.choice(made, length)) for _ in range(passages)]
     settings = config_lib.default().evaluate.bm25
     taken = traced(lambda: bm25.search(iter(texts), ["river1"], 10, settings))
