@@ -18,6 +18,7 @@ from rqv2_jax import program
 _CONFIG = program.define_config()
 flags.DEFINE_string("workdir", None, "Folder of everything this run writes.")
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the processes of the other hosts.")
+_FORCE = program.define_force()
 
 
 def main() -> None:
@@ -28,7 +29,8 @@ def main() -> None:
     with hosts.joined(_DISTRIBUTED.value):
         from rqv2_jax.recipe import pipeline
 
-        pipeline.main(_CONFIG.value, pathlib.Path(flags.FLAGS.workdir))
+        workdir = pathlib.Path(flags.FLAGS.workdir)
+        pipeline.main(_CONFIG.value, workdir, force=_FORCE.value)
 
 
 if __name__ == "__main__":

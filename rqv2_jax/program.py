@@ -63,6 +63,11 @@ def define_workdir(help_text: str = "A workdir that rqv2_jax.main has finished."
     flags.DEFINE_string("reranker_weights", "", "That of the re-ranker's, if they are others.")
 
 
+def define_force() -> flags.FlagHolder:
+    """Defines --force."""
+    return flags.DEFINE_bool("force", False, "Go on where disk or memory look too small.")
+
+
 @contextlib.contextmanager
 def opened(reads: Callable[[Any], bool] = lambda _: False) -> Iterator[Any]:
     """Gives the `Run` of `define_workdir`'s flags, and keeps other processes out of it.
