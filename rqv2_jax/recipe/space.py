@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 
 import jax
+import numpy as np
 
 from rqv2_jax import hosts
 from rqv2_jax.data import tokens
@@ -23,9 +24,9 @@ GIB = 2**30
 CHECKPOINTS = 3 * 3 + 2
 
 
-def of_vectors(passages: int, size: int) -> int:
-    """Returns the bytes of a retriever's vectors, float32."""
-    return 4 * passages * size
+def of_vectors(passages: int, size: int, dtype: str) -> int:
+    """Returns the bytes of a retriever's vectors."""
+    return np.dtype(dtype).itemsize * passages * size
 
 
 def of_params(run: Run, model: str) -> int:
@@ -55,8 +56,8 @@ def check_vectors(run: Run, store: tokens.Store, states: tuple[str, ...]) -> Non
     They are those of these states' retrievers that have not been begun.
     """
     folder = run.workdir / "vectors"
-    each = of_vectors(len(store.passage_ids), run.models.retriever.hidden_size)
-
+    size, dtype = run.models.retriever.hidden_size, run.config.encode.dtype
+    each = of_vectors(len(store.passage_ids), size, dtype)
     stages = {run.kept_by(state=state, model="retriever") for state in states}
     _check(folder, lambda: each * sum(not (folder / stage).exists() for stage in stages))
 

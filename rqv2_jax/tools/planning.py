@@ -14,14 +14,13 @@ from rqv2_jax.errors import InputError
 from rqv2_jax.models import attention, bert, random_model, released
 from rqv2_jax.models.scoring import Models
 from rqv2_jax.recipe import opening, space
+from rqv2_jax.retrieval import index
 from rqv2_jax.tools import plan_steps, workload
 from rqv2_jax.tools.machines import GIB, Machine
 from rqv2_jax.tools.plan_steps import Step, Target
 from rqv2_jax.tools.workload import Lengths
 from rqv2_jax.training import sharding
 
-# Memory of ScaNN over that of the vectors, measured with 400,000 and 1,000,000 of 384 dimensions.
-SCANN_BUILT, SCANN_KEPT = 4.3, 1.1
 # Bytes of memory for each candidate while lists are drawn, measured with 2,000 queries of 1,000: four
 # arrays of candidates, and what `lists.draw` makes of them.
 DRAWN = 74
@@ -221,7 +220,7 @@ def render_run(
     lines.append(
         f"| all of it, {queries:,} training queries, {passages:,} passages | | {total:.2f} |"
     )
-    vectors = space.of_vectors(passages, plan.hidden_size)
+    vectors = space.of_vectors(passages, plan.hidden_size, config.encode.dtype)
     stored = {
         "token store, disk, at most": passages * plan.passage_length * 2 + passages * 16,
         "vectors, disk, each retriever": vectors,
@@ -229,8 +228,19 @@ def render_run(
         "candidates, memory of every host while lists are drawn": mined * config.mine.depth * DRAWN,
     }
     if "scann" in config.evaluate.indexes:
-        stored["ScaNN, memory of the first host while it is built"] = vectors * SCANN_BUILT
-        stored["ScaNN, memory of the first host afterwards"] = vectors * SCANN_KEPT
+        stored |= _scann(passages, plan.hidden_size, config.evaluate.scann.memory)
     lines += ["", "| what | GiB |", "|---|---|"]
     lines += [f"| {what} | {size / GIB:.1f} |" for what, size in stored.items()]
     return "\n".join(lines)
+
+
+def _scann(passages: int, size: int, memory: float) -> dict[str, float]:
+    """Returns the bytes of ScaNN's index; without a budget it is in one part."""
+    vectors = space.of_vectors(passages, size, "float32")
+    parts = index.scann_parts(passages, size, memory) if memory else 1
+    within = f", in {parts} parts one after the other" if parts > 1 else ""
+    return {
+        "ScaNN, disk, each retriever": vectors * index.KEPT,
+        f"ScaNN, memory of the first host while it is built{within}": vectors * index.BUILT / parts,
+        f"ScaNN, memory of the first host afterwards{within}": vectors * index.KEPT / parts,
+    }
