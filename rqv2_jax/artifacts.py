@@ -1,6 +1,7 @@
 """Arrays and files on disk that record what they were made from, so finished work is not repeated.
 
 On several hosts all processes call these functions; the first writes and the others wait for it.
+Only `replace` and `replace_text` write in the process that calls them.
 """
 
 import hashlib

@@ -2,8 +2,9 @@
 
 All run the same program and take the same decisions, so that every computation on the mesh is
 started by all. They share one workdir, on a file system that all see, into which only the first
-process writes. A process looks for a file only once the first has said that it is there: a network
-file system may remember for a while that it was not.
+process writes, but for a corpus's vectors and for checkpoints, of which each writes its own part. A
+process looks for a file only once it is known to be there: a network file system may remember for a
+while that it was not.
 
 If a process raises, the others end within seconds and repeat its line; if one is lost, JAX ends them
 within minutes. The same command resumes.

@@ -315,6 +315,14 @@ def test_the_whole_run_adds_up(roomy, config):
     hours = steps * plan.steps["joint"].seconds(machine(1e12)) / 3600
     assert f"| joint | {steps:,} steps | {hours:.2f} |" in text
     assert f"| vectors, disk, each retriever | {passages * 32 * 4 / 2**30:.1f} |" in text
+    vectors = passages * 32 * 4 / 2**30
+    assert f"| ScaNN, memory of the first host while it is built | {vectors * 4.6:.1f} |" in text
+    own.encode.dtype, own.evaluate.scann.memory = "float16", vectors * 4.6 / 2.9
+    text = planning.render_run(own, plan, machine(1e12), queries, passages)
+    assert f"| vectors, disk, each retriever | {vectors / 2:.1f} |" in text
+    built = "ScaNN, memory of the first host while it is built, in 3 parts one after the other"
+    assert f"| {built} | {vectors * 4.6 / 3:.1f} |" in text
+    assert f"| ScaNN, disk, each retriever | {vectors * 1.1:.1f} |" in text
     own.data.dataset = "beir"
     with pytest.raises(InputError, match="give --queries and --passages"):
         planning.sizes(own, None, 7)

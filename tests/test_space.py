@@ -40,7 +40,8 @@ def test_a_finished_run_holds_no_more_than_was_asked_for(finished):
     assert 3 * joint < sum(x.size * x.dtype.itemsize for x in state) < 3.01 * joint
     assert size(finished[1] / "joint") < (3 + 2) * joint < space.CHECKPOINTS * joint
     arrays = size(finished[1] / "vectors" / "joint")
-    assert space.of_vectors(len(store.passage_ids), 32) <= arrays < 2**16
+    assert space.of_vectors(len(store.passage_ids), 32, "float32") <= arrays < 2**16
+    assert space.of_vectors(7, 32, "float16") == space.of_vectors(7, 32, "bfloat16") == 7 * 32 * 2
 
 
 @pytest.mark.parametrize("part", ["retriever", "joint", "vectors"])
