@@ -1,6 +1,7 @@
 """Arrays and files on disk that record what they were made from, so finished work is not repeated.
 
 On several hosts all processes call these functions; the first writes and the others wait for it.
+Only `replace` and `replace_text` write in the process that calls them.
 """
 
 import hashlib
@@ -100,16 +101,17 @@ def checksums(folder: pathlib.Path) -> dict[str, int]:
     return {str(path.relative_to(folder)): checksum(path) for path in files}
 
 
+def replace(path: pathlib.Path, save: Callable[[pathlib.Path], None]) -> None:
+    """Saves a file in the process that calls it; it gets its name when it is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.stem}.partial{path.suffix}")
+    save(partial)
+    settle(partial, path)
+
+
 def write(path: pathlib.Path, save: Callable[[pathlib.Path], None]) -> None:
-    """Saves a file in the first process; it gets its name when it is complete."""
-
-    def save_and_rename() -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.stem}.partial{path.suffix}")
-        save(partial)
-        settle(partial, path)
-
-    hosts.from_first(save_and_rename)
+    """Saves a file as `replace` does, in the first process."""
+    hosts.from_first(lambda: replace(path, save))
 
 
 def write_arrays(path: pathlib.Path, arrays: dict[str, Any]) -> None:

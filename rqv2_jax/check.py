@@ -24,6 +24,7 @@ from absl import flags
 
 from rqv2_jax import program
 from rqv2_jax.errors import InputError
+from rqv2_jax.room import free_disk, host_memory
 
 _CONFIG = program.define_config("Config whose data are examined.")
 program.define_workdir("A workdir whose candidates have been scored.")
@@ -47,11 +48,10 @@ def main() -> None:
         if flags.FLAGS[name].present:
             raise InputError(f"--{name} goes with --workdir; leave it out")
 
-    from rqv2_jax.recipe import space
     from rqv2_jax.tools import doctor, doctor_checks, fits
 
     report, opened = doctor.examine_config(_CONFIG.value)
-    room = fits.Room(space.free_disk(pathlib.Path(_DISK.value)), space.host_memory()[1])
+    room = fits.Room(free_disk(pathlib.Path(_DISK.value)), host_memory()[1])
     run = opened.config, opened.models, report.sizes, fits.this_host()
     text, faults = fits.compare(*run, room)
     kind = "warning" if _FORCE.value else "error"

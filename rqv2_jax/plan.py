@@ -17,7 +17,7 @@ import pathlib
 
 from absl import flags
 
-from rqv2_jax import program
+from rqv2_jax import program, room
 
 _CONFIG = program.define_config()
 flags.DEFINE_string(
@@ -49,12 +49,11 @@ def main() -> None:
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
     os.environ["TPU_ACCELERATOR_TYPE"] = "v5litepod-8"
     from rqv2_jax.errors import InputError
-    from rqv2_jax.recipe import space
     from rqv2_jax.tools import machines, planning
 
     # Before anything is compiled.
     planning.sizes(config, _QUERIES.value, _PASSAGES.value)
-    free = None if _DISK.value is None else space.free_disk(pathlib.Path(_DISK.value))
+    free = None if _DISK.value is None else room.free_disk(pathlib.Path(_DISK.value))
     machine = machines.machine(topology)
     plan = planning.make(config, machine, lengths, report=print)
     print(planning.render(plan, machine, lengths))

@@ -33,7 +33,7 @@ LAYERS = (
         ("models",),
         ("ranking",),
         ("data",),
-        ("optional", "artifacts", "disk", "hosts", "stopping", "errors"),
+        ("optional", "artifacts", "disk", "room", "hosts", "stopping", "errors"),
     ),
 )
 WITHOUT_JAX = ("data", "ranking")

@@ -18,6 +18,7 @@ from refusals import refused
 from tiny_run import run_program, tiny_config, write_beir
 
 from rqv2_jax import config as config_lib
+from rqv2_jax import room
 from rqv2_jax.data import drawing, lists, tokenise, tokens
 from rqv2_jax.data.collection import Passage
 from rqv2_jax.models import random_model
@@ -62,7 +63,7 @@ def test_what_a_run_writes_lies_between_the_least_and_the_most(finished, name, h
     assert 0.99 * part.least <= held <= part.most + heads
     if name in ("token store", "vectors", "run files"):
         # The vectors of all states but the starting one as its folder has it.
-        each = needs.of_vectors(48, 32) if name == "vectors" else 0
+        each = needs.of_vectors(48, 32, "float32") if name == "vectors" else 0
         assert held > 0.85 * (part.most - each) - heads
 
 
@@ -207,7 +208,7 @@ def meminfo(root, files):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)
     own = 5 * os.sysconf("SC_PAGE_SIZE")
-    total, available = space.host_memory(root)
+    total, available = room.host_memory(root)
     return total / 1024, (available - own) / 1024
 
 
@@ -246,7 +247,7 @@ def test_memory_is_within_the_limits_of_control_groups(tmp_path, files, expected
 
 
 def test_this_machines_memory_is_known():
-    total, available = space.host_memory()
+    total, available = room.host_memory()
     assert 2**28 < available < total + 2**30
 
 
@@ -256,7 +257,7 @@ def test_main_refuses_at_its_start_what_cannot_fit_and_force_goes_on(
 ):
     config = tiny_config(write_beir(tmp_path / "data"), bert_folder)
     if what == "disk":
-        monkeypatch.setattr(space.shutil, "disk_usage", lambda _: Usage(9, 9, 1000))
+        monkeypatch.setattr(room.shutil, "disk_usage", lambda _: Usage(9, 9, 1000))
     else:
         monkeypatch.setattr(space, "host_memory", lambda: (2.0**20, 2.0**20))
     workdir = tmp_path / "w"
@@ -284,7 +285,7 @@ def test_with_force_a_part_begins_on_a_disk_that_looks_full(
     shutil.rmtree(tmp_path / "w" / "vectors" / "joint")
     for path in (tmp_path / "w" / "eval").glob("test.joint.*.npz"):
         path.unlink()
-    monkeypatch.setattr(space.shutil, "disk_usage", lambda _: Usage(9, 9, 0))
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda _: Usage(9, 9, 0))
     refused(lambda: pipeline.main(config, tmp_path / "w"), "vectors: will hold", "--force goes on")
     pipeline.main(config, tmp_path / "w", force=True)
     assert "vectors: will hold 0.00 GiB more" in capsys.readouterr().out
@@ -303,7 +304,7 @@ def test_passages_are_estimated_before_they_are_tokenised(finished, tmp_path, mo
     fresh = dataclasses.replace(run, config=config, workdir=tmp_path / "w")
     sizes = space._known_sizes(fresh)
     assert 9_900 < sizes.passages <= 10_000
-    monkeypatch.setattr(space.shutil, "disk_usage", lambda _: Usage(9, 9, 2**21))
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda _: Usage(9, 9, 2**21))
     refused(lambda: space.check_run(fresh), "of vectors: a smaller retriever", "fewer passages")
     config.data.path = str(tmp_path / "nowhere")
     assert space._known_sizes(fresh).passages == 0
@@ -311,7 +312,7 @@ def test_passages_are_estimated_before_they_are_tokenised(finished, tmp_path, mo
 
 def test_a_finished_run_is_never_refused(finished, monkeypatch):
     config, workdir = finished
-    monkeypatch.setattr(space.shutil, "disk_usage", lambda _: Usage(9, 9, 0))
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda _: Usage(9, 9, 0))
     monkeypatch.setattr(space, "host_memory", lambda: (2.0**30, 2.0**30))
     pipeline.main(config, workdir)
 
@@ -320,11 +321,11 @@ def test_plan_and_check_print_the_same(trained):
     """Of the same sizes, but for the activations, which only a plan knows."""
     config, _ = trained
     report, opened = doctor.examine_config(config)
-    room = fits.Room(2.0**40, 2.0**40)
-    text, faults = fits.compare(opened.config, opened.models, report.sizes, CPU, room)
+    there = fits.Room(2.0**40, 2.0**40)
+    text, faults = fits.compare(opened.config, opened.models, report.sizes, CPU, there)
     assert not faults
     planned = memory.Host(True, 1, 1e9)
-    other, _ = fits.compare(opened.config, opened.models, report.sizes, planned, room)
+    other, _ = fits.compare(opened.config, opened.models, report.sizes, planned, there)
     pairs = itertools.zip_longest(text.splitlines(), other.splitlines())
     different = [a for a, b in pairs if a != b]
     assert [line.split(" |")[0] for line in different] == [

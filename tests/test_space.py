@@ -7,6 +7,7 @@ import jax
 import pytest
 
 from rqv2_jax import config as config_lib
+from rqv2_jax import room
 from rqv2_jax.data import tokens
 from rqv2_jax.errors import InputError
 from rqv2_jax.recipe import needs, pipeline, space
@@ -40,7 +41,8 @@ def test_a_finished_run_holds_no_more_than_was_asked_for(finished):
     assert 3 * joint < sum(x.size * x.dtype.itemsize for x in state) < 3.01 * joint
     assert size(finished[1] / "joint") < (3 + 2) * joint < needs.CHECKPOINTS * joint
     arrays = size(finished[1] / "vectors" / "joint")
-    assert needs.of_vectors(len(store.passage_ids), 32) <= arrays < 2**16
+    assert needs.of_vectors(len(store.passage_ids), 32, "float32") <= arrays < 2**16
+    assert needs.of_vectors(7, 32, "float16") == needs.of_vectors(7, 32, "bfloat16") == 7 * 32 * 2
 
 
 @pytest.mark.parametrize("part", ["retriever", "joint", "vectors"])
@@ -52,7 +54,7 @@ def test_a_full_disk_is_told_of_before_a_part_begins(finished, tmp_path, monkeyp
             shutil.rmtree(tmp_path / "w" / folder)
     before = files(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(space.shutil, "disk_usage", lambda _: Usage(9, 9 - 1, 1))
+        patch.setattr(room.shutil, "disk_usage", lambda _: Usage(9, 9 - 1, 1))
         # As if something else had filled the disk since the start.
         patch.setattr(space, "check_run", lambda *_: None)
         with pytest.raises(
@@ -66,5 +68,5 @@ def test_a_full_disk_is_told_of_before_a_part_begins(finished, tmp_path, monkeyp
 
 def test_what_is_there_needs_no_more_room(finished, monkeypatch):
     config, workdir = finished
-    monkeypatch.setattr(space.shutil, "disk_usage", lambda _: Usage(9, 9, 0))
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda _: Usage(9, 9, 0))
     pipeline.main(config, workdir)

@@ -17,8 +17,6 @@ from rqv2_jax.recipe import needs
 from rqv2_jax.recipe.needs import GIB, Part, Sizes
 from rqv2_jax.retrieval import index
 
-# Memory of ScaNN over that of the vectors, measured with 400,000 and 1,000,000 of 384 dimensions.
-SCANN_BUILT = 4.3
 # Bytes of memory while lists are drawn: of each candidate, its passage and three scores, one of which
 # is made meanwhile; of each candidate of the queries that are looked at together; and of each passage
 # of a list, with the copies that are made of it, as measured.
@@ -44,12 +42,14 @@ TRAINED_ON_CPU, TRAINED_LEAST, SAVED = 8, 4, 3
 class Host(NamedTuple):
     """The host that runs the first process: whether its devices are its CPU, and how many they are.
 
-    `step` is what a training step needs on all of them, as planned; 0 if it is not known.
+    `step` is what a training step needs on all of them, as planned; 0 if it is not known. `memory` is
+    all that the host has; infinite if that is not known.
     """
 
     cpu: bool
     devices: int
     step: float = 0.0
+    memory: float = math.inf
 
 
 def parts_of(
@@ -127,11 +127,14 @@ def _searching(
         over = ("lists/train.retrieved.npz",)
         yield Part("BM25", least, most, "config.mine.sources=('retriever',)", over)
     if "scann" in config.evaluate.indexes:
-        vectors, lowered_by = 4 * sizes.passages * size, "config.evaluate.indexes=('exact',)"
-        # It copies the vectors that it is given.
-        least, most = 2 * vectors, SCANN_BUILT * vectors
+        given = config.evaluate.scann.memory * GIB
+        most = min(
+            needs.of_vectors(sizes.passages, size, "float32") * index.BUILT,
+            given or index.MEMORY * host.memory,
+        )
+        lowered_by = "config.evaluate.scann.memory, or config.evaluate.indexes=('exact',)"
         over = ("index/*/rqv2_jax.json",)
-        yield Part("ScaNN while it is built", least, most, lowered_by, over)
+        yield Part("ScaNN while it is built, in parts if need be", 0, most, lowered_by, over)
 
 
 def peak(parts: Iterable[Part], figure: str) -> tuple[float, Part]:

@@ -14,10 +14,9 @@ import numpy as np
 from rqv2_jax.data.lists import training_lists
 from rqv2_jax.models.bert import BertConfig
 from rqv2_jax.models.scoring import TOWERS, Models
+from rqv2_jax.retrieval import index
 
 GIB = 2**30
-# Vectors on disk; all that counts them asks `of_vectors`.
-VECTOR = np.dtype(np.float32)
 OFFSET = np.dtype(np.int64)
 # A passage's row number and its score, in candidates and rankings.
 HIT = 8 + 4
@@ -35,8 +34,6 @@ CHECKPOINTS, CHECKPOINTS_LEFT = 3 * 3 + 2, 3 + 1
 # Orbax compresses: params that were trained to .92 or more of their size. Moments of words that never
 # occurred are 0 and take nothing.
 COMPRESSED = 0.9
-# ScaNN's files over the vectors, in float32: these, and codes.
-SCANN_KEPT = 1.1
 # Bytes of an id where texts are not known yet.
 ASSUMED_ID = 10.0
 
@@ -67,9 +64,9 @@ class Part(NamedTuple):
     places: tuple[str, ...] = ()
 
 
-def of_vectors(passages: int, size: int) -> int:
-    """Returns the bytes on disk of a retriever's vectors of `size` values."""
-    return passages * size * VECTOR.itemsize
+def of_vectors(passages: int, size: int, dtype: str) -> int:
+    """Returns the bytes of a retriever's vectors of `size` values."""
+    return passages * size * np.dtype(dtype).itemsize
 
 
 def of_params(models: Models, model: str) -> int:
@@ -88,7 +85,8 @@ def of_params(models: Models, model: str) -> int:
 
 def disk(config: ml_collections.ConfigDict, models: Models, sizes: Sizes) -> list[Part]:
     """Returns the parts of the workdir, in the order in which they are written."""
-    vectors = of_vectors(sizes.passages, models.retriever.hidden_size)
+    count, size = sizes.passages, models.retriever.hidden_size
+    vectors = of_vectors(count, size, config.encode.dtype)
     states = len(retrievers(config))
     refreshed = refreshes(config, sizes) > 0
     released = sizes.passages <= config.evaluate.released.most_passages
@@ -99,7 +97,7 @@ def disk(config: ml_collections.ConfigDict, models: Models, sizes: Sizes) -> lis
             "vectors",
             (states - 1) * vectors,
             (states + refreshed + released) * vectors,
-            "a smaller retriever (config.model.weights), fewer passages",
+            "config.encode.dtype=float16, a smaller retriever (config.model.weights), fewer passages",
             ("vectors",),
         ),
         _candidates(config, sizes),
@@ -109,8 +107,9 @@ def disk(config: ml_collections.ConfigDict, models: Models, sizes: Sizes) -> lis
     ]
     if "scann" in config.evaluate.indexes:
         lowered_by = "config.evaluate.indexes=('exact',)"
-        most = states * vectors * SCANN_KEPT
-        parts.append(Part("ScaNN's indexes", (states - 1) * vectors, most, lowered_by, ("index",)))
+        single = of_vectors(count, size, "float32")
+        least, most = (states - 1) * single, states * single * index.KEPT
+        parts.append(Part("ScaNN's indexes", least, most, lowered_by, ("index",)))
     return parts
 
 

@@ -53,7 +53,8 @@ def retrieve(
     settings, stage = run.config.evaluate, run.kept_by(state=state, model="retriever")
     source, towers = source_of(run, store, state), run.params(state=state, model="retriever")
     vectors = run.workdir / "vectors" / stage
-    shards = encode.corpus(run.forward, tower(towers, "passage"), store, vectors, source)
+    dtype, passage = run.config.encode.dtype, tower(towers, "passage")
+    shards = encode.corpus(run.forward, passage, store, vectors, source, dtype)
     vectors_QxD = encode.queries(run.forward, tower(towers, "query"), queries.texts, rows_Q)
     own_Q = own_texts.of_rows(queries, rows_Q)
     depth = own_texts.deeper(settings.retrieve_depth, own_Q)
@@ -61,8 +62,7 @@ def retrieve(
         ranking = index.exact(vectors_QxD, shards, depth)
     elif hosts.first():
         folder = run.workdir / "index" / stage
-        searcher = index.build_scann(shards, settings.scann, depth, folder, source)
-        ranking = index.scann_search(searcher, vectors_QxD, depth)
+        ranking = index.scann(vectors_QxD, shards, settings.scann, depth, folder, source)
     else:
         return np.empty((0, 0), np.int64), np.empty((0, 0), np.float32)
     # By the tie rule, so that the re-ranker's cut does not depend on the order of the corpus.
@@ -86,7 +86,8 @@ def retrieve_split(
     exact = by("exact", source)
     if index_name == "exact":
         return exact, {}
-    built_by = json.dumps(settings.scann.to_dict(), sort_keys=True)
+    sizes = len(store.passage_ids), run.models.retriever.hidden_size
+    built_by = hosts.from_first(lambda: index.scann_described(settings.scann, *sizes))
     approximate = by("scann", f"{source} {built_by}")
     recalls = {
         f"recall@{depth} against exact": index.recall(
@@ -134,7 +135,8 @@ def by_released(run: Run, store: tokens.Store, split: str, rows_Q: np.ndarray) -
         forward, length = released.forward, released.inputs.passage_length
         tqdm.tqdm.write(f"  released: the starting model at {length} tokens")
         towers, folder = released.initial("retriever"), run.workdir / "vectors" / "released"
-        shards = encode.corpus(forward, tower(towers, "passage"), store, folder, source)
+        dtype, passage = run.config.encode.dtype, tower(towers, "passage")
+        shards = encode.corpus(forward, passage, store, folder, source, dtype)
         vectors_QxD = encode.queries(forward, tower(towers, "query"), queries.texts, rows_Q)
         depth = own_texts.deeper(settings.retrieve_depth, own_Q)
         ranking = metrics.sort_run(*index.exact(vectors_QxD, shards, depth), store.passage_ids)

@@ -6,7 +6,6 @@ less room than it takes at most. With `Run.force` these are warnings.
 
 import os
 import pathlib
-import shutil
 from collections.abc import Callable
 
 import jax
@@ -18,66 +17,13 @@ from rqv2_jax.errors import DAMAGE, InputError
 from rqv2_jax.recipe import memory, needs
 from rqv2_jax.recipe.needs import CHECKPOINTS, GIB, MODELS, Sizes
 from rqv2_jax.recipe.run import Run
+from rqv2_jax.room import free_disk, host_memory
 
 SAMPLED_IDS = 1000
 # Of a file of passages, this many bytes are read to estimate how many passages it has.
 SAMPLED_BYTES = 2**20
 # The file of passages, one a line, by data.dataset.
 CORPUS = {"beir": "corpus.jsonl", "msmarco": "collection.tsv", "dpr": "psgs_w100.tsv"}
-# Where the kernel keeps a control group's limit, its use, and what of that files take: version 2, 1.
-GROUPS = {
-    "": ("sys/fs/cgroup", "memory.max", "memory.current", "file"),
-    "memory": (
-        *("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
-        "total_cache",
-    ),
-}
-
-
-def free_disk(folder: pathlib.Path) -> int:
-    """Returns the free bytes of the disk that a folder, made or not yet, lies on."""
-    folder = folder.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
-
-
-def host_memory(root: pathlib.Path = pathlib.Path("/")) -> tuple[float, float]:
-    """Returns this host's memory, and what of it this process may take, its present share included.
-
-    Both within the limits of the control groups that the process is in (a container, a batch job).
-    """
-    lines = (root / "proc/meminfo").read_text().splitlines()
-    read = {name: 1024 * int(value.split()[0]) for name, value in (x.split(":") for x in lines)}
-    total, available = float(read["MemTotal"]), float(read["MemAvailable"])
-    for limit, used in _limits(root):
-        total, available = min(total, limit), min(available, limit - used)
-    resident = int((root / "proc/self/statm").read_text().split()[1])
-    return total, available + resident * os.sysconf("SC_PAGE_SIZE")
-
-
-def _limits(root: pathlib.Path) -> list[tuple[float, float]]:
-    """Returns limit and use of every control group of this process that has a limit."""
-    found = []
-    path = root / "proc/self/cgroup"
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        _, kinds, group = line.split(":", 2)
-        kind = "memory" if "memory" in kinds.split(",") else kinds
-        if kind not in GROUPS:
-            continue
-        base, limit, used, cached = GROUPS[kind]
-        inner = pathlib.PurePath(group.lstrip("/"))
-        # A container may see its own group as the topmost one.
-        for folder in (root / base / each for each in (inner, *inner.parents)):
-            try:
-                most = float((folder / limit).read_text().replace("max", "inf"))
-                stat = dict(x.split() for x in (folder / "memory.stat").read_text().splitlines())
-                # The kernel gives up what it keeps of files before it kills a process.
-                held = float((folder / used).read_text()) - float(stat[cached])
-            except (OSError, KeyError, ValueError):
-                continue
-            found.append((most, held))
-    return found
 
 
 def sizes_of(store: tokens.Store) -> Sizes:
@@ -135,7 +81,9 @@ def check_run(run: Run, store: tokens.Store | None = None) -> None:
             part._replace(least=max(part.least - sum(_held(run.workdir, part)), 0))
             for part in needs.disk(run.config, run.models, sizes)
         ]
-        host = memory.Host(jax.default_backend() == "cpu", jax.local_device_count())
+        total, available = host_memory()
+        on_cpu = jax.default_backend() == "cpu"
+        host = memory.Host(on_cpu, jax.local_device_count(), memory=total)
         held = [
             part
             for part in memory.parts_of(run.config, run.models, sizes, host)
@@ -143,7 +91,7 @@ def check_run(run: Run, store: tokens.Store | None = None) -> None:
         ]
         lines = [
             needs.short_of_disk(disk, free_disk(run.workdir), "least"),
-            memory.short_of_memory(held, host_memory()[1], "least"),
+            memory.short_of_memory(held, available, "least"),
         ]
         return [line for line in lines if line]
 
@@ -180,7 +128,8 @@ def check_vectors(run: Run, store: tokens.Store, states: tuple[str, ...]) -> Non
     They are those of these states' retrievers that have not been begun.
     """
     folder = run.workdir / "vectors"
-    each = needs.of_vectors(len(store.passage_ids), run.models.retriever.hidden_size)
+    size, dtype = run.models.retriever.hidden_size, run.config.encode.dtype
+    each = needs.of_vectors(len(store.passage_ids), size, dtype)
 
     stages = {run.kept_by(state=state, model="retriever") for state in states}
     _check(run, folder, lambda: each * sum(not (folder / stage).exists() for stage in stages))

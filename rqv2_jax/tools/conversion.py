@@ -173,11 +173,11 @@ def render(made: Converted) -> str:
         for name, *counts in rows
     ]
     size_G = made.parts.size_G
-    (often, asked), *_ = collections.Counter(passage for _, passage in labels).most_common(1)
+    (often, times), *_ = collections.Counter(passage for _, passage in labels).most_common(1)
     remarks = [
         f"{len(size_G):,} groups of questions that share a passage or a wording, the largest of "
         f"{size_G.max():,}; no group is in two parts",
-        f"most questions of one passage: {asked:,} of {passages[often].id}, "
+        f"most questions of one passage: {times:,} of {passages[often].id}, "
         f"{textwrap.shorten(passages[often].text, MOST_SHOWN)!r}",
     ]
     return "\n".join([*made.counts, "", *table, "", *remarks])

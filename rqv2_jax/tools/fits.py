@@ -9,6 +9,7 @@ from rqv2_jax.models.scoring import Models
 from rqv2_jax.recipe import memory, needs
 from rqv2_jax.recipe.memory import Host
 from rqv2_jax.recipe.needs import GIB, Sizes
+from rqv2_jax.room import host_memory
 
 
 class Room(NamedTuple):
@@ -20,7 +21,8 @@ class Room(NamedTuple):
 
 def this_host() -> Host:
     """Returns this machine as a host of a run."""
-    return Host(jax.default_backend() == "cpu", jax.local_device_count())
+    total, _ = host_memory()
+    return Host(jax.default_backend() == "cpu", jax.local_device_count(), memory=total)
 
 
 def compare(

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from rqv2_jax.errors import InputError, one_line
-from rqv2_jax.recipe.space import host_memory
+from rqv2_jax.room import host_memory
 
 GIB = 2**30
 

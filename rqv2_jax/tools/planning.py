@@ -1,6 +1,7 @@
 """The plan of a run: its steps for devices that are not there, the cheapest way in which they fit."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -233,7 +234,8 @@ def render_run(
     cpu = machine.devices[0].platform == "cpu" and not machine.counted
     trained = [step.memory for name, step in plan.steps.items() if name in needs.MODELS]
     count = len(machine.devices)
-    host = memory.Host(cpu, count, max(trained) * count if cpu else 0.0)
+    total = machine.host_memory or math.inf
+    host = memory.Host(cpu, count, max(trained) * count if cpu else 0.0, total)
     room = fits.Room(disk, machine.host_memory)
     stored, faults = fits.compare(plan.config, plan.models, sizes, host, room)
     return "\n".join([*lines, stored]), faults
