@@ -326,8 +326,10 @@ def test_the_whole_run_adds_up(roomy, config):
     text, faults = planning.render_run(own, plan, small, sizes, 2**30)
     assert f"{built} {min(vectors * 4.6, 4):.2f} |" in text
     assert "and the disk has 1.00 GiB free; free some of it" in faults["disk"]
-    own.encode.dtype, own.evaluate.scann.memory = "float16", 7.5
-    text, faults = planning.render_run(own, plan, small, sizes, 2**30)
+    half = config_lib.loads(config_lib.dumps(plan.config))
+    half.encode.dtype, half.evaluate.scann.memory = "float16", 7.5
+    halved = dataclasses.replace(plan, config=half)
+    text, faults = planning.render_run(own, halved, small, sizes, 2**30)
     assert f"| vectors | {1.5 * vectors:.2f} |" in text
     assert f"{built} {min(vectors * 4.6, 7.5):.2f} |" in text
     own.data.dataset = "beir"
