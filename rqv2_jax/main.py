@@ -27,8 +27,11 @@ def main() -> None:
 
     with hosts.joined(_DISTRIBUTED.value):
         from rqv2_jax.recipe import pipeline
+        from rqv2_jax.tools import report_page
 
-        pipeline.main(_CONFIG.value, pathlib.Path(flags.FLAGS.workdir))
+        workdir = pathlib.Path(flags.FLAGS.workdir)
+        pipeline.main(_CONFIG.value, workdir)
+        print(report_page.write_at_end(workdir))
 
 
 if __name__ == "__main__":
