@@ -20,7 +20,7 @@ from rqv2_jax.errors import InputError
 
 program.define_workdir("A workdir, or the folder of rqv2_jax.ablations.")
 flags.DEFINE_string("against", None, "Another workdir to compare with.")
-flags.DEFINE_string("to", None, "The page; else report.html in the workdir.")
+flags.DEFINE_string("to", None, "The page; else report.html in the workdir, or compared.html.")
 
 
 def main() -> None:

@@ -12,7 +12,6 @@ import pytest
 from tiny_run import run_program
 
 from rqv2_jax import config as config_lib
-from rqv2_jax.data import files
 from rqv2_jax.ranking import trec
 from rqv2_jax.recipe import compare, results
 from rqv2_jax.recipe.claim import open_workdir
@@ -77,7 +76,7 @@ def page(report):
 def by_hand(finished):
     """Ranks and RR@10 of the relevant passage by system, read from the run files line by line."""
     config, workdir = finished
-    qrels = compare.read_qrels(files.required(config_path(config), "qrels", "test.tsv"))
+    qrels = compare.read_qrels(config_path(config) / "qrels" / "test.tsv")
     relevant = {query: passage for (query, passage), relevance in qrels.items() if relevance > 0}
     ranks = {}
     for path in (workdir / "runs").glob("test.*.trec"):
@@ -117,7 +116,7 @@ def test_intervals_are_those_of_the_run_files(finished, page):
     names = {"joint retriever": "joint.retriever.exact", "bm25": "bm25.bm25.bm25"}
     (row,), *_ = compare.compare(
         *(workdir / "runs" / f"test.{name}.trec" for name in names.values()),
-        files.required(config_path(config), "qrels", "test.tsv"),
+        config_path(config) / "qrels" / "test.tsv",
         names=["RR@10"],
         min_relevance=1,
         permutations=config.evaluate.permutations,
@@ -144,7 +143,7 @@ def test_queries_won_and_lost_are_those_of_the_run_files(finished, report, by_ha
     for part, sign in (("won", 1), ("lost", -1)):
         told = getattr(report.stories, part)
         expected = [q for q in sorted(gains, key=lambda q: -sign * gains[q]) if sign * gains[q] > 0]
-        assert len(told) == len(expected) > 0
+        assert len(told) == len(expected)
         for story in told:
             (query,) = (q for q in expected if texts[q] == story.query)
             ranks = before[query], after[query], reranked[query]
@@ -154,6 +153,7 @@ def test_queries_won_and_lost_are_those_of_the_run_files(finished, report, by_ha
         assert order == sorted(order, reverse=True)
     counts = [sum(np.sign(g) == sign for g in gains.values()) for sign in (1, 0, -1)]
     assert list(report.stories.counts) == counts
+    assert counts[0] + counts[2] > 0
 
 
 def test_the_passage_ranked_first_is_that_of_the_worse_ranking(finished, report):
@@ -264,8 +264,8 @@ def test_texts_that_hold_markup_are_shown_and_inert(report):
 def test_figures_of_long_runs_and_many_queries_stay_small(report):
     (record,), rng = report.records, np.random.default_rng(0)
     found = {
-        key: Found(rng.integers(0, 300, 5000), np.zeros(5000), rng.normal(size=(5000, 50)), mask)
-        for mask in [rng.random((5000, 50)) < 0.1]
+        key: Found(rng.integers(0, 300, 1000), np.zeros(1000), rng.normal(size=(1000, 50)), mask)
+        for mask in [rng.random((1000, 50)) < 0.1]
         for key in record.measured.found
     }
     long = {"loss": [(step, rng.normal()) for step in range(100_000)]}
@@ -306,6 +306,13 @@ def test_another_evaluation_gives_no_intervals(finished, tmp_path):
     shown = Page(report_page.page(report_data.collect(open_workdir(workdir))))
     assert "No intervals" in shown.sections["results"]
     assert "of another evaluation than results.json" in shown.sections["queries"]
+    # As `rqv2_jax.evaluate` leaves them, which searches by one index.
+    exact = {name: values for name, values in arrays.items() if ".scann." not in name}
+    np.savez(path, **exact)
+    shown = Page(report_page.page(report_data.collect(open_workdir(workdir))))
+    intervals = {tuple(cells[1:3]): cells[4] for cells in shown.table("results")[1:]}
+    assert intervals["retriever", "scann"] == ""
+    assert intervals["retriever", "exact"].startswith("[")
 
 
 @pytest.fixture(scope="module")
@@ -359,7 +366,6 @@ def test_runs_on_other_queries_are_not_compared(report):
     measured = report.records[0].measured
     moved = [frozenset({"p0"}) for _ in measured.labels]
     other = dataclasses.replace(measured, labels=moved)
-    assert len(report_queries.common(measured, other)[0]) == 0
     with pytest.raises(ValueError, match="no test query in common"):
         report_queries.differences(measured, other)
     other = dataclasses.replace(measured, ids=measured.ids[::-1], labels=measured.labels[::-1])

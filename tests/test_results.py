@@ -46,9 +46,9 @@ def test_sentences_tell_of_each_joint_model_in_words():
         outcome("reranker reranker", "bm25", 0.3, 0.0),
     ]
     assert [line.replace("\xa0", " ") for line in results.sentences(tests)] == [
-        "The joint retriever is worse than BM25 (-0.2000, p = 0.0010), better than the model as "
-        "released (+0.1000, p = 0.0490) and not told apart from its warm-up (+0.0125, p = 0.5000), "
-        "by RR@10 on 40 queries.",
+        "The joint retriever is better than the model as released (+0.1000, p = 0.0490), worse than "
+        "BM25 (-0.2000, p = 0.0010) and not told apart from its warm-up (+0.0125, p = 0.5000), by "
+        "RR@10 on 40 queries.",
         "The joint re-ranker is better than its retriever (+0.3000, p = 0.0000), by RR@10 on 40 "
         "queries.",
     ]

@@ -21,8 +21,8 @@ SUBJECTS = {
     "joint reranker on bm25": "The joint re-ranker of BM25's candidates",
 }
 OTHERS = {
-    "bm25": "BM25",
     "released retriever": "the model as released",
+    "bm25": "BM25",
     "zero_shot retriever": "the model it starts from",
     "retriever retriever": "its warm-up",
     "joint retriever": "its retriever",
@@ -60,7 +60,7 @@ def sentences(tests: list[dict]) -> list[str]:
     """Returns a sentence for each joint model: what it is better than and by how much."""
     said = []
     for a, subject in SUBJECTS.items():
-        told_of = [x for x in tests if x["a"] == a and x["b"] in OTHERS]
+        told_of = [x for b in OTHERS for x in tests if (x["a"], x["b"]) == (a, b)]
         clauses = [
             # With spaces at which no line breaks.
             f"{told(x)} {OTHERS[x['b']]} ({x['difference']:+.4f}, p\xa0=\xa0{x['p_value']:.4f})"

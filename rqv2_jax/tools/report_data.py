@@ -1,6 +1,7 @@
 """What a workdir holds for its report, as plain data; what it lacks is told by a line."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 import textwrap
@@ -16,7 +17,7 @@ from rqv2_jax.recipe.run import Run
 from rqv2_jax.recipe.texts import texts_of
 from rqv2_jax.recipe.workdir import begun, finished
 from rqv2_jax.tools import figures, outputs, report_queries
-from rqv2_jax.tools.report_queries import Measured, Side
+from rqv2_jax.tools.report_queries import Differences, Measured, Side
 
 # Queries won and lost, candidates that denoising has dropped, and characters of a text.
 STORIES, REJECTED, CHARACTERS = 20, 10, 400
@@ -94,7 +95,7 @@ class Report:
 
     records: list[Record]
     stories: Stories | Lack
-    differences: dict | Lack
+    differences: Differences | Lack
 
 
 def or_lack(read: Callable[[], T]) -> T | Lack:
@@ -108,10 +109,11 @@ def or_lack(read: Callable[[], T]) -> T | Lack:
 def collect(run: Run, against: Run | None = None) -> Report:
     """Reads the workdir of a run, and that of another to compare it with; computes no scores."""
     runs = [run] if against is None else [run, against]
-    stores = [or_lack(lambda each=each: _store(each)) for each in runs]
+    stores = [or_lack(functools.partial(_store, each)) for each in runs]
     records = [_record(each, store) for each, store in zip(runs, stores)]
     sides = [(r, s, x.measured) for r, s, x in zip(runs, stores, records)]
-    stories, differences = or_lack(lambda: _stories(sides)), Lack("there is one run")
+    stories = or_lack(lambda: _stories(sides))
+    differences: Differences | Lack = Lack("there is one run")
     if against is not None:
         differences = or_lack(lambda: report_queries.differences(*(_have(m) for *_, m in sides)))
     return Report(records, stories, differences)

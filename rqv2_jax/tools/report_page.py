@@ -12,15 +12,18 @@ from rqv2_jax.recipe.run import Run
 from rqv2_jax.tools import report_data, report_figures, report_queries
 from rqv2_jax.tools import report_html as html
 from rqv2_jax.tools.report_data import Cut, Denoised, Lack, Record, Report, Stories, Story
-from rqv2_jax.tools.report_queries import TOP, Measured
+from rqv2_jax.tools.report_queries import TOP, Difference, Measured
 
 WITHOUT_LABELS = "the test split has no labels, so no passage is known to be relevant"
 LENGTHS = {"query_length": "queries", "passage_length": "passages", "pair_length": "pairs"}
 
 
 def write(run: Run, against: Run | None, to: pathlib.Path | None) -> pathlib.Path:
-    """Writes the page of a run, beside another if there is one; returns where."""
-    path = run.workdir / "report.html" if to is None else to
+    """Writes the page of a run, beside another if there is one; returns where.
+
+    Without `to` that is report.html in the workdir or, of two runs, compared.html.
+    """
+    path = to or run.workdir / ("report.html" if against is None else "compared.html")
     artifacts.replace_text(path, page(report_data.collect(run, against)))
     return path
 
@@ -102,7 +105,7 @@ def _differences(report: Report) -> str:
     )
 
 
-def _difference(found: tuple[float, float, float, float, int]) -> list[str]:
+def _difference(found: Difference) -> list[str]:
     mean, low, high, p_value, queries = found
     return [f"{mean:+.4f}", f"[{low:+.4f}, {high:+.4f}]", f"{p_value:.4f}", str(queries)]
 
@@ -119,27 +122,25 @@ def _results_of(record: Record) -> str:
     floors = sum(row["state"] in ("bm25", "released") for row in rows)
     names, metric = list(rows[0]["metrics"]), next(iter(rows[0]["metrics"]))
     keys = [(row["state"], row["model"], row["index"]) for row in rows]
-    head, cells = (
-        ["state", "model", "index", *names],
-        [
-            [*key, *(f"{row['metrics'][name]:.4f}" for name in names)]
-            for key, row in zip(keys, rows)
-        ],
-    )
+    values = measured.values if isinstance(measured, Measured) else {}
+    head = ["state", "model", "index", metric, "95% interval", *names[1:]]
+    cells = []
+    for key, row in zip(keys, rows):
+        first, *others = (f"{value:.4f}" for value in row["metrics"].values())
+        interval = ""
+        if isinstance(measured, Measured) and key in values:
+            interval = "[{:.4f}, {:.4f}]".format(*measured.interval(key))
+        cells.append([*key, first, interval, *others])
     tested = {results.name(*key): key for key in reversed(keys)}
     head_tests = ["a", "b", f"{metric}, a - b", "95% interval", "p", "queries"]
     tests = []
     for x in found["significance"]:
+        a, b = tested[x["a"]], tested[x["b"]]
         interval = ""
-        if isinstance(measured, Measured):
-            _, low, high, *_ = measured.difference(tested[x["a"]], tested[x["b"]])
-            interval = f"[{low:+.4f}, {high:+.4f}]"
+        if isinstance(measured, Measured) and a in values and b in values:
+            interval = _difference(measured.difference(a, b))[1]
         told = f"{x['difference']:+.4f}", interval, f"{x['p_value']:.4f}", x["queries"]
         tests.append([x["a"], x["b"], *told])
-    if isinstance(measured, Measured):
-        head.insert(4, "95% interval")
-        for key, row in zip(keys, cells):
-            row.insert(4, "[{:.4f}, {:.4f}]".format(*measured.interval(key)))
     counted = f"{rows[0]['queries']} {rows[0]['split']} queries; floors are shaded."
     parts = [html.table(head, cells, words=3, floors=floors), html.paragraph(counted, "note")]
     every = [(key, row["all_queries"]) for key, row in zip(keys, rows) if "all_queries" in row]

@@ -24,6 +24,19 @@ TOP = 10
 RANKS = (1, 3, 10, 100)
 
 
+class Difference(NamedTuple):
+    """The mean of a - b with its 95% interval, the p-value of a paired test, and how many queries."""
+
+    mean: float
+    low: float
+    high: float
+    p_value: float
+    queries: int
+
+
+Differences = dict[Key, Difference]
+
+
 class Found(NamedTuple):
     """What a model in a state makes of the test queries, and of candidates of those re-ranked.
 
@@ -56,56 +69,40 @@ class Measured:
     permutations: int
     seed: int
 
-    def shared(self) -> np.ndarray:
-        """Says which queries every model was measured on [Q]."""
-        return ~np.isnan(np.stack(list(self.values.values()))).any(axis=0)
-
     def interval(self, key: Key) -> tuple[float, float]:
         """Returns the 95% interval of a model's mean over the queries that all were measured on."""
-        values_Q = self.values[key][self.shared()]
+        values_Q = self.values[key][_shared(self.values)]
         return significance.interval(values_Q, resamples=self.permutations, seed=self.seed)
 
-    def difference(self, a: Key, b: Key) -> tuple[float, float, float, float, int]:
-        """Returns mean(a - b), its 95% interval, p and the number of queries that both have."""
+    def difference(self, a: Key, b: Key) -> Difference:
+        """Returns how two models differ on the queries that both have."""
         return _difference(self, self.values[a], self.values[b])
 
 
-def _difference(
-    measured: Measured, a_Q: np.ndarray, b_Q: np.ndarray
-) -> tuple[float, float, float, float, int]:
+def _difference(measured: Measured, a_Q: np.ndarray, b_Q: np.ndarray) -> Difference:
     both_Q = ~np.isnan(a_Q) & ~np.isnan(b_Q)
     a_C, b_C, settings = a_Q[both_Q], b_Q[both_Q], measured.permutations
     mean, p_value = significance.paired_test(a_C, b_C, permutations=settings, seed=measured.seed)
     low, high = significance.interval(a_C - b_C, resamples=settings, seed=measured.seed)
-    return mean, low, high, p_value, len(a_C)
+    return Difference(mean, low, high, p_value, len(a_C))
 
 
 def measure(run: Run, store: tokens.Store, report: dict) -> Measured:
     """Reads what evaluation left in `eval/`; InputError if a file is gone, damaged or of another one.
 
-    `report` is what results.json holds.
+    `report` is what results.json holds. Rows by an index that a later evaluation has left out have no
+    values.
     """
     queries, settings = store.splits["test"], run.config.evaluate
     rows_Q, reranked_R = evaluation.measured_queries(settings, queries)
     metric = next(iter(report["rows"][0]["metrics"]))
-    arrays = _arrays(run.workdir / "eval" / "test.per_query.npz")
-    keys = [(row["state"], row["model"], row["index"]) for row in report["rows"]]
-    values: dict[Key, np.ndarray] = {}
-    for key in keys:
-        name = f"{'.'.join(key)}.{metric}"
-        values[key] = np.full(len(rows_Q), np.nan)
-        places = reranked_R if key[1] == "reranker" else np.arange(len(rows_Q))
-        if name not in arrays or len(arrays[name]) != len(places):
-            raise InputError(
-                f"{run.workdir / 'eval'}: test.per_query.npz is of another evaluation than results.json"
-            )
-        values[key][places] = arrays[name]
-    shared_Q = ~np.isnan(np.stack(list(values.values()))).any(axis=0)
-    for key, row in zip(keys, report["rows"]):
-        if not np.isclose(values[key][shared_Q].mean(), row["metrics"][metric]):
-            raise InputError(
-                f"{run.workdir / 'eval'}: test.per_query.npz is of another evaluation than results.json"
-            )
+    path = run.workdir / "eval" / "test.per_query.npz"
+    means = {(x["state"], x["model"], x["index"]): x["metrics"][metric] for x in report["rows"]}
+    values = _values(_arrays(path), list(means), metric, len(rows_Q), reranked_R)
+    shared_Q = _shared(values)
+    same = (np.isclose(values_Q[shared_Q].mean(), means[key]) for key, values_Q in values.items())
+    if ("joint", "retriever", settings.indexes[0]) not in values or not all(same):
+        raise InputError(f"{path}: is of another evaluation than results.json")
     labels = [set[str]() for _ in rows_Q]
     least = metrics.parse_metric(metric)[2]
     for query, passage, relevance in zip(*queries.labels_of(rows_Q)):
@@ -122,6 +119,25 @@ def measure(run: Run, store: tokens.Store, report: dict) -> Measured:
         permutations=settings.permutations,
         seed=run.config.seed,
     )
+
+
+def _values(
+    arrays: dict[str, np.ndarray], keys: list[Key], metric: str, count: int, reranked_R: np.ndarray
+) -> dict[Key, np.ndarray]:
+    """Returns the values [Q] of those models that have as many as were measured, NaN elsewhere."""
+    values = {}
+    for key in keys:
+        name = f"{'.'.join(key)}.{metric}"
+        places = reranked_R if key[1] == "reranker" else np.arange(count)
+        if name in arrays and len(arrays[name]) == len(places):
+            values[key] = np.full(count, np.nan)
+            values[key][places] = arrays[name]
+    return values
+
+
+def _shared(values: dict[Key, np.ndarray]) -> np.ndarray:
+    """Says which queries every model was measured on [Q]."""
+    return ~np.isnan(np.stack(list(values.values()))).any(axis=0)
 
 
 def _arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
@@ -241,12 +257,19 @@ class Side(NamedTuple):
 
 
 def common(a: Measured, b: Measured) -> tuple[np.ndarray, np.ndarray]:
-    """Returns numbers [C] in both runs of the queries with one id and the same labels."""
+    """Returns numbers [C] in both runs of the queries with one id and the same labels.
+
+    Raises InputError if there are none, or the runs have other metrics.
+    """
+    if a.metric != b.metric:
+        raise InputError(f"one run is measured by {a.metric}, the other by {b.metric}")
     places = {(key, labels): number for number, (key, labels) in enumerate(zip(b.ids, b.labels))}
     pairs = [
         (number, places[key]) for number, key in enumerate(zip(a.ids, a.labels)) if key in places
     ]
-    a_C, b_C = np.array(pairs, np.int64).reshape(-1, 2).T
+    if not pairs:
+        raise InputError("the runs have no test query in common, by id and relevant passages")
+    a_C, b_C = np.array(pairs, np.int64).T
     return a_C, b_C
 
 
@@ -269,16 +292,9 @@ def won_and_lost(before: Side, after: Side, count: int) -> tuple[list, list, tup
     return won[:count], lost[:count], counts
 
 
-def differences(a: Measured, b: Measured) -> dict[Key, tuple[float, float, float, float, int]]:
-    """Returns `Measured.difference` of every model that both runs have, a - b, on common queries.
-
-    Raises InputError if there are no such queries, or the runs have other metrics.
-    """
-    if a.metric != b.metric:
-        raise InputError(f"one run is measured by {a.metric}, the other by {b.metric}")
+def differences(a: Measured, b: Measured) -> Differences:
+    """Returns a - b for every model that both runs have, on the queries of `common`."""
     a_C, b_C = common(a, b)
-    if not len(a_C):
-        raise InputError("the runs have no test query in common, by id and relevant passages")
     return {
         key: _difference(a, a.values[key][a_C], b.values[key][b_C])
         for key in a.values
