@@ -28,9 +28,11 @@ def main() -> None:
 
     with hosts.joined(_DISTRIBUTED.value):
         from rqv2_jax.recipe import pipeline
+        from rqv2_jax.tools import report_page
 
         workdir = pathlib.Path(flags.FLAGS.workdir)
         pipeline.main(_CONFIG.value, workdir, force=_FORCE.value)
+        print(report_page.write_at_end(workdir))
 
 
 if __name__ == "__main__":

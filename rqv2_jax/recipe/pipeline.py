@@ -57,7 +57,8 @@ def warm_up(run: Run) -> tuple[tokens.Store, candidates_lib.Candidates]:
     """Runs all stages before joint training; returns the token store and the candidates."""
     config = run.config
     tqdm.tqdm.write("prepare: tokenise the collection")
-    store = prepare(run)
+    with budget.timed(run, "prepare"):
+        store = prepare(run)
     space.check_run(run, store)
     if config.budget:
         with budget.timed(run, "measuring"):
@@ -99,7 +100,8 @@ def finish(
     budget.report(run)
     tqdm.tqdm.write("evaluate: every model state on the test queries")
     space.check_vectors(run, store, STATES)
-    report = evaluation.evaluate(run, store, "test", indexes)
+    with budget.timed(run, "evaluate"):
+        report = evaluation.evaluate(run, store, "test", indexes)
     artifacts.write_text(run.workdir / "results.json", json.dumps(report, indent=1) + "\n")
     return report
 
