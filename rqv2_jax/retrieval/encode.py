@@ -105,3 +105,11 @@ def corpus(
             vectors_nxD = passages(forward, tower, store, part_n, bar)
             artifacts.write(path, functools.partial(np.save, arr=vectors_nxD))
     return [load(number) for number in range(len(paths))]
+
+
+def made_from(folder: pathlib.Path) -> str:
+    """Returns the `source` that `corpus` has begun to fill a folder from, "" if there is none."""
+    manifest = folder / "manifest.json"
+    if not manifest.is_file():
+        return ""
+    return readable(manifest, lambda: json.loads(manifest.read_text())["source"]) or ""
