@@ -1,8 +1,11 @@
 "use strict";
 
 const box = document.querySelector("input");
-const columns = [...document.querySelectorAll("section")].map((section) => [...section.querySelectorAll("li")]);
-const reranked = columns.findIndex((_, number) => document.querySelectorAll("section")[number].id === "reranker");
+const form = document.querySelector("form");
+const header = document.querySelector("header");
+const sections = [...document.querySelectorAll("section")];
+const columns = sections.map((section) => [...section.querySelectorAll("li")]);
+const reranked = sections.findIndex((section) => section.id === "reranker");
 
 // Marks a passage in all columns; none without a passage.
 function show(passage) {
@@ -67,8 +70,26 @@ for (const item of columns.flat()) {
   item.addEventListener("mouseenter", () => show(item.dataset.passage));
 }
 
-const form = document.querySelector("form");
 form.addEventListener("submit", () => form.classList.add("busy"));
 // Back in the browser's history the page is as it was left.
 window.addEventListener("pageshow", () => form.classList.remove("busy"));
 box.setSelectionRange(box.value.length, box.value.length);
+
+// What is scrolled to stops below the header.
+new ResizeObserver(() => {
+  document.documentElement.style.setProperty("--head", `${header.offsetHeight}px`);
+}).observe(header);
+
+// On a telephone, tells which column is seen.
+const main = document.querySelector("main");
+function tell() {
+  const distances = sections.map((section) => Math.abs(section.getBoundingClientRect().left));
+  const nearest = sections[distances.indexOf(Math.min(...distances))].id;
+  for (const link of document.querySelectorAll("nav a")) {
+    link.toggleAttribute("aria-current", link.hash === `#${nearest}`);
+  }
+}
+if (main) {
+  main.addEventListener("scroll", tell);
+  tell();
+}

@@ -45,7 +45,7 @@ FRAME = """<!doctype html>
 <button>Search</button>
 </form>
 <p class="line">{line}</p>
-</header>
+{tabs}</header>
 {main}
 <footer>
 <p>{about}</p>
@@ -69,7 +69,11 @@ class About(NamedTuple):
 
 def start(about: About) -> str:
     """Returns the page on which nothing has been asked yet."""
-    return _page("", "Search", "", "", about)
+    line = (
+        "What the retriever finds, and what the re-ranker makes of it, beside BM25 and the released "
+        "model."
+    )
+    return _page("", "Search", line, "", "", about)
 
 
 def results(answer: Answer, about: About, stem: Callable[[str], str]) -> str:
@@ -84,13 +88,13 @@ def results(answer: Answer, about: About, stem: Callable[[str], str]) -> str:
 
     tabs = "".join(f'<a href="#{c.system}">{HEADS[c.system]}</a>' for c in answer.columns)
     columns = "".join(_column(answer, column, mark) for column in answer.columns)
-    main = f'<nav aria-label="Columns">{tabs}</nav>\n<main>\n{columns}</main>'
+    tabs, main = f'<nav aria-label="Columns">{tabs}</nav>\n', f"<main>\n{columns}</main>"
     title = f"{answer.question} - search"
-    return _page(answer.question, title, escape(_summary(answer)), main, about)
+    return _page(answer.question, title, _summary(answer), tabs, main, about)
 
 
-def _page(question: str, title: str, line: str, main: str, about: About) -> str:
-    """Returns a page with a question in its box; `line` and `main` are HTML, the others text."""
+def _page(question: str, title: str, line: str, tabs: str, main: str, about: About) -> str:
+    """Returns a page with a question in its box; `tabs` and `main` are HTML, the others text."""
     workdir, passages, state, index = about
     how = {"exact": "exact search", "scann": "ScaNN"}[index]
     said = f"{passages:,} passages, models of state {state}, {how}: {workdir}"
@@ -98,7 +102,8 @@ def _page(question: str, title: str, line: str, main: str, about: About) -> str:
         title=escape(title),
         question=escape(question),
         longest=LONGEST_QUESTION,
-        line=line,
+        line=escape(line),
+        tabs=tabs,
         main=main,
         about=escape(said),
     )
@@ -162,7 +167,7 @@ def _column(answer: Answer, column: Column, mark: Callable[[str], str]) -> str:
         if column.system == "reranker":
             scored = sum(score is not None for score in column.scores)
             note = f"first {scored} retrieved, scored anew"
-    head = f'<h2>{HEADS[column.system]}</h2><p class="note">{note}</p>'
+    head = f'<div class="title"><h2>{HEADS[column.system]}</h2><p class="note">{note}</p></div>'
     return f'<section id="{column.system}">\n{head}\n{body}\n</section>\n'
 
 
