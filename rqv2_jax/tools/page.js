@@ -14,6 +14,12 @@ function show(passage) {
   }
 }
 
+// Gives a passage the focus, and brings its column into the window.
+function go(item) {
+  item.focus({ preventScroll: true });
+  item.scrollIntoView({ block: "nearest", inline: "start" });
+}
+
 // Goes down, or to another column, from the passage that has the focus; up from the first to the box.
 function move(item, down, right) {
   const column = columns.findIndex((items) => items.includes(item));
@@ -27,7 +33,7 @@ function move(item, down, right) {
     box.focus();
     window.scrollTo({ top: 0 });
   } else {
-    items[Math.min(row, items.length - 1)].focus();
+    go(items[Math.min(row, items.length - 1)]);
   }
 }
 
@@ -55,7 +61,7 @@ document.addEventListener("keydown", (event) => {
   } else if (item && event.key in KEYS) {
     move(item, ...KEYS[event.key]);
   } else if (first && !item && (event.key === "ArrowDown" || (event.key === "j" && !typing))) {
-    first.focus();
+    go(first);
   } else {
     return;
   }
