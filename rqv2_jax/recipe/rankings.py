@@ -42,16 +42,20 @@ def _cached(path: pathlib.Path, source: str, search: Callable[[], Ranking]) -> R
 
 
 def _searching(
-    run: Run, store: tokens.Store, towers: dict, find: Callable[[np.ndarray, int], Ranking]
+    run: Run, store: tokens.Store, towers: dict, find: Callable[[np.ndarray, int], Ranking | None]
 ) -> Search:
-    """Returns a search by vectors of queries, of which `find(vectors_QxD, depth)` ranks passages."""
+    """Returns a search by vectors of queries, for which `find(vectors_QxD, depth)` ranks passages.
+
+    Where that gives None, the search gives empty arrays.
+    """
 
     def search(queries: tokens.Queries, rows_Q: np.ndarray) -> Ranking:
         own_Q = own_texts.of_rows(queries, rows_Q)
         depth = own_texts.deeper(run.config.evaluate.retrieve_depth, own_Q)
-        ranking = find(
-            encode.queries(run.forward, tower(towers, "query"), queries.texts, rows_Q), depth
-        )
+        vectors_QxD = encode.queries(run.forward, tower(towers, "query"), queries.texts, rows_Q)
+        ranking = find(vectors_QxD, depth)
+        if ranking is None:
+            return np.empty((0, 0), np.int64), np.empty((0, 0), np.float32)
         # By the tie rule, so that the re-ranker's cut does not depend on the order of the corpus.
         return own_texts.without(*metrics.sort_run(*ranking, store.passage_ids), own_Q)
 
@@ -80,12 +84,11 @@ def open_retriever(run: Run, store: tokens.Store, *, state: str, index_name: str
         folder = run.workdir / "index" / stage
         return index.build_scann(shards, settings.scann, depth, folder, source)
 
-    def find(vectors_QxD: np.ndarray, depth: int) -> Ranking:
-        return index.scann_search(searcher(depth), vectors_QxD, depth)
+    def find(vectors_QxD: np.ndarray, depth: int) -> Ranking | None:
+        # All hosts have encoded the queries together.
+        return index.scann_search(searcher(depth), vectors_QxD, depth) if hosts.first() else None
 
-    if hosts.first():
-        return _searching(run, store, towers, find)
-    return lambda *_: (np.empty((0, 0), np.int64), np.empty((0, 0), np.float32))
+    return _searching(run, store, towers, find)
 
 
 def retrieve(
