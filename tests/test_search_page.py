@@ -556,6 +556,8 @@ def test_a_browser_searches_by_the_keyboard(serving, asked, tmp_path, width, hei
         # Letters are letters in the box.
         seen.presses("j")
         assert seen.value("document.querySelector('input').value") == f"{question}j"
+        seen.presses("ArrowDown", "/", "k")
+        assert seen.value("document.querySelector('input').value") == "k"
         assert not seen.errors
         assert {urllib.parse.urlsplit(url)[:2] for url in seen.requested if url != "data:,"} == {
             ("http", made.url.split("/")[2])

@@ -14,6 +14,11 @@ function show(passage) {
   }
 }
 
+// Puts what is typed next behind the question; after / and Esc it replaces the question.
+function toEnd() {
+  box.setSelectionRange(box.value.length, box.value.length);
+}
+
 // Gives a passage the focus, and brings its column into the window.
 function go(item) {
   item.focus({ preventScroll: true });
@@ -31,6 +36,7 @@ function move(item, down, right) {
   const row = columns[column].indexOf(item) + down;
   if (row < 0) {
     box.focus();
+    toEnd();
     window.scrollTo({ top: 0 });
   } else {
     go(items[Math.min(row, items.length - 1)]);
@@ -79,7 +85,7 @@ for (const item of columns.flat()) {
 form.addEventListener("submit", () => form.classList.add("busy"));
 // Back in the browser's history the page is as it was left.
 window.addEventListener("pageshow", () => form.classList.remove("busy"));
-box.setSelectionRange(box.value.length, box.value.length);
+toEnd();
 
 // What is scrolled to stops below the header.
 new ResizeObserver(() => {
