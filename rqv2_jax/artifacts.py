@@ -1,11 +1,11 @@
 """Arrays and files on disk that record what they were made from, so finished work is not repeated.
 
 On several hosts all processes call these functions; the first writes and the others wait for it.
+Only `replace` and `replace_text` write in the process that calls them.
 """
 
 import hashlib
 import json
-import os
 import pathlib
 import shutil
 import zlib
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from rqv2_jax import hosts
+from rqv2_jax.disk import replace_text, settle
 from rqv2_jax.errors import readable
 
 
@@ -100,32 +101,17 @@ def checksums(folder: pathlib.Path) -> dict[str, int]:
     return {str(path.relative_to(folder)): checksum(path) for path in files}
 
 
-def _sync(path: pathlib.Path) -> None:
-    """Waits until a file, or a folder's list of names, is on the disk."""
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
-
-
-def settle(partial: pathlib.Path, path: pathlib.Path) -> None:
-    """Gives a complete file its name; after a power failure either is there, whole."""
-    _sync(partial)
-    os.replace(partial, path)
-    _sync(path.parent)
+def replace(path: pathlib.Path, save: Callable[[pathlib.Path], None]) -> None:
+    """Saves a file in the process that calls it; it gets its name when it is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.stem}.partial{path.suffix}")
+    save(partial)
+    settle(partial, path)
 
 
 def write(path: pathlib.Path, save: Callable[[pathlib.Path], None]) -> None:
-    """Saves a file in the first process; it gets its name when it is complete."""
-
-    def save_and_rename() -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.stem}.partial{path.suffix}")
-        save(partial)
-        settle(partial, path)
-
-    hosts.from_first(save_and_rename)
+    """Saves a file as `replace` does, in the first process."""
+    hosts.from_first(lambda: replace(path, save))
 
 
 def write_arrays(path: pathlib.Path, arrays: dict[str, Any]) -> None:
@@ -136,11 +122,3 @@ def write_arrays(path: pathlib.Path, arrays: dict[str, Any]) -> None:
 def write_text(path: pathlib.Path, text: str) -> None:
     """Writes a file in the first process; readers see the old file or the new one, never a part."""
     hosts.from_first(lambda: replace_text(path, text))
-
-
-def replace_text(path: pathlib.Path, text: str) -> None:
-    """Writes a file as `write_text` does, in the process that calls it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    settle(partial, path)

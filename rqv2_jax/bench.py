@@ -13,7 +13,8 @@ recipe  the whole recipe in --minutes of training; what it makes stays in --work
 all     all of them but the last four
 
 --vs torch does the same work in turn with transformers, sentence-transformers, torch and faiss, and
-gives ratios (pip install -r requirements-bench.txt); on a GPU the joint step also with torch.compile.
+gives ratios (requirements-bench.txt says how to install them); on a GPU the joint step also with
+torch.compile.
 recipe has a rival of its own, --vs sentence-transformers, which gets the same minutes afterwards.
 --shape takes a model of that shape with random weights, so that none needs to lie on disk.
 

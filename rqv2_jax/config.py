@@ -128,6 +128,8 @@ def default() -> ConfigDict:
                 "b1": 0.9,
                 "b2": 0.999,
             },
+            # Of a corpus's vectors on disk: "float32", "float16" or "bfloat16"; scores are float32.
+            "encode": {"dtype": "float32"},
             # Warm-up of the retriever with in-batch negatives; 0 epochs skip it.
             "retriever": _training(epochs=30.0, learning_rate=3e-5),
             # Warm-up of the re-ranker on lists of mined negatives; 0 epochs skip it.
@@ -230,6 +232,9 @@ def default() -> ConfigDict:
                     "searched_share": 0.2,  # of the leaves
                     "seen": 10.0,  # times the depth: passages in the searched leaves, at least
                     "reorder": 4.0,  # times the depth is scored exactly
+                    # GiB in which the first host may build an index; where it does not fit, the
+                    # passages are split into parts with an index each. 0 is half of its memory.
+                    "memory": 0.0,
                 },
             },
         }
@@ -323,6 +328,8 @@ def complete(config: ConfigDict) -> tuple[list[str], list[str]]:
         "model.reranker.pooling": "cls",
         "optimizer.clip": "together",
         "retriever.accumulate": 0,
+        "encode.dtype": "float32",
+        "evaluate.scann.memory": 0.0,
         "dev.hard": 0,
         "dev.metric": "RR@10",
         "reranker.loss": "listwise",

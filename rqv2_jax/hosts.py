@@ -2,8 +2,9 @@
 
 All run the same program and take the same decisions, so that every computation on the mesh is
 started by all. They share one workdir, on a file system that all see, into which only the first
-process writes. A process looks for a file only once the first has said that it is there: a network
-file system may remember for a while that it was not.
+process writes, but for a corpus's vectors and for checkpoints, of which each writes its own part. A
+process looks for a file only once it is known to be there: a network file system may remember for a
+while that it was not.
 
 If a process raises, the others end within seconds and repeat its line; if one is lost, JAX ends them
 within minutes. The same command resumes.
@@ -141,6 +142,11 @@ def first() -> bool:
     return jax.process_index() == 0
 
 
+def alone() -> bool:
+    """Says whether there is no other process."""
+    return jax.process_count() == 1
+
+
 def from_first(compute: Callable[[], Any]) -> Any:
     """Returns what `compute()` returns in the first process, which alone calls it; the others wait.
 
@@ -189,16 +195,32 @@ def barrier() -> None:
         _coordination().wait_at_barrier(f"rqv2_jax/{next(_numbers)}", FOREVER_MS)
 
 
-def share(count: int) -> range:
-    """Returns which of `count` numbers this process takes; some may be too high, for equal shares."""
-    processes = jax.process_count()
-    return range(jax.process_index(), -(-count // processes) * processes, processes)
+def count() -> int:
+    """Returns the number of processes."""
+    return jax.process_count()
 
 
-def join(results: list[np.ndarray]) -> np.ndarray:
-    """Stacks what all processes computed for the numbers of their `share`, in the numbers' order."""
-    own = np.stack(results)
+def span(total: int) -> range:
+    """Returns which of `total` numbers this process takes: a range, after those of lower processes."""
+    number, processes = jax.process_index(), jax.process_count()
+    return range(number * total // processes, (number + 1) * total // processes)
+
+
+def gather(own: np.ndarray) -> list[np.ndarray]:
+    """Returns the arrays of all processes, which have one shape, in the processes' order."""
     if jax.process_count() == 1:
-        return own
+        return [own]
     barrier()
-    return multihost_utils.process_allgather(own).swapaxes(0, 1).reshape(-1, *own.shape[1:])
+    return list(multihost_utils.process_allgather(own))
+
+
+def whole(tree: Any) -> Any:
+    """Returns arrays in NumPy whose parts may lie on the devices of several processes."""
+
+    def joined(leaf: Any) -> np.ndarray:
+        if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
+            return np.asarray(leaf)
+        return multihost_utils.process_allgather(leaf, tiled=True)
+
+    barrier()
+    return jax.tree.map(joined, tree)

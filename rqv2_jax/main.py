@@ -18,6 +18,7 @@ from rqv2_jax import program
 _CONFIG = program.define_config()
 flags.DEFINE_string("workdir", None, "Folder of everything this run writes.")
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the processes of the other hosts.")
+_FORCE = program.define_force()
 
 
 def main() -> None:
@@ -27,8 +28,11 @@ def main() -> None:
 
     with hosts.joined(_DISTRIBUTED.value):
         from rqv2_jax.recipe import pipeline
+        from rqv2_jax.tools import report_page
 
-        pipeline.main(_CONFIG.value, pathlib.Path(flags.FLAGS.workdir))
+        workdir = pathlib.Path(flags.FLAGS.workdir)
+        pipeline.main(_CONFIG.value, workdir, force=_FORCE.value)
+        print(report_page.write_at_end(workdir))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ Compiles the run's own training, encoding and re-ranking steps ahead of time for
 there (pip install -r requirements-tpu.txt) or for CPU devices; for GPUs, as h100:8, they are counted.
 Every input has its full length, so that any texts fit; --lengths msmarco counts what is computed of
 texts as long as MS MARCO's. Of the ways to make training fit it tries the cheapest first. --overlay
-writes what it chose as a flag file.
+writes what it chose as a flag file. What cannot fit in the hosts' memory, or on the disk of the folder
+--disk, is an error, with --force a warning.
 
 Examples:
   python -m rqv2_jax.plan --config configs/nq.py --topology v5e:4x8 --overlay v5e.flags
@@ -12,10 +13,11 @@ Examples:
 """
 
 import os
+import pathlib
 
 from absl import flags
 
-from rqv2_jax import program
+from rqv2_jax import program, room
 
 _CONFIG = program.define_config()
 flags.DEFINE_string(
@@ -27,6 +29,10 @@ _LENGTHS = flags.DEFINE_enum(
 )
 _QUERIES = flags.DEFINE_integer("queries", None, "Training queries; known for published data.")
 _PASSAGES = flags.DEFINE_integer("passages", None, "Passages; known for published data.")
+_DISK = flags.DEFINE_string(
+    "disk", None, "A folder on the disk of the workdir; not compared if not given."
+)
+_FORCE = program.define_force()
 
 
 def main() -> None:
@@ -42,13 +48,22 @@ def main() -> None:
     # An installed libtpu would look for the metadata server of a cloud that this is not.
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
     os.environ["TPU_ACCELERATOR_TYPE"] = "v5litepod-8"
+    from rqv2_jax.errors import InputError
     from rqv2_jax.tools import machines, planning
 
-    sizes = planning.sizes(config, _QUERIES.value, _PASSAGES.value)
+    # Before anything is compiled.
+    planning.sizes(config, _QUERIES.value, _PASSAGES.value)
+    free = None if _DISK.value is None else room.free_disk(pathlib.Path(_DISK.value))
     machine = machines.machine(topology)
     plan = planning.make(config, machine, lengths, report=print)
     print(planning.render(plan, machine, lengths))
-    print(planning.render_run(config, plan, machine, *sizes))
+    sizes = planning.sizes(plan.config, _QUERIES.value, _PASSAGES.value, lengths)
+    text, faults = planning.render_run(plan.config, plan, machine, sizes, free)
+    print(text)
+    for line in faults.values() if _FORCE.value else ():
+        print(f"\nwarning: {line}")
+    if faults and not _FORCE.value:
+        raise InputError(f"{'; and '.join(faults.values())}; --force goes on all the same")
     if overlay is not None:
         lines = [f"--config.{key}={value}" for key, value in plan.overlay.items()]
         overlay.write_text("\n".join(lines) + "\n")

@@ -63,17 +63,28 @@ def define_workdir(help_text: str = "A workdir that rqv2_jax.main has finished."
     flags.DEFINE_string("reranker_weights", "", "That of the re-ranker's, if they are others.")
 
 
+def define_force() -> flags.FlagHolder:
+    """Defines --force."""
+    return flags.DEFINE_bool("force", False, "Go on where disk or memory look too small.")
+
+
+def open_run() -> Any:
+    """Opens the `Run` of `define_workdir`'s flags, in which others may work meanwhile."""
+    from rqv2_jax.recipe.claim import open_workdir
+
+    moved = {name: getattr(flags.FLAGS, name) for name in ("data", "weights", "reranker_weights")}
+    return open_workdir(pathlib.Path(flags.FLAGS.workdir), **moved)
+
+
 @contextlib.contextmanager
 def opened(reads: Callable[[Any], bool] = lambda _: False) -> Iterator[Any]:
     """Gives the `Run` of `define_workdir`'s flags, and keeps other processes out of it.
 
     But for those that only read it, if `reads(run)` says that this one does so too.
     """
-    from rqv2_jax.recipe.claim import open_workdir
     from rqv2_jax.recipe.workdir import alone
 
-    moved = {name: getattr(flags.FLAGS, name) for name in ("data", "weights", "reranker_weights")}
-    run = open_workdir(pathlib.Path(flags.FLAGS.workdir), **moved)
+    run = open_run()
     with alone(run.workdir, reads=reads(run)):
         yield run
 

@@ -332,13 +332,18 @@ def test_figures_show_what_was_recorded(ablated, tmp_path):
     assert all(0 <= value <= np.log(4) + 1e-6 for _, value in found["reranker_entropy"])
     ended = run_program("rqv2_jax.report", f"--workdir={workdir}")
     assert ended.returncode == 0, ended.stderr
-    assert (workdir / "report" / "joint_training.png").read_bytes().startswith(b"\x89PNG")
+    assert "joint stage: loss" in (workdir / "report.html").read_text()
     summary = ablation_study.summarise(
         measured({"full": np.ones((2, 8)), "list size 8": np.eye(8)[:2]}), permutations=99
     )
     (folder / "ablations.json").write_text(json.dumps(summary))
-    figures.draw_list_sizes(folder, folder / "ablations.json", tmp_path / "sizes.png")
-    assert (tmp_path / "sizes.png").read_bytes().startswith(b"\x89PNG")
+    ended = run_program("rqv2_jax.report", f"--workdir={folder}")
+    assert ended.returncode == 0, ended.stderr
+    for name in ("list_sizes.png", "joint_training.png"):
+        assert (folder / "report" / name).read_bytes().startswith(b"\x89PNG")
+    ended = run_program("rqv2_jax.report", f"--workdir={folder}", f"--against={workdir}")
+    assert "is a folder of ablations" in ended.stderr
+    assert ended.returncode == 1
     with pytest.raises(InputError, match="no events of joint training"):
         figures.draw_training(folder / "warm", tmp_path / "none.png")
 

@@ -17,7 +17,10 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 # From the top; a module imports from its own layer and from those below.
 LAYERS = (
-    ("main", "evaluate", "search", "check", "plan", "export", "ablations", "report", "bench"),
+    (
+        *("main", "evaluate", "search", "check", "plan", "export", "ablations", "report", "bench"),
+        "convert",
+    ),
     *(
         ("program",),
         ("tools",),
@@ -30,7 +33,7 @@ LAYERS = (
         ("models",),
         ("ranking",),
         ("data",),
-        ("optional", "artifacts", "hosts", "stopping", "errors"),
+        ("optional", "artifacts", "disk", "room", "hosts", "stopping", "errors"),
     ),
 )
 WITHOUT_JAX = ("data", "ranking")

@@ -12,15 +12,8 @@ from tiny_run import tiny_config, write_beir
 
 from rqv2_jax import config as config_lib
 from rqv2_jax.data import denoise
-from rqv2_jax.data.lists import (
-    Candidates,
-    Denoising,
-    Lists,
-    Provenance,
-    draw,
-    interleaved,
-    same_text,
-)
+from rqv2_jax.data.drawing import Denoising, draw
+from rqv2_jax.data.lists import Candidates, Lists, Provenance, interleaved, same_text
 from rqv2_jax.errors import InputError
 from rqv2_jax.models.scoring import tower
 from rqv2_jax.recipe import candidates as candidates_lib

@@ -225,6 +225,16 @@ def test_configs_of_before_mine_and_train_as_they_did():
     assert {key: config_lib.flat(config)[key] for key in then} == then
 
 
+def test_configs_of_before_have_vectors_in_float32_and_the_machines_memory():
+    config = usable()
+    config.encode.dtype, config.evaluate.scann.memory = "bfloat16", 7.0
+    config_check.check(config)
+    del config["encode"], config.evaluate.scann["memory"]
+    assert config_lib.complete(config) == (["encode.dtype", "evaluate.scann.memory"], [])
+    assert (config.encode.dtype, config.evaluate.scann.memory) == ("float32", 0.0)
+    assert "choose one of ('float32', 'float16', 'bfloat16')" in message(**{"encode.dtype": "int8"})
+
+
 def test_thresholds_do_not_cross():
     crossed = {"mine.negative_below": 0.6, "mine.positive_above": 0.5}
     assert "mine.negative_below is above config.mine.positive_above" in message(**crossed)

@@ -72,7 +72,7 @@ def test_a_damaged_token_store_is_made_again_from_the_same_texts_only(finished, 
     folder = tmp_path / "all" / "workdir"
     own = config_lib.loads(config_lib.dumps(config))
     own.data.path = str(tmp_path / "all" / "data")
-    offsets = folder / "data/tokens/passages/texts.offsets.npy"
+    offsets = folder / "data/tokens/passages/texts.offsets.bin"
     before = offsets.read_bytes()
     os.truncate(offsets, 100)
     flags.FLAGS.mark_as_parsed()

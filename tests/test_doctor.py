@@ -17,6 +17,7 @@ from rqv2_jax.data.inputs import Inputs
 from rqv2_jax.data.readers import beir, dpr, tables
 from rqv2_jax.data.tokenise import Tokenizer
 from rqv2_jax.errors import InputError
+from rqv2_jax.recipe import needs
 from rqv2_jax.tools import doctor, doctor_checks
 
 # A token for each word.
@@ -645,7 +646,8 @@ def test_lists_are_counted_as_by_hand(tmp_path_factory, lists, at_once):
 def test_the_report_ends_with_the_verdict():
     def report(*kinds):
         found = [doctor_checks.Finding(kind, f"stream {i}", "what") for i, kind in enumerate(kinds)]
-        return doctor_checks.Report("name", [], (0, 0), [], found)
+        sizes = needs.Sizes(0, 0.0, {}, 0.0, {})
+        return doctor_checks.Report("name", [], (0, 0), [], found, sizes)
 
     for kinds, verdict in (
         ((), "ok"),
@@ -678,7 +680,7 @@ def test_no_devices_are_needed_and_nothing_is_written(tmp_path, bert_folder):
     # More than there are.
     config.mesh.data = 4096
     for usable in (True, False):
-        report = doctor.examine_config(config)
+        report, _ = doctor.examine_config(config)
         last = doctor_checks.render(report).splitlines()[-1]
         assert report.usable() == usable
         assert last == ("ok" if usable else "not usable: 1 error")
@@ -697,6 +699,8 @@ def test_no_devices_are_needed_and_nothing_is_written(tmp_path, bert_folder):
         (["--config=configs/beir.py", "--workdir=w"], "give exactly one of --config and --workdir"),
         (["--config=configs/beir.py", "--labels=full"], "--labels goes with --workdir"),
         (["--config=configs/beir.py", "--samples=5"], "--samples goes with --workdir"),
+        (["--workdir=w", "--force"], "--force goes with --config"),
+        (["--workdir=w", "--disk=."], "--disk goes with --config"),
         (["--config=configs/none.py"], "No such file or directory: 'configs/none.py'"),
         (["--config=configs/ablations.py:beir,deep"], "configs/ablations.py, line "),
         (["--config=configs/ablations.py:beir,deep"], "no preset 'beir,deep'; choose of"),

@@ -3,6 +3,8 @@
 import json
 import pathlib
 import shutil
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 import sentence_transformers
 import torch
 import transformers
+import yaml
 from tiny_run import _leaves, run_program
 
 from rqv2_jax import config as config_lib
@@ -46,6 +49,29 @@ def test_denoise_report_of_a_workdir(finished):
     ended = run_program("rqv2_jax.check", f"--workdir={workdir}", "--labels=nowhere")
     assert ended.returncode == 1
     assert "nowhere: no such qrels folder" in ended.stderr
+
+
+def tell_of_the_run(folder, workdir):
+    """Checks the model cards: their head, table, verdict and code."""
+    report = json.loads((workdir / "results.json").read_text())
+    for name in ("query", "passage", "reranker"):
+        card = (folder / name / "README.md").read_text()
+        _, head, text = card.split("---\n", 2)
+        assert set(yaml.safe_load(head)) == {"library_name", "pipeline_tag", "tags"}
+        model = "reranker" if name == "reranker" else "retriever"
+        shown = [line.split(" | ") for line in text.splitlines() if line.startswith("| BM25 | ")]
+        (bm25,) = [row for row in report["rows"] if row["model"] == "bm25"]
+        assert [cell.strip(" |") for cell in shown[0][2:]] == [
+            f"{value:.3f}" for value in list(bm25["metrics"].values())[: len(shown[0]) - 2]
+        ]
+        told = [line[2:] for line in text.splitlines() if line.startswith(f"- joint {model} ")]
+        assert told == [x for x in report["verdict"] if x.startswith(f"joint {model} ")]
+        assert f"commit {json.loads((workdir / 'environment.json').read_text())['commit']}" in text
+        code = text.split("```python\n")[1].split("```")[0]
+        command = [sys.executable, "-c", code]
+        ended = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        assert ended.returncode == 0, ended.stderr
+        assert ended.stdout.strip()
 
 
 def test_exported_models_score_in_sentence_transformers_as_here(finished, tmp_path):
@@ -87,6 +113,8 @@ def test_exported_models_score_in_sentence_transformers_as_here(finished, tmp_pa
     assert ended.returncode == 1
     assert "models: exists; name a folder that does not" in ended.stderr
     assert open_workdir(workdir).config.model.passage_format == "title_sep_text"
+
+    tell_of_the_run(folder, workdir)
 
     # They are a warm start as well: nothing is left to warm up.
     warm = config_lib.loads(config_lib.dumps(config))

@@ -11,16 +11,21 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
+from conftest import WORDS
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from tensorboard.util import tensor_util
 from tiny_run import ROOT, _leaves, last_joint_params, run_program, tiny_config, write_beir
 
 from rqv2_jax import config as config_lib
 from rqv2_jax import hosts, stopping
+from rqv2_jax.data import tokens
 from rqv2_jax.recipe import pipeline
 from rqv2_jax.recipe.claim import open_workdir
+from rqv2_jax.recipe.run import open_run
+from rqv2_jax.retrieval import encode
 
 PROCESSES, DEVICES = 2, 2
 
@@ -107,8 +112,8 @@ said["from first"] = [hosts.from_first(lambda: x) for x in ([me, "a"], 0.1 + me,
 said["failed"] = error(lambda: hosts.from_first(lambda: 1 / me))
 said["same"] = error(lambda: hosts.check_same("lists", np.arange(3), np.ones(2)))
 said["differ"] = error(lambda: hosts.check_same("lists", np.arange(3), np.full(2, me)))
-said["shares"] = [list(hosts.share(count)) for count in (1, 2, 5)]
-said["joined"] = hosts.join([np.full(2, n) for n in hosts.share(5)])[:5].tolist()
+said["spans"] = [list(hosts.span(total)) for total in (0, 1, 2, 5)]
+said["gathered"] = [each.tolist() for each in hosts.gather(np.full(2, me))]
 
 path, calls = folder / "a.npz", []
 
@@ -131,6 +136,11 @@ batch = mixed.put_batch({"x": whole[own]})["x"]
 said["lie"] = all(np.array_equal(x.data, whole[x.index]) for x in batch.addressable_shards)
 params = {"w": np.arange(24, dtype=np.float32).reshape(2, 12), "odd": np.float32(3)}
 put = mixed.put_params(mixed.put_params(params))
+said["whole"] = all(
+    isinstance(hosts.whole(tree)[name], np.ndarray) and np.array_equal(hosts.whole(tree)[name], each)
+    for tree in (params, put)
+    for name, each in params.items()
+)
 said["spec"] = put["w"].sharding.spec == PartitionSpec(None, "fsdp")
 own = mixed.own_parts(4)
 scores = mixed.per_shard(lambda p, rows: rows @ p["w"] + p["odd"])(
@@ -154,15 +164,16 @@ def test_rooms_of_two_processes(tmp_path):
     assert other.pop("failed").startswith("InputError: the first process has failed")
     assert first.pop("differ") is None
     assert other.pop("differ").startswith("InputError: lists of this process differ")
-    assert (first.pop("shares"), other.pop("shares")) == (
-        [[0], [0], [0, 2, 4]],
-        [[1], [1], [1, 3, 5]],
+    assert (first.pop("spans"), other.pop("spans")) == (
+        [[], [], [0], [0, 1]],
+        [[], [0], [1], [2, 3, 4]],
     )
     assert (first.pop("own"), other.pop("own")) == ([0, 1, 4, 5], [2, 3, 6, 7])
     for said in (first, other):
         assert said.pop("from first") == [[0, "a"], 0.1, None]
         assert said.pop("same") is None
-        assert said.pop("joined") == [[n, n] for n in range(5)]
+        assert said.pop("gathered") == [[0, 0], [1, 1]]
+        assert said.pop("whole")
         # All get what the first has made, and nobody makes what is there.
         assert (said.pop("cached"), said.pop("calls")) == ([[7], [7], [7]], 2)
         assert said.pop("lie")
@@ -195,12 +206,12 @@ def main():
     with hosts.joined(True):
         import jax, numpy as np
 
-        hosts.join([np.zeros(2)])
+        hosts.gather(np.zeros(2))
         print("waits", file=sys.stderr)
         if jax.process_index() == int(sys.argv[1]):
             time.sleep(1)
             raise {"own": InputError("it is odd"), "other": ZeroDivisionError()}[sys.argv[2]]
-        {"barrier": hosts.barrier, "collective": lambda: hosts.join([np.zeros(2)])}[sys.argv[3]]()
+        {"barrier": hosts.barrier, "collective": lambda: hosts.gather(np.zeros(2))}[sys.argv[3]]()
 
 
 try:
@@ -238,9 +249,103 @@ def test_where_one_fails_all_end_within_seconds(number, error, waiting):
     assert f"error: {who} has failed: {said}\n" in ended[1 - number][2]
 
 
+OWN_PARTS = """
+import json, pathlib, sys
+from rqv2_jax import hosts
+
+hosts.start()
+import jax, numpy as np
+from rqv2_jax import artifacts, config
+from rqv2_jax.data import tokens
+from rqv2_jax.models.scoring import tower
+from rqv2_jax.recipe.run import open_run
+from rqv2_jax.retrieval import encode, index
+
+encode.PASSAGES_PER_SHARD, index.PASSAGES_PER_TILE = 10, 4
+folder = pathlib.Path(sys.argv[1])
+written, read, replace = [], [], artifacts.replace
+
+
+def watched(path, save):
+    written.append(path.name)
+    replace(path, save)
+
+
+class Shard:
+    def __init__(self, number, vectors):
+        self.number, self.vectors = number, vectors
+
+    def __len__(self):
+        return len(self.vectors)
+
+    def __getitem__(self, rows):
+        read.extend(range(10 * self.number, 10 * self.number + len(self))[rows])
+        return self.vectors[rows]
+
+
+artifacts.replace = watched
+run = open_run(config.loads((folder / "config.json").read_text()), folder / "w", quiet=True)
+assert run.sharding.mesh.shape["fsdp"] == 4
+texts = run.tokenizer.texts(json.loads((folder / "texts.json").read_text()))
+ids = [str(number) for number in range(len(texts))]
+store = tokens.Store(run.tokenizer.texts([""] * len(texts)), texts, ids, {}, "")
+towers = run.initial("retriever")
+encoded = run.forward, tower(towers, "passage"), store, folder / "v", "a", "float16"
+shards = encode.corpus(*encoded)
+queries = encode.queries(run.forward, tower(towers, "query"), texts, np.arange(8))
+said = {"first": written[:]}
+rows, scores = index.exact(queries, [Shard(*each) for each in enumerate(shards)], 7)
+said["read"] = read
+hosts.from_first(lambda: [(folder / "v" / f"0000{n}.npy").unlink() for n in (1, 2, 4)] and 0)
+written.clear()
+encode.corpus(*encoded)
+said["again"] = written
+for count, depth in ((10, 6), (1, 3)):
+    ones = np.ones((count, 2), np.float32)
+    said[f"ties of {count}"] = index.exact(ones[:1], [ones], depth)[0].tolist()
+me = jax.process_index()
+(folder / f"{me}.json").write_text(json.dumps(said))
+np.savez(folder / f"{me}.npz", rows=rows, scores=scores, queries=queries)
+"""
+
+
+def test_each_process_encodes_writes_and_searches_its_own_part(bert_folder, tmp_path):
+    config = tiny_config("not read", bert_folder)
+    run = open_run(config_lib.loads(config_lib.dumps(config)), tmp_path / "alone", quiet=True)
+    config.mesh.fsdp = PROCESSES * DEVICES
+    (tmp_path / "config.json").write_text(config_lib.dumps(config))
+    rng = np.random.default_rng(0)
+    strings = [" ".join(rng.choice(WORDS, 12)) for _ in range(48)]
+    (tmp_path / "texts.json").write_text(json.dumps(strings))
+    finish(start("-c", OWN_PARTS, str(tmp_path)))
+    first, other = (json.loads((tmp_path / f"{n}.json").read_text()) for n in range(2))
+    names = [f"0000{n}.npy" for n in range(5)]
+    assert (first["first"], other["first"]) == (names[:2], names[2:])
+    assert (first["again"], other["again"]) == (names[1:2], [names[2], names[4]])
+    assert first["read"] + other["read"] == list(range(48))
+    assert 20 <= len(first["read"]) <= 28
+    shards = [np.load(path) for path in sorted((tmp_path / "v").glob("*.npy"))]
+    vectors = np.concatenate(shards, dtype=np.float32)
+    texts, untitled = run.tokenizer.texts(strings), run.tokenizer.texts([""] * 48)
+    store = tokens.Store(untitled, texts, [str(number) for number in range(48)], {}, "")
+    passage = run.initial("retriever")["passage"]
+    alone = encode.passages(run.forward, passage, store, np.arange(48))
+    np.testing.assert_allclose(vectors, alone, rtol=2e-3, atol=2e-3)
+    for number, said in enumerate((first, other)):
+        with np.load(tmp_path / f"{number}.npz") as found:
+            expected = found["queries"] @ vectors.T
+            np.testing.assert_array_equal(found["rows"], np.argsort(-expected, axis=1)[:, :7])
+            best = np.take_along_axis(expected, found["rows"], axis=1)
+            np.testing.assert_allclose(found["scores"], best, rtol=1e-5, atol=1e-5)
+        # As one process has them.
+        assert (said["ties of 10"], said["ties of 1"]) == ([[0, 1, 2, 3, 4, 5]], [[0]])
+
+
 def test_without_others_there_is_one_share_and_nobody_to_ask():
-    assert list(hosts.share(3)) == [0, 1, 2]
-    assert hosts.join([np.arange(2), np.arange(2)]).tolist() == [[0, 1], [0, 1]]
+    assert (hosts.count(), list(hosts.span(3))) == (1, [0, 1, 2])
+    own = np.arange(2)
+    assert hosts.gather(own)[0] is own
+    np.testing.assert_array_equal(hosts.whole({"w": jax.numpy.arange(2)})["w"], own)
     asked = object()
     assert hosts.from_first(lambda: asked) is asked
     hosts.check_same("lists", np.arange(3))

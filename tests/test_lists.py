@@ -1,4 +1,7 @@
 import collections
+import dataclasses
+import hashlib
+import tracemalloc
 import types
 
 import numpy as np
@@ -6,16 +9,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from rqv2_jax.data.lists import (
-    Candidates,
-    Denoising,
-    Lists,
-    Provenance,
-    draw,
-    known_positive,
-    training_lists,
-    without_known_positives,
-)
+from rqv2_jax.data import lists as lists_lib
+from rqv2_jax.data.drawing import Denoising, draw, without_known_positives
+from rqv2_jax.data.lists import Candidates, Lists, Provenance, known_positive, training_lists
 from rqv2_jax.errors import InputError
 from rqv2_jax.recipe.mining import epochs_of_lists
 
@@ -410,3 +406,111 @@ def test_known_positives_are_the_labelled_pairs(seed, queries, depth):
             candidates.query_rows_Q.tolist(), candidates.passages_QxN.tolist(), strict=True
         )
     ]
+
+
+def hash_of(*arrays):
+    return hashlib.sha256(b"".join(x.tobytes() for x in arrays)).hexdigest()[:16]
+
+
+def variants():
+    """Candidates and settings of the lists whose hashes stand below."""
+    candidates, positives_2xN = problem(11, queries=40, depth=30, passages=300, unlabelled=4)
+    highest_Q = np.quantile(candidates.retriever_QxN, 0.8, axis=1).astype(np.float32)
+    near = dataclasses.replace(candidates, highest_Q=highest_Q)
+    reranker_QxN, passages_QxN = candidates.reranker_QxN.copy(), candidates.passages_QxN.copy()
+    reranker_QxN[::3], reranker_QxN[:, 20:], passages_QxN[1::2, 25:] = np.nan, np.nan, -1
+    half = dataclasses.replace(candidates, reranker_QxN=reranker_QxN)
+    padded = dataclasses.replace(half, passages_QxN=passages_QxN)
+    own_2xN = np.array([[candidates.query_rows_Q[0]], [candidates.passages_QxN[0, 1]]])
+    given = {
+        "plain": (candidates, {}),
+        "undenoised": (candidates, {"denoised_share": 0.0}),
+        "near": (near, {}),
+        "half": (half, {}),
+        "long": (padded, {"list_size": 32}),
+    }
+    settings = {"seed": 7, "epoch": 3, "num_passages": 300, "own_2xN": own_2xN}
+    return {name: (each, positives_2xN, settings | own) for name, (each, own) in given.items()}
+
+
+# Of the function that looked at all candidates at once; a run resumes with its lists.
+GOLDEN = {
+    "plain": "14719d3af745f158",
+    "undenoised": "a636d305db0667b9",
+    "near": "dc44d949f9a5a8e0",
+    "half": "1a614a79c4e9536d",
+    "long": "ca451887fabe028d",
+}
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 40, 1024])
+@pytest.mark.parametrize("name", GOLDEN)
+def test_lists_are_the_same_bit_for_bit_however_many_queries_are_looked_at(
+    monkeypatch, name, at_once
+):
+    monkeypatch.setattr(lists_lib, "AT_ONCE", at_once)
+    candidates, positives_2xN, settings = variants()[name]
+    lists = drawn(candidates, positives_2xN, **settings)
+    assert (lists.passages_LxP.dtype, lists.provenance_LxP.dtype) == (np.int32, np.uint8)
+    assert hash_of(*lists.identity(), lists.provenance_LxP) == GOLDEN[name]
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 1024])
+def test_centred_scores_are_the_same_bit_for_bit(monkeypatch, at_once):
+    monkeypatch.setattr(lists_lib, "AT_ONCE", at_once)
+    candidates, *_ = variants()["long"]
+    assert hash_of(candidates.centred(5).reranker_QxN) == "c444fe7ea278e6c1"
+    assert hash_of(candidates.centred(20).reranker_QxN) == "83518b618435b83b"
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 1024])
+def test_labelled_candidates_are_known_however_many_queries_are_looked_at(monkeypatch, at_once):
+    monkeypatch.setattr(lists_lib, "AT_ONCE", at_once)
+    rng = np.random.default_rng(0)
+    rows_Q, passages_QxN = rng.permutation(40)[:20], rng.integers(-1, 12, (20, 9))
+    pairs_2xN = np.stack([rng.integers(0, 40, 60), rng.integers(0, 12, 60)])
+    pairs = {*map(tuple, pairs_2xN.T.tolist())}
+    known_QxN = known_positive(pairs_2xN, rows_Q, passages_QxN, 12)
+    expected = [
+        [(q, p) in pairs for p in row] for q, row in zip(rows_Q.tolist(), passages_QxN.tolist())
+    ]
+    assert known_QxN.tolist() == expected
+    assert 0 < known_QxN.sum() < 100
+    assert not known_positive(pairs_2xN[:, :0], rows_Q, passages_QxN, 12).any()
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 1024])
+def test_twins_are_found_however_many_queries_are_looked_at(monkeypatch, at_once):
+    monkeypatch.setattr(lists_lib, "AT_ONCE", at_once)
+    rng = np.random.default_rng(0)
+    text_N, passages_QxN = np.append(rng.integers(0, 30, 60), -1), rng.integers(-1, 60, (20, 9))
+    rows_Q, pairs_2xN = rng.permutation(40)[:20], rng.integers(0, 40, (2, 50))
+    labelled = {(q, p) for q, p in pairs_2xN.T.tolist()}
+    texts = {(q, text_N[p]) for q, p in labelled}
+    expected = [
+        (query, passage)
+        for query, passages in zip(rows_Q.tolist(), passages_QxN.tolist())
+        for passage in passages
+        if passage >= 0 and (query, text_N[passage]) in texts and (query, passage) not in labelled
+    ]
+    found_2xN = lists_lib.same_text(pairs_2xN, rows_Q, passages_QxN, text_N)
+    assert [tuple(pair) for pair in found_2xN.T.tolist()] == expected
+    assert len(expected) > 5
+
+
+def test_drawing_takes_memory_for_the_lists_and_not_for_all_candidates(monkeypatch):
+    monkeypatch.setattr(lists_lib, "AT_ONCE", 64)
+    rng, queries, depth = np.random.default_rng(0), 4000, 500
+    passages_QxN = rng.integers(0, 10**6, (queries, depth))
+    scores_QxN = rng.normal(size=(queries, depth)).astype(np.float32)
+    candidates = Candidates(np.arange(queries), passages_QxN, scores_QxN, scores_QxN)
+    positives_2xN = np.stack([np.arange(queries), passages_QxN[:, 3]])
+    tracemalloc.start()
+    settings = {"list_size": 8, "positive_above": 0.97, "num_passages": 10**6}
+    lists = drawn(candidates.centred(50), positives_2xN, **settings)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(lists.query_rows_L) > queries
+    # Four bytes of the centred scores; all else that is as large as the lists, or as 64 queries.
+    beside = peak - 4 * queries * depth
+    assert beside < 1.5 * queries * depth, beside / (queries * depth)

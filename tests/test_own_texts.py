@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from test_batches import batches_of, world
 
 from rqv2_jax.data import own_texts
-from rqv2_jax.data.lists import Candidates, Denoising, draw
+from rqv2_jax.data.drawing import Denoising, draw
+from rqv2_jax.data.lists import Candidates
 from rqv2_jax.data.tokens import Queries, Store, Texts
 
 

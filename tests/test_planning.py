@@ -11,7 +11,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from rqv2_jax import config as config_lib
-from rqv2_jax import config_check
+from rqv2_jax import config_check, room
 from rqv2_jax.data.packing import Block
 from rqv2_jax.errors import InputError
 from rqv2_jax.models import bert, released, weights
@@ -307,18 +307,37 @@ def test_the_whole_run_adds_up(roomy, config):
     plan, _ = roomy
     own = config_lib.loads(config_lib.dumps(config))
     own.data.dataset = "dpr"
-    queries, passages = planning.sizes(own, None, None)
-    assert (passages, queries) == planning.PUBLISHED["dpr"]
-    text = planning.render_run(own, plan, machine(1e12), queries, passages)
+    sizes = planning.sizes(own, None, None)
+    queries, passages = sizes.queries["train"], sizes.passages
+    assert (passages, queries, sizes.queries["test"]) == planning.PUBLISHED["dpr"]
+    text, faults = planning.render_run(own, plan, machine(1e12), sizes, None)
+    assert not faults
     assert f"all of it, {queries:,} training queries, {passages:,} passages" in text
     steps = round(own.joint.epochs * queries / own.joint.batch)
     hours = steps * plan.steps["joint"].seconds(machine(1e12)) / 3600
     assert f"| joint | {steps:,} steps | {hours:.2f} |" in text
-    assert f"| vectors, disk, each retriever | {passages * 32 * 4 / 2**30:.1f} |" in text
+    vectors = passages * 32 * 4 / 2**30
+    assert f"| vectors | {3 * vectors:.2f} |" in text
+    assert "| all of it; there is: unknown |" in text
+    # ScaNN takes no more than half of the host's memory, or what it is given.
+    built = "| ScaNN while it is built, in parts if need be |"
+    assert f"{built} {vectors * 4.6:.2f} |" in text
+    small = dataclasses.replace(machine(1e12), host_memory=2**33)
+    text, faults = planning.render_run(own, plan, small, sizes, 2**30)
+    assert f"{built} {min(vectors * 4.6, 4):.2f} |" in text
+    assert "and the disk has 1.00 GiB free; free some of it" in faults["disk"]
+    half = config_lib.loads(config_lib.dumps(plan.config))
+    half.encode.dtype, half.evaluate.scann.memory = "float16", 7.5
+    halved = dataclasses.replace(plan, config=half)
+    text, faults = planning.render_run(own, halved, small, sizes, 2**30)
+    assert f"| vectors | {1.5 * vectors:.2f} |" in text
+    assert f"{built} {min(vectors * 4.6, 7.5):.2f} |" in text
     own.data.dataset = "beir"
     with pytest.raises(InputError, match="give --queries and --passages"):
         planning.sizes(own, None, 7)
-    assert planning.sizes(own, 5, 7) == (5, 7)
+    sizes = planning.sizes(own, 50, 7)
+    assert (sizes.passages, sizes.queries["train"], sizes.queries["test"]) == (7, 50, 5)
+    assert (sizes.tokens, sizes.query_tokens) == (16, 16)
 
 
 def test_no_step_is_faster_than_its_slowest_part():
@@ -343,6 +362,7 @@ def test_this_machine_can_be_planned_for():
     assert 2**30 < found.memory < 2**50
     assert 1e8 < found.flops < 1e14
     assert np.isfinite(found.bandwidth)
+    assert found.host_memory == 2 * found.memory == room.host_memory()[0]
 
 
 def test_training_is_planned_at_its_own_lengths(config):

@@ -37,6 +37,28 @@ def test_the_verdict_tells_better_worse_and_not_told_apart():
     ]
 
 
+def test_sentences_tell_of_each_joint_model_in_words():
+    tests = [
+        outcome("joint retriever", "bm25", -0.2, 0.001),
+        outcome("joint retriever", "released retriever", 0.1, 0.049),
+        outcome("joint retriever", "retriever retriever", 0.0125, 0.5),
+        outcome("joint reranker", "joint retriever", 0.3, 0.0),
+        outcome("reranker reranker", "bm25", 0.3, 0.0),
+    ]
+    assert [line.replace("\xa0", " ") for line in results.sentences(tests)] == [
+        "The joint retriever is better than the model as released (+0.1000, p = 0.0490), worse than "
+        "BM25 (-0.2000, p = 0.0010) and not told apart from its warm-up (+0.0125, p = 0.5000), by "
+        "RR@10 on 40 queries.",
+        "The joint re-ranker is better than its retriever (+0.3000, p = 0.0000), by RR@10 on 40 "
+        "queries.",
+    ]
+
+
+def test_lengths_of_a_sample_as_they_are_read_and_uncut(run_and_store):
+    read_N, whole_N = results.lengths_by(run_and_store[0].inputs, run_and_store[1])["query_length"]
+    assert (read_N.tolist(), whole_N.tolist()) == ([5, 8], [5, 18])
+
+
 def of_lengths(*lengths):
     return Texts(np.zeros(sum(lengths), np.uint16), np.cumsum([0, *lengths]))
 

@@ -1,7 +1,9 @@
 import dataclasses
+import json
 import os
 import pathlib
 import types
+import weakref
 
 import jax
 import numpy as np
@@ -9,7 +11,9 @@ import pytest
 import tqdm
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ml_collections import ConfigDict
 
+from rqv2_jax.errors import InputError
 from rqv2_jax.models.scoring import tower
 from rqv2_jax.retrieval import bm25, encode, index, rerank, stream
 from rqv2_jax.training import sharding as sharding_lib
@@ -196,6 +200,109 @@ def test_scanns_manifest_is_written_after_everything_else(tmp_path, monkeypatch)
     assert (folder / "rqv2_jax.json").is_file()
 
 
+def in_parts(settings, count, passages):
+    """ScaNN's settings with memory for so many parts of the passages."""
+    memory = 4 * passages.size * index.BUILT / index.GIB / count
+    return types.SimpleNamespace(**vars(settings), memory=memory * 1.0001)
+
+
+def test_scann_in_one_part_is_the_index_of_before(tmp_path):
+    passages, queries, settings = near_centres(whole=False)
+    searcher = index.build_scann([passages], settings, 20, tmp_path / "index", "source")
+    expected = index.scann_search(searcher, queries, 20)
+    stamp = (tmp_path / "index" / index.MANIFEST).stat().st_mtime_ns
+    asked = in_parts(settings, 1, passages), 20, tmp_path / "index", "source"
+    for found, each in zip(index.open_scann([passages], *asked)(queries), expected):
+        np.testing.assert_array_equal(found, each)
+    assert (tmp_path / "index" / index.MANIFEST).stat().st_mtime_ns == stamp
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_scann_in_parts_finds_what_exact_search_finds(tmp_path, whole, dtype):
+    passages, queries, settings = near_centres(whole)
+    passages = passages.astype(dtype)
+    shards, folder = np.split(passages, [700, 1900]), tmp_path / "index"
+    exact_QxK, exact_scores_QxK = index.exact(queries, shards, 20)
+    asked = shards, in_parts(settings, 4, passages), 20, folder, "source"
+    rows_QxK, scores_QxK = index.open_scann(*asked)(queries)
+    assert index.recall(rows_QxK, exact_QxK) >= (1.0 if whole else 0.8)
+    own_scores_QxK = np.einsum("qd,qkd->qk", queries, passages.astype(np.float32)[rows_QxK])
+    np.testing.assert_allclose(scores_QxK, own_scores_QxK, rtol=1e-4)
+    assert (np.diff(scores_QxK) <= 0).all()
+    if whole:
+        np.testing.assert_array_equal(rows_QxK, exact_QxK)
+        np.testing.assert_allclose(scores_QxK, exact_scores_QxK, rtol=1e-5)
+    manifests = sorted(folder.glob(f"*/{index.MANIFEST}"))
+    assert [path.parent.name for path in manifests] == ["0000", "0001", "0002", "0003"]
+    stamps = [path.stat().st_mtime_ns for path in manifests]
+    np.testing.assert_array_equal(index.open_scann(*asked)(queries)[0], rows_QxK)
+    assert [path.stat().st_mtime_ns for path in manifests] == stamps
+
+
+def test_scann_pads_where_all_parts_hold_fewer_than_were_asked_for(tmp_path):
+    passages, queries, settings = near_centres(whole=True)
+    few = passages[:6]
+    asked = in_parts(settings, 3, few), 9, tmp_path / "index", "source"
+    rows_QxK, _ = index.open_scann([few], *asked)(queries)
+    np.testing.assert_array_equal(rows_QxK, np.argsort(-(queries @ few.T), axis=1))
+
+
+def test_another_number_of_parts_leaves_none_of_the_old_ones(tmp_path):
+    passages, queries, settings = near_centres(whole=True)
+    folder, found = tmp_path / "index", []
+    for count in (1, 3, 2, 1):
+        asked = in_parts(settings, count, passages), 20, folder, "source"
+        found.append(index.open_scann([passages], *asked)(queries)[0])
+        parts = sorted(path.name for path in folder.iterdir() if path.is_dir())
+        assert parts == ([f"{number:04}" for number in range(count)] if count > 1 else [])
+        assert (folder / index.MANIFEST).is_file() == (count == 1)
+    for each in found[1:]:
+        np.testing.assert_array_equal(each, found[0])
+
+
+def test_only_one_part_of_scann_is_in_memory_at_a_time(tmp_path, monkeypatch):
+    passages, queries, settings = near_centres(whole=True)
+    alive, most, build = weakref.WeakSet(), [], index.build_scann
+
+    class Searcher:
+        def __init__(self, searcher):
+            self.search_batched_parallel = searcher.search_batched_parallel
+
+    def watched(shards, *asked):
+        assert not alive
+        assert sum(map(len, shards)) == 750
+        searcher = Searcher(build(shards, *asked))
+        alive.add(searcher)
+        most.append(len(alive))
+        return searcher
+
+    monkeypatch.setattr(index, "build_scann", watched)
+    asked = in_parts(settings, 4, passages), 20, tmp_path / "i", "source"
+    index.open_scann([passages], *asked)(queries)
+    assert most == [1] * 4
+
+
+def test_scanns_parts_follow_from_the_memory(monkeypatch):
+    # 21 million vectors of 768 take 60 GiB, and ScaNN 276 GiB.
+    vectors = 4 * 21_000_000 * 768 / 2**30
+    assert index.scann_parts(21_000_000, 768, vectors * index.BUILT * 1.001) == 1
+    assert index.scann_parts(21_000_000, 768, vectors * index.BUILT * 0.999) == 2
+    assert index.scann_parts(21_000_000, 768, 64.0) == 5
+    assert index.scann_parts(3, 768, 1e-9) == 3
+    # Half of what this process may take of the machine's memory.
+    monkeypatch.setattr(index.room, "host_memory", lambda: (128.0 * 2**30, 1.0))
+    assert index.scann_parts(21_000_000, 768, 0.0) == index.scann_parts(21_000_000, 768, 64.0)
+    assert index.scann_parts(21_000_000, 768, 64.0) != index.scann_parts(21_000_000, 768, 128.0)
+
+
+def test_scanns_results_are_named_by_its_parts_and_not_by_the_memory():
+    settings = ConfigDict({**vars(SCANN), "memory": 0.001})
+    before = json.dumps(vars(SCANN), sort_keys=True)
+    assert index.scann_described(settings, 10, 8) == before
+    assert json.loads(index.scann_described(settings, 10_000, 8)) == {**vars(SCANN), "parts": 2}
+
+
 def break_file(path, damage):
     """Empties a file, cuts it in half, or deletes it."""
     if damage == "gone":
@@ -296,18 +403,85 @@ def test_corpus_resumes_at_the_first_missing_shard_and_forgets_other_sources(
 ):
     monkeypatch.setattr(encode, "PASSAGES_PER_SHARD", 10)
     tower = world.params["retriever"]["passage"]
-    whole = np.concatenate(encode.corpus(forward, tower, world.store, tmp_path / "v", "a"))
+    whole = np.concatenate(
+        encode.corpus(forward, tower, world.store, tmp_path / "v", "a", "float32")
+    )
     np.testing.assert_allclose(
         whole, encode.passages(forward, tower, world.store, np.arange(24)), atol=1e-5
     )
     kept, lost = tmp_path / "v" / "00000.npy", tmp_path / "v" / "00001.npy"
     stamp = kept.stat().st_mtime_ns
     lost.unlink()
-    again = np.concatenate(encode.corpus(forward, tower, world.store, tmp_path / "v", "a"))
+    again = np.concatenate(
+        encode.corpus(forward, tower, world.store, tmp_path / "v", "a", "float32")
+    )
     np.testing.assert_array_equal(again, whole)
     assert kept.stat().st_mtime_ns == stamp
-    encode.corpus(forward, tower, world.store, tmp_path / "v", "b")
+    encode.corpus(forward, tower, world.store, tmp_path / "v", "b", "float32")
     assert kept.stat().st_mtime_ns != stamp
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_vectors_in_half_precision_take_half_the_disk_and_are_scored_in_float32(
+    world, forward, tmp_path, monkeypatch, dtype
+):
+    monkeypatch.setattr(encode, "PASSAGES_PER_SHARD", 10)
+    towers, texts = world.params["retriever"], world.store.splits["train"].texts
+    encoded = forward, tower(towers, "passage"), world.store
+    full, half = (
+        encode.corpus(*encoded, tmp_path / each, "a", each) for each in ("float32", dtype)
+    )
+    assert [each.nbytes for each in half] == [each.nbytes // 2 for each in full]
+    sizes = [(tmp_path / each / "00000.npy").stat().st_size for each in ("float32", dtype)]
+    assert sizes[1] - 128 == (sizes[0] - 128) / 2
+    rounded_NxD = np.concatenate(full).astype(dtype).astype(np.float32)
+    np.testing.assert_array_equal(np.concatenate(half, dtype=np.float32), rounded_NxD)
+    queries_QxD = encode.queries(forward, tower(towers, "query"), texts, np.arange(8))
+    expected_QxN = queries_QxD @ rounded_NxD.T
+    rows_QxK, scores_QxK = index.exact(queries_QxD, half, 24)
+    assert scores_QxK.dtype == np.float32
+    found = np.take_along_axis(expected_QxN, rows_QxK, axis=1)
+    np.testing.assert_allclose(scores_QxK, found, rtol=1e-5, atol=1e-5)
+
+
+def test_shards_in_another_dtype_are_made_again(world, forward, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(encode, "PASSAGES_PER_SHARD", 10)
+    folder, stamps = tmp_path / "v", []
+    encoded = forward, world.params["retriever"]["passage"], world.store, folder, "a"
+
+    def stamp(dtype):
+        shards = encode.corpus(*encoded, dtype)
+        assert {str(shard.dtype) for shard in shards} == {dtype}
+        stamps.append((folder / "00000.npy").stat().st_mtime_ns)
+
+    stamp("float32")
+    # As before manifests named the dtype.
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest.pop("dtype") == "float32"
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    for dtype in ("float32", "float16", "float16", "bfloat16"):
+        stamp(dtype)
+    assert stamps[0] == stamps[1] < stamps[2] == stamps[3] < stamps[4]
+    np.save(folder / "00001.npy", np.zeros((10, 32), np.float16))
+    capsys.readouterr()
+    stamp("bfloat16")
+    assert stamps[4] == stamps[5]
+    assert f"{folder / '00001.npy'}: cannot be read (float16 of" in capsys.readouterr().out
+
+
+def test_a_vector_that_float16_cannot_hold_is_refused(world, forward, tmp_path):
+    large = jax.tree.map(lambda x: x, world.params["retriever"]["passage"])
+    norms = [leaf for leaf in jax.tree_util.tree_leaves_with_path(large) if "scale" in str(leaf[0])]
+    assert norms
+    large = jax.tree_util.tree_map_with_path(
+        lambda path, x: x * (1e6 if "scale" in str(path) else 1), large
+    )
+    encoded = forward, large, world.store, tmp_path / "v", "a"
+    with pytest.raises(InputError, match=r"dtype is float16, .* --config\.encode\.dtype=float32"):
+        encode.corpus(*encoded, "float16")
+    assert not list((tmp_path / "v").glob("*.npy"))
+    for dtype in ("bfloat16", "float32"):
+        assert np.isfinite(np.concatenate(encode.corpus(*encoded, dtype), dtype=np.float32)).all()
 
 
 @pytest.mark.parametrize("damage", ["emptied", "cut", "short"])
@@ -316,14 +490,14 @@ def test_corpus_encodes_again_the_shards_that_are_damaged(
 ):
     monkeypatch.setattr(encode, "PASSAGES_PER_SHARD", 10)
     tower, folder = world.params["retriever"]["passage"], tmp_path / "v"
-    whole = np.concatenate(encode.corpus(forward, tower, world.store, folder, "a"))
+    whole = np.concatenate(encode.corpus(forward, tower, world.store, folder, "a", "float32"))
     kept, broken = folder / "00000.npy", folder / "00001.npy"
     stamp = kept.stat().st_mtime_ns
     if damage == "short":
         np.save(broken, np.load(broken)[:7])
     else:
         break_file(broken, damage)
-    again = np.concatenate(encode.corpus(forward, tower, world.store, folder, "a"))
+    again = np.concatenate(encode.corpus(forward, tower, world.store, folder, "a", "float32"))
     np.testing.assert_array_equal(again, whole)
     assert kept.stat().st_mtime_ns == stamp
     (line,) = (x for x in capsys.readouterr().out.splitlines() if "made again" in x)
@@ -334,10 +508,10 @@ def test_corpus_is_encoded_again_when_nobody_can_say_by_what_it_was(
     world, forward, tmp_path, capsys
 ):
     tower, folder = world.params["retriever"]["passage"], tmp_path / "v"
-    encode.corpus(forward, tower, world.store, folder, "a")
+    encode.corpus(forward, tower, world.store, folder, "a", "float32")
     manifest, stamp = folder / "manifest.json", (folder / "00000.npy").stat().st_mtime_ns
     break_file(manifest, "cut")
-    encode.corpus(forward, tower, world.store, folder, "a")
+    encode.corpus(forward, tower, world.store, folder, "a", "float32")
     assert (folder / "00000.npy").stat().st_mtime_ns != stamp
     assert f"{manifest}: cannot be read (" in capsys.readouterr().out
 

@@ -7,9 +7,10 @@ import jax
 import pytest
 
 from rqv2_jax import config as config_lib
+from rqv2_jax import room
 from rqv2_jax.data import tokens
 from rqv2_jax.errors import InputError
-from rqv2_jax.recipe import pipeline, space
+from rqv2_jax.recipe import needs, pipeline, space
 from rqv2_jax.recipe.claim import open_workdir
 from rqv2_jax.training import train
 
@@ -31,16 +32,17 @@ def test_a_finished_run_holds_no_more_than_was_asked_for(finished):
     for model in ("retriever", "reranker"):
         made = sum(x.nbytes for x in jax.tree.leaves(run.initial(model)))
         # The re-ranker's head is not counted.
-        assert made * 0.99 < space.of_params(run, model) <= made
-    joint = space.of_params(run, "retriever") + space.of_params(run, "reranker")
+        assert made * 0.99 < needs.of_params(run.models, model) <= made
+    joint = sum(needs.of_params(run.models, model) for model in ("retriever", "reranker"))
     params = {model: run.initial(model) for model in ("retriever", "reranker")}
     optimizer = train.make_optimizer(run.config.optimizer, run.config.joint, 6, {})
     state = jax.tree.leaves(train.state_shapes(params, optimizer, run.sharding))
     # A state has the params and two moments; orbax compresses it and the best params on disk.
     assert 3 * joint < sum(x.size * x.dtype.itemsize for x in state) < 3.01 * joint
-    assert size(finished[1] / "joint") < (3 + 2) * joint < space.CHECKPOINTS * joint
+    assert size(finished[1] / "joint") < (3 + 2) * joint < needs.CHECKPOINTS * joint
     arrays = size(finished[1] / "vectors" / "joint")
-    assert space.of_vectors(len(store.passage_ids), 32) <= arrays < 2**16
+    assert needs.of_vectors(len(store.passage_ids), 32, "float32") <= arrays < 2**16
+    assert needs.of_vectors(7, 32, "float16") == needs.of_vectors(7, 32, "bfloat16") == 7 * 32 * 2
 
 
 @pytest.mark.parametrize("part", ["retriever", "joint", "vectors"])
@@ -52,7 +54,9 @@ def test_a_full_disk_is_told_of_before_a_part_begins(finished, tmp_path, monkeyp
             shutil.rmtree(tmp_path / "w" / folder)
     before = files(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(space.shutil, "disk_usage", lambda _: Usage(9, 9 - 1, 1))
+        patch.setattr(room.shutil, "disk_usage", lambda _: Usage(9, 9 - 1, 1))
+        # As if something else had filled the disk since the start.
+        patch.setattr(space, "check_run", lambda *_: None)
         with pytest.raises(
             InputError, match=rf"w/{part}: will hold 0\.\d\d GiB more, and its disk"
         ):
@@ -64,5 +68,5 @@ def test_a_full_disk_is_told_of_before_a_part_begins(finished, tmp_path, monkeyp
 
 def test_what_is_there_needs_no_more_room(finished, monkeypatch):
     config, workdir = finished
-    monkeypatch.setattr(space.shutil, "disk_usage", lambda _: Usage(9, 9, 0))
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda _: Usage(9, 9, 0))
     pipeline.main(config, workdir)

@@ -38,6 +38,10 @@ class Passage(NamedTuple):
     title: str
     text: str
 
+    def shown(self) -> str:
+        """Returns the passage as text for people, the title first."""
+        return f"{self.title}: {self.text}" if self.title else self.text
+
 
 class Query(NamedTuple):
     """One question; `answers` are the strings an answer may contain, empty where unknown."""
@@ -56,6 +60,27 @@ class Qrel(NamedTuple):
     source: str
 
 
+# Yields (line number, text) of lines of a file.
+Lines = Callable[[Path], Iterator[tuple[int, str]]]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Files of passages, one on each line; in several files, parts of it on lines with one number.
+
+    Line means one that is not blank; a file may begin with a head line, which is no passage.
+    `read(lines)` yields the passages on the lines that `lines(file)` yields for each of the files: all
+    of them, or only some.
+    """
+
+    files: tuple[Path, ...]
+    read: Callable[[Lines], Iterator[Passage]]
+
+    def by_offset(self) -> bool:
+        """Says whether a line can be read without those before it: no file is gzipped."""
+        return all(file.suffix != ".gz" for file in self.files)
+
+
 @dataclass(frozen=True)
 class Collection:
     """Passages, queries and qrels as streams that can be opened again and again.
@@ -65,7 +90,8 @@ class Collection:
     yields every query of the file they are selected from, whatever its text and labels; nothing
     where all are taken. `fingerprint` changes whenever the content may have changed. `splits` is the
     part of train, dev, test that exists; asking for another raises `InputError`. `remarks` are lines
-    for people: how the splits were made, and what was left out before.
+    for people: how the splits were made, and what was left out before. `corpus` has the files of
+    `passages`, None where passages are no lines of files.
     """
 
     name: str
@@ -77,6 +103,7 @@ class Collection:
     answer_splits: tuple[str, ...] = ()
     query_file: Callable[[str], Iterator[Query]] = lambda _split: iter(())
     remarks: tuple[str, ...] = ()
+    corpus: Corpus | None = None
 
     def shown(self, rows: Set[int]) -> dict[int, str]:
         """Returns the passages with these row numbers as text for people, the title first.
@@ -84,11 +111,7 @@ class Collection:
         Reads no further than the last of them.
         """
         first = itertools.islice(self.passages(), max(rows, default=-1) + 1)
-        return {
-            row: f"{p.title}: {p.text}" if p.title else p.text
-            for row, p in enumerate(first)
-            if row in rows
-        }
+        return {row: p.shown() for row, p in enumerate(first) if row in rows}
 
 
 class Left:

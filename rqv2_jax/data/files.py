@@ -11,10 +11,11 @@ import math
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from rqv2_jax.data.collection import Passage, Qrel
+from rqv2_jax.data.collection import Corpus, Lines, Passage, Qrel
 from rqv2_jax.errors import InputError
 
 MAX_RELEVANCE = int(np.iinfo(np.int32).max)
@@ -72,23 +73,42 @@ def opened(file: Path) -> gzip.GzipFile | io.BufferedReader:
     return gzip.open(file) if file.suffix == ".gz" else file.open("rb")
 
 
-def lines(file: Path) -> Iterator[tuple[int, str]]:
-    """Yields (line number from 1, text without its line end) of every line that is not blank."""
-    number = 0
+def decoded(file: Path) -> Iterator[tuple[int, int, str]]:
+    """Yields (number from 1, the byte at which it begins, text with its end) of every line."""
+    number, end = 0, 0
     try:
         with opened(file) as stream:
             for raw in stream:
-                number += 1
+                number, start, end = number + 1, end, end + len(raw)
                 # utf-8-sig, because some editors begin a file with a byte order mark.
-                line = raw.decode("utf-8-sig").rstrip("\r\n")
-                if line.strip():
-                    yield number, line
+                yield number, start, raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{file}:{number}: not UTF-8 ({error.reason}); save it as UTF-8") from None
     except (EOFError, OSError, zlib.error) as error:
         raise InputError(
             f"{file}:{number + 1}: cannot be read on ({error}); fetch or compress the file again"
         ) from None
+
+
+def lines(file: Path) -> Iterator[tuple[int, str]]:
+    """Yields (line number from 1, text without its line end) of every line that is not blank."""
+    return ((number, line) for number, _, line in placed_lines(file))
+
+
+def placed_lines(file: Path) -> Iterator[tuple[int, int, str]]:
+    """Yields what `lines` does, with the byte at which each line begins, from 0, between the two."""
+    for number, start, text in decoded(file):
+        line = text.rstrip("\r\n")
+        if line.strip():
+            yield number, start, line
+
+
+def json_of(source: str, line: str) -> Any:
+    """Returns what a line of JSON holds."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{source}: not JSON ({error}); write one object per line") from None
 
 
 # The columns of query, passage and relevance, by the number of columns.
@@ -144,15 +164,15 @@ def _relevance(source: str, text: str) -> int:
     return value
 
 
-def objects(file: Path, id_field: str) -> Iterator[tuple[str, str, dict]]:
-    """Yields (`path:line`, id, object) of a JSON-lines file whose objects have ids, each once."""
+def objects(file: Path, id_field: str, read: Lines = lines) -> Iterator[tuple[str, str, dict]]:
+    """Yields (`path:line`, id, object) of a JSON-lines file whose objects have ids, each once.
+
+    Its lines are those that `read(file)` yields.
+    """
     first_lines: dict[str, int] = {}
-    for number, line in lines(file):
+    for number, line in read(file):
         source = f"{file}:{number}"
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{source}: not JSON ({error}); write one object per line") from None
+        value = json_of(source, line)
         if not isinstance(value, dict):
             raise InputError(f'{source}: no JSON object; write {{"{id_field}": "...", ...}}')
         key = value.get(id_field)
@@ -208,9 +228,13 @@ def answers_of(source: str, value: dict, field: str = "answers") -> tuple[str, .
     return tuple(answers)
 
 
-def read_passages(file: Path, id_field: str) -> Iterator[Passage]:
-    """Yields the passages of a JSON-lines file: id, and `title` and `text` where there are any."""
-    for source, key, value in objects(file, id_field):
+def corpus(file: Path, id_field: str) -> Corpus:
+    """Returns the passages of a JSON-lines file: id, and `title` and `text` where there are any."""
+    return Corpus((file,), lambda read: _passages(file, id_field, read))
+
+
+def _passages(file: Path, id_field: str, read: Lines) -> Iterator[Passage]:
+    for source, key, value in objects(file, id_field, read):
         title = value.get("title")
         if not isinstance(title, str | None):
             raise InputError(f"{source}: `title` is {title!r}; make it a string or leave it out")

@@ -5,16 +5,19 @@ Layout of a store folder:
     manifest.json                                  tokenizer and source hashes, counts, format, and
                                                    remarks: lines about what was left out, and how
                                                    splits were made
-    passages/{titles,texts}.bin, .offsets.npy      token numbers end to end; where each text starts
-    passages/ids.json                              the user's ids, one JSON string a line, by row
-    <split>/queries.bin, .offsets.npy, ids.json    the queries of a split
+    passages/{titles,texts}.bin, .offsets.bin      token numbers end to end; where each text starts
+                                                   and the last ends, int64
+    passages/ids.json, .offsets.bin                the user's ids, one JSON string a line, by row
+    passages/lines.npy                             [F, N + 1] where each passage's line begins in the F
+                                                   files of the corpus; not there if they are gzipped
+    <split>/{queries,ids}...                       the queries of a split
     <split>/qrels.npy                              [3, N] query row, passage row, relevance
     <split>/same_ids.npy                           [2, N] query row and passage row with one id
 
 Where the re-ranker has another tokenizer, its tokens lie beside the others, in `titles.pairs.bin` etc.
 Ids stay the user's strings in ids.json and are row numbers everywhere else. `tokenise` writes stores.
 
-Shape suffix: N pairs of a query and a passage, or passages.
+Shape suffixes: N pairs of a query and a passage, or passages; F files of a corpus.
 """
 
 import dataclasses
@@ -29,7 +32,6 @@ import numpy as np
 from rqv2_jax.errors import DAMAGE, InputError
 
 SAMPLE = 2**16  # passages whose lengths are measured
-READ_AT_ONCE = 2**24  # bytes of ids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,18 +64,13 @@ class Texts:
 class Ids(Sequence[str]):
     """The user's ids by row, which are read from their file when they are asked for.
 
-    Of 21 million, the places of the lines take 170 MB of memory, strings would take 1.3 GB.
+    Strings of 21 million would take 1.3 GB of memory. Raises ValueError if the file is cut short.
     """
 
     def __init__(self, path: pathlib.Path):
         self.path = path
-        # An empty file cannot be mapped.
-        lines = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.zeros(0, np.uint8)
-        parts = [
-            np.flatnonzero(lines[start : start + READ_AT_ONCE] == ord("\n")) + start + 1
-            for start in range(0, len(lines), READ_AT_ONCE)
-        ]
-        self.lines, self.starts = lines, np.concatenate([np.zeros(1, np.int64), *parts])
+        self.starts = read_offsets(path.with_suffix(""))
+        self.lines = _flat(path, "uint8", int(self.starts[-1]))
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -134,6 +131,9 @@ class Store:
     passage_ids: Sequence[str]
     splits: dict[str, Queries]
     fingerprint: str
+    lines_FxN: np.ndarray | None = (
+        None  # see `offsets.Recorded`, None if lines cannot be read alone
+    )
 
     def for_pairs(self) -> "Store":
         """Returns the store with the passages as the re-ranker reads them."""
@@ -190,7 +190,7 @@ def read_store(folder: pathlib.Path) -> Store:
     """Does what `open_store` does; raises one of `errors.DAMAGE` if a file is missing or cut short."""
     manifest = _manifest(folder)
 
-    def check(name: str | pathlib.Path, actual: int, expected: int) -> None:
+    def check(name: str, actual: int, expected: int) -> None:
         if actual != expected:
             raise ValueError(f"{name} holds {actual} in place of {expected}")
 
@@ -198,14 +198,9 @@ def read_store(folder: pathlib.Path) -> Store:
         pairs = None
         if "pairs_dtype" in manifest and not name.endswith(".pairs"):
             pairs = texts(f"{name}.pairs", count, manifest["pairs_dtype"])
-        file = folder / f"{name}.bin"
-        offsets = np.load(folder / f"{name}.offsets.npy", mmap_mode="r")
-        check(f"{name}.offsets.npy", len(offsets) - 1, count)
-        size = np.dtype(dtype).itemsize * int(offsets[-1])
-        check(file.relative_to(folder), file.stat().st_size, size)
-        # An empty file cannot be mapped: a corpus may well have no titles at all.
-        tokens = np.memmap(file, dtype, "r") if size else np.zeros(0, dtype)
-        return Texts(tokens, offsets, pairs)
+        offsets = read_offsets(folder / name)
+        check(f"{name}.offsets.bin", len(offsets) - 1, count)
+        return Texts(_flat(folder / f"{name}.bin", dtype, int(offsets[-1])), offsets, pairs)
 
     def ids(name: str, count: int) -> Ids:
         keys = Ids(folder / name / "ids.json")
@@ -218,14 +213,32 @@ def read_store(folder: pathlib.Path) -> Store:
         asked = texts(f"{split}/queries", count), list(ids(split, count)), qrels_3xN
         return Queries(*asked, same_2xN=same_2xN)
 
-    passages = manifest["passages"]
+    passages, corpus_files, lines_FxN = manifest["passages"], manifest["corpus_files"], None
+    if corpus_files:
+        lines_FxN = np.load(folder / "passages" / "lines.npy", mmap_mode="r")
+        check("passages/lines.npy", lines_FxN.size, corpus_files * (passages + 1))
     return Store(
         titles=texts("passages/titles", passages),
         texts=texts("passages/texts", passages),
         passage_ids=ids("passages", passages),
         splits={split: queries(split) for split in manifest["splits"]},
         fingerprint=read_fingerprint(folder),
+        lines_FxN=lines_FxN,
     )
+
+
+def read_offsets(path: pathlib.Path) -> np.ndarray:
+    """Returns where each of some items begins in a file, and the end, from `<path>.offsets.bin`."""
+    return np.memmap(f"{path}.offsets.bin", np.int64, "r")
+
+
+def _flat(path: pathlib.Path, dtype: str, count: int) -> np.ndarray:
+    """Maps a file of `count` numbers; raises ValueError if it holds more or fewer."""
+    actual, expected = path.stat().st_size, np.dtype(dtype).itemsize * count
+    if actual != expected:
+        raise ValueError(f"{path.name} holds {actual} in place of {expected}")
+    # An empty file cannot be mapped: a corpus may well have no titles at all.
+    return np.memmap(path, dtype, "r") if count else np.zeros(0, dtype)
 
 
 def read_fingerprint(folder: pathlib.Path) -> str:

@@ -23,7 +23,9 @@ from rqv2_jax.errors import DAMAGE, InputError, one_line
 from rqv2_jax.recipe.costs import Costs, measure, stages_of
 from rqv2_jax.recipe.run import Run
 
-FILE, TOOK = "budget.json", "budget.took.json"
+FILE, TOOK = "budget.json", "took.json"
+# Parts of a run that a budget does not cover.
+BEYOND = ("prepare", "evaluate")
 # Share of the budget for what is not measured: search, drawing lists, checkpoints, a slower moment.
 RESERVE = 0.1
 # Shares of the time that encoding and compiling leave: scores of candidates, at most; and, of the rest,
@@ -229,32 +231,38 @@ def _share(
 
 @contextlib.contextmanager
 def timed(run: Run, name: str) -> Iterator[None]:
-    """Adds the seconds of a part of the run to those that its workdir keeps, under a budget."""
+    """Adds the seconds of a part of the run to those that its workdir keeps."""
     started = time.monotonic()
     try:
         yield
     finally:
-        if run.config.budget and hosts.first():
-            took = _took(run)
-            took[name] = took.get(name, 0.0) + time.monotonic() - started
-            artifacts.replace_text(run.workdir / TOOK, json.dumps(took, indent=1) + "\n")
+        if hosts.first():
+            seconds = took(run.workdir)
+            seconds[name] = seconds.get(name, 0.0) + time.monotonic() - started
+            artifacts.replace_text(run.workdir / TOOK, json.dumps(seconds, indent=1) + "\n")
 
 
-def _took(run: Run) -> dict[str, float]:
+def took(workdir: pathlib.Path) -> dict[str, float]:
+    """Returns the seconds that each part of a run has taken, in their order; none if not known."""
     try:
-        return json.loads((run.workdir / TOOK).read_text())
+        return json.loads((workdir / TOOK).read_text())
     except DAMAGE:
         return {}
+
+
+def spent(workdir: pathlib.Path) -> dict[str, float]:
+    """Returns the seconds that the parts have taken that a budget covers."""
+    return {name: seconds for name, seconds in took(workdir).items() if name not in BEYOND}
 
 
 def report(run: Run) -> None:
     """Prints what the parts of a run under a budget took."""
     if run.config.budget:
-        took = hosts.from_first(lambda: _took(run))
+        seconds = hosts.from_first(lambda: spent(run.workdir))
         made = hosts.from_first(lambda: _read(run.config, run.workdir))
         parts = ", ".join(
-            f"{name} {seconds / 60:.1f} (expected {made['expected'][name] / 60:.1f})"
-            for name, seconds in took.items()
+            f"{name} {part / 60:.1f} (expected {made['expected'][name] / 60:.1f})"
+            for name, part in seconds.items()
         )
-        total = sum(took.values()) / 60
+        total = sum(seconds.values()) / 60
         tqdm.tqdm.write(f"budget: took {total:.1f} of {run.config.budget:g} minutes: {parts}")

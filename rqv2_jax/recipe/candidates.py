@@ -82,7 +82,8 @@ class Finder:
         queries, forward = self.store.splits[split], self.run.forward
         own_Q = own_texts.of_rows(queries, rows_Q)
         vectors_QxD = encode.queries(forward, tower(towers, "query"), queries.texts, rows_Q)
-        shards = encode.corpus(forward, tower(towers, "passage"), self.store, vectors, self.models)
+        dtype, passage = self.run.config.encode.dtype, tower(towers, "passage")
+        shards = encode.corpus(forward, passage, self.store, vectors, self.models, dtype)
         ranking = index.exact(vectors_QxD, shards, own_texts.deeper(depth, own_Q))
         found = dict(zip(("passages", "scores"), own_texts.without(*ranking, own_Q)))
         if split == "train" and self.run.config.mine.margin > 0:
@@ -108,7 +109,7 @@ def highest(
     for query, passage in labelled_2xN.T.tolist():
         if (number := numbers.get(query)) is not None:
             shard, place = divmod(passage, encode.PASSAGES_PER_SHARD)
-            score = vectors_QxD[number] @ shards[shard][place]
+            score = vectors_QxD[number] @ shards[shard][place].astype(np.float32)
             lowest_Q[number] = min(lowest_Q[number], score)
     labelled_Q = np.isfinite(lowest_Q)
     lowest_Q[labelled_Q] -= margin * np.abs(lowest_Q[labelled_Q])

@@ -4,7 +4,9 @@ import importlib.metadata
 import json
 import pathlib
 import platform
+import shlex
 import subprocess
+import sys
 
 import jax
 import ml_collections
@@ -148,6 +150,7 @@ def claim(run: Run) -> None:
         "devices": [str(d) for d in jax.devices()],
         "machine": platform.platform(),
         "commit": _commit() or "unknown",
+        "command": shlex.join(sys.orig_argv),
     }
     text = json.dumps(environment, indent=1) + "\n"
     artifacts.write_text(run.workdir / "environment.json", text)

@@ -15,7 +15,7 @@ import numpy as np
 import tqdm
 
 from rqv2_jax import artifacts, hosts
-from rqv2_jax.data import calibration, collection, tokenise, tokens
+from rqv2_jax.data import calibration, collection, drawing, tokenise, tokens
 from rqv2_jax.data import lists as lists_lib
 from rqv2_jax.data.readers import joint_tsv
 from rqv2_jax.errors import InputError
@@ -27,7 +27,7 @@ from rqv2_jax.retrieval import rerank
 
 MINED_AT_ONCE = 1024
 # Of lists that are not denoised.
-UNDENOISED = lists_lib.Denoising(0.0, (1.0, 0.0), 0.0, 1.0)
+UNDENOISED = drawing.Denoising(0.0, (1.0, 0.0), 0.0, 1.0)
 
 
 def score(finder: Finder, candidates: Candidates, reranker: Callable[[], dict]) -> Candidates:
@@ -168,7 +168,7 @@ def draw_lists(
     number: int = 0,
     step: int = 0,
 ) -> lists_lib.Lists:
-    """Draws lists of the re-ranker's warm-up or of joint training, as `lists.draw` orders them.
+    """Draws lists of the re-ranker's warm-up or of joint training, as `drawing.draw` orders them.
 
     All of the stage's, or `number` of them for the steps from `step` on. Joint training begins with
     queries that the warm-up has not read: of those it has, a re-ranker knows the labels by heart, and
@@ -190,15 +190,13 @@ def draw_lists(
     trusted = config.mine.negative_below, config.mine.positive_above
     lists = _draw(
         *(config, store, train, never_2xN, stage),
-        denoising=lists_lib.Denoising(share, probability, *trusted),
+        denoising=drawing.Denoising(share, probability, *trusted),
         read_L=read_L,
         part=(number, step),
     )
     _print_kinds(lists)
     if share > 0:
-        unlabelled_QxN = ~np.isnan(train.reranker_QxN) & ~_known_positive(store, "train", train)
-        p_U = calibration.relevance(train.reranker_QxN[unlabelled_QxN], probability)
-        _warn_of_missing(config.mine, p_U, lists)
+        _warn_of_missing(config.mine, store, train, probability, lists)
     return lists
 
 
@@ -209,7 +207,7 @@ def _draw(
     never_2xN: np.ndarray,
     stage: str,
     *,
-    denoising: lists_lib.Denoising = UNDENOISED,
+    denoising: drawing.Denoising = UNDENOISED,
     read_L: Sequence[int] | np.ndarray = (),
     part: tuple[int, int] = (0, 0),
 ) -> lists_lib.Lists:
@@ -220,7 +218,7 @@ def _draw(
     settings, (number, step) = config[stage], part
 
     def draw(epoch: int) -> lists_lib.Lists:
-        drawn = lists_lib.draw(
+        drawn = drawing.draw(
             train,
             store.splits["train"].positives(),
             never_2xN,
@@ -241,8 +239,11 @@ def _twins(
 ) -> np.ndarray:
     """Returns candidates with the text of a positive under another id, as `lists.same_text` does."""
     positives_2xN = store.splits["train"].positives()
-    passages = np.append(positives_2xN[1], candidates.passages_QxN)
-    text_N = store.same_text(passages, config.data.titles)
+    # Row -1, padding, marks the last entry.
+    looked_at_N = np.zeros(len(store.texts) + 1, bool)
+    looked_at_N[positives_2xN[1]] = True
+    looked_at_N[candidates.passages_QxN] = True
+    text_N = store.same_text(np.flatnonzero(looked_at_N[:-1]), config.data.titles)
     rows = candidates.query_rows_Q, candidates.passages_QxN
     twins_2xN = lists_lib.same_text(positives_2xN, *rows, text_N)
     if count := twins_2xN.shape[1]:
@@ -253,16 +254,30 @@ def _twins(
     return twins_2xN
 
 
-def _warn_of_missing(mine: ml_collections.ConfigDict, p_U: np.ndarray, lists: lists_lib.Lists):
+def _warn_of_missing(
+    mine: ml_collections.ConfigDict,
+    store: tokens.Store,
+    train: lists_lib.Candidates,
+    probability: tuple[float, float],
+    lists: lists_lib.Lists,
+) -> None:
     """Prints which kind of denoised passage no unlabelled candidate was certain enough for."""
     for kind, name, extreme in (
         (lists_lib.Provenance.DENOISED_NEGATIVE, "negative_below", np.min),
         (lists_lib.Provenance.DENOISED_POSITIVE, "positive_above", np.max),
     ):
-        if len(p_U) and not (lists.provenance_LxP == kind).any():
+        if (lists.provenance_LxP == kind).any():
+            continue
+        reached = []
+        for part in lists_lib.parts(len(train.query_rows_Q)):
+            some = train.take(part)
+            unlabelled_QxN = ~np.isnan(some.reranker_QxN) & ~_known_positive(store, "train", some)
+            p_U = calibration.relevance(some.reranker_QxN[unlabelled_QxN], probability)
+            reached += [extreme(p_U)] if len(p_U) else []
+        if reached:
             tqdm.tqdm.write(
                 f"  no {kind.name.lower()}: unlabelled candidates' probabilities of relevance reach "
-                f"{extreme(p_U):.3f}, config.mine.{name} is {mine[name]}"
+                f"{extreme(reached):.3f}, config.mine.{name} is {mine[name]}"
             )
 
 
@@ -277,7 +292,7 @@ def read_lists(run: Run) -> tuple[tokens.Store, lists_lib.Lists]:
         tqdm.tqdm.write(f"  {settings.lists}: {line}")
     try:
         text_N = store.same_text(given.passages_LxP, run.config.data.titles)
-        given = lists_lib.without_known_positives(given, text_N, seed=run.config.seed)
+        given = drawing.without_known_positives(given, text_N, seed=run.config.seed)
     except InputError:
         raise InputError(
             f"{settings.lists}: has too few passages to stand in for negatives that are positives of "

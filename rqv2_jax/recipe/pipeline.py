@@ -5,6 +5,7 @@ unfinished one resumes, so running the same command again is always right. Shape
 pairs or passages, L lists, Q queries, K passages of a query.
 """
 
+import dataclasses
 import json
 import pathlib
 import shlex
@@ -31,9 +32,14 @@ from rqv2_jax.training import train
 from rqv2_jax.training.checkpoint import best_values
 
 
-def main(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
-    """Runs every stage that is not finished; raises InputError, with nothing lost, if it cannot."""
-    run = open_run(config, workdir)
+def main(config: ml_collections.ConfigDict, workdir: pathlib.Path, *, force: bool = False) -> None:
+    """Runs every stage that is not finished; raises InputError, with nothing lost, if it cannot.
+
+    With `force` it goes on where disk or memory look too small.
+    """
+    run = dataclasses.replace(open_run(config, workdir), force=force)
+    # Before the workdir belongs to a config that would have to be changed.
+    space.check_run(run)
     with alone(workdir):
         claim(run)
         report = finish(run, *warm_up(run), config.evaluate.indexes)
@@ -51,7 +57,9 @@ def warm_up(run: Run) -> tuple[tokens.Store, candidates_lib.Candidates]:
     """Runs all stages before joint training; returns the token store and the candidates."""
     config = run.config
     tqdm.tqdm.write("prepare: tokenise the collection")
-    store = prepare(run)
+    with budget.timed(run, "prepare"):
+        store = prepare(run)
+    space.check_run(run, store)
     if config.budget:
         with budget.timed(run, "measuring"):
             budget.use(run, store)
@@ -92,7 +100,8 @@ def finish(
     budget.report(run)
     tqdm.tqdm.write("evaluate: every model state on the test queries")
     space.check_vectors(run, store, STATES)
-    report = evaluation.evaluate(run, store, "test", indexes)
+    with budget.timed(run, "evaluate"):
+        report = evaluation.evaluate(run, store, "test", indexes)
     artifacts.write_text(run.workdir / "results.json", json.dumps(report, indent=1) + "\n")
     return report
 

@@ -9,7 +9,6 @@ import functools
 import json
 import pathlib
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import numpy as np
 import tqdm
@@ -62,6 +61,14 @@ def _searching(
     return search
 
 
+def _vectors(
+    run: Run, store: tokens.Store, towers: dict, folder: pathlib.Path, source: str
+) -> list[np.ndarray]:
+    """Returns the vectors of all passages, as `encode.corpus` keeps them in a folder."""
+    dtype, passage = run.config.encode.dtype, tower(towers, "passage")
+    return encode.corpus(run.forward, passage, store, folder, source, dtype)
+
+
 def _exact(shards: list[np.ndarray]) -> Callable[[np.ndarray, int], Ranking]:
     """Returns exact search over the passages' vectors."""
     return lambda vectors_QxD, depth: index.exact(vectors_QxD, shards, depth)
@@ -75,18 +82,18 @@ def open_retriever(run: Run, store: tokens.Store, *, state: str, index_name: str
     settings, stage = run.config.evaluate, run.kept_by(state=state, model="retriever")
     source, towers = source_of(run, store, state), run.params(state=state, model="retriever")
     vectors = run.workdir / "vectors" / stage
-    shards = encode.corpus(run.forward, tower(towers, "passage"), store, vectors, source)
+    shards = _vectors(run, store, towers, vectors, source)
     if index_name == "exact":
         return _searching(run, store, towers, _exact(shards))
 
     @functools.cache
-    def searcher(depth: int) -> Any:
+    def searcher(depth: int) -> Callable[[np.ndarray], Ranking]:
         folder = run.workdir / "index" / stage
-        return index.build_scann(shards, settings.scann, depth, folder, source)
+        return index.open_scann(shards, settings.scann, depth, folder, source)
 
     def find(vectors_QxD: np.ndarray, depth: int) -> Ranking | None:
         # All hosts have encoded the queries together.
-        return index.scann_search(searcher(depth), vectors_QxD, depth) if hosts.first() else None
+        return searcher(depth)(vectors_QxD) if hosts.first() else None
 
     return _searching(run, store, towers, find)
 
@@ -121,7 +128,8 @@ def retrieve_split(
     exact = by("exact", source)
     if index_name == "exact":
         return exact, {}
-    built_by = json.dumps(settings.scann.to_dict(), sort_keys=True)
+    sizes = len(store.passage_ids), run.models.retriever.hidden_size
+    built_by = hosts.from_first(lambda: index.scann_described(settings.scann, *sizes))
     approximate = by("scann", f"{source} {built_by}")
     recalls = {
         f"recall@{depth} against exact": index.recall(
@@ -157,7 +165,7 @@ def _released_source(run: Run, released: Run, store: tokens.Store) -> str:
 def _search_as_released(released: Run, store: tokens.Store, source: str) -> Search:
     """Returns the search of a run that `as_released` has opened, its passages encoded if need be."""
     towers, folder = released.initial("retriever"), released.workdir / "vectors" / "released"
-    shards = encode.corpus(released.forward, tower(towers, "passage"), store, folder, source)
+    shards = _vectors(released, store, towers, folder, source)
     return _searching(released, store, towers, _exact(shards))
 
 

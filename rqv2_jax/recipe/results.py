@@ -14,6 +14,20 @@ from rqv2_jax.recipe.run import Run
 from rqv2_jax.training.checkpoint import best_step
 
 P_VALUE = 0.05
+# Names of models in the words of a sentence: of whom it tells, and whom it compares with.
+SUBJECTS = {
+    "joint retriever": "The joint retriever",
+    "joint reranker": "The joint re-ranker",
+    "joint reranker on bm25": "The joint re-ranker of BM25's candidates",
+}
+OTHERS = {
+    "released retriever": "the model as released",
+    "bm25": "BM25",
+    "zero_shot retriever": "the model it starts from",
+    "retriever retriever": "its warm-up",
+    "joint retriever": "its retriever",
+    "reranker reranker": "its warm-up",
+}
 WIDTH = 100
 # Share of a corpus's tokens or of all queries; less is not worth a word.
 NOTABLE = 0.01
@@ -42,6 +56,23 @@ def verdict(tests: list[dict]) -> list[str]:
     ]
 
 
+def sentences(tests: list[dict]) -> list[str]:
+    """Returns a sentence for each joint model: what it is better than and by how much."""
+    said = []
+    for a, subject in SUBJECTS.items():
+        told_of = [x for b in OTHERS for x in tests if (x["a"], x["b"]) == (a, b)]
+        clauses = [
+            # With spaces at which no line breaks.
+            f"{told(x)} {OTHERS[x['b']]} ({x['difference']:+.4f}, p\xa0=\xa0{x['p_value']:.4f})"
+            for x in told_of
+        ]
+        if clauses:
+            every = " and ".join(filter(None, (", ".join(clauses[:-1]), clauses[-1])))
+            queries = f"{told_of[0]['metric']} on {told_of[0]['queries']} queries"
+            said.append(f"{subject} is {every}, by {queries}.")
+    return said
+
+
 def advice(run: Run, store: tokens.Store, worse: set, reachable: dict[str, float]) -> list[str]:
     """Returns facts of a run that may be why its models are worse than what they should beat.
 
@@ -65,7 +96,18 @@ def advice(run: Run, store: tokens.Store, worse: set, reachable: dict[str, float
 def cut_by(inputs: Inputs, store: tokens.Store) -> dict[str, float]:
     """Returns the share of all tokens that each length of `config.data` cuts off, from a sample.
 
-    Special tokens count. Pairs are of any test query with any passage.
+    Special tokens count.
+    """
+    return {
+        setting: 1 - float(read_N.sum() / whole_N.sum())
+        for setting, (read_N, whole_N) in lengths_by(inputs, store).items()
+    }
+
+
+def lengths_by(inputs: Inputs, store: tokens.Store) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Returns how long texts of a sample are as they are read, and uncut [N], by length of config.data.
+
+    Pairs are of any test query with any passage.
     """
     asked, rows_N = store.splits["test"].texts, store.sample()
     any_N = np.resize(np.arange(len(asked)), len(rows_N))
@@ -75,10 +117,7 @@ def cut_by(inputs: Inputs, store: tokens.Store) -> dict[str, float]:
         "pair_length": lambda inputs: inputs.pair_lengths(store, asked, any_N, rows_N),
     }
     full = dataclasses.replace(inputs, query_length=2**30, passage_length=2**30, pair_length=2**30)
-    return {
-        setting: 1 - float(lengths(inputs).sum() / lengths(full).sum())
-        for setting, lengths in measures.items()
-    }
+    return {setting: (lengths(inputs), lengths(full)) for setting, lengths in measures.items()}
 
 
 def _truncation(run: Run, store: tokens.Store, models: set[str]) -> list[str]:

@@ -31,6 +31,7 @@ class Run:
     """A config made concrete: its workdir, its models without their params, and their inputs.
 
     `config` holds in full what the given one left to the model folders, which `sources` describe.
+    With `force` it goes on where disk or memory look too small.
     Methods raise InputError for a stage that has not been run, and for a re-ranker in a state before
     its training.
     """
@@ -43,6 +44,7 @@ class Run:
     inputs: Inputs
     sharding: sharding_lib.Sharding
     forward: Forward
+    force: bool = False
 
     def initial(self, model: str) -> dict[str, Any]:
         """Returns the params of one model before any training, on the devices."""

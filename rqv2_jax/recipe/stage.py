@@ -203,7 +203,7 @@ def train_stage(
     settings, stage = run.config[name], stages.make_stage(run.config, run.models, name)
     folder, steps = run.workdir / name, len(lists.query_rows_L) // settings.batch
     trained_on = f"{origin} {store.fingerprint}"
-    trained_on = artifacts.digest(trained_on, lists.query_rows_L, lists.passages_LxP)
+    trained_on = artifacts.digest(trained_on, *lists.identity())
     if finished(folder):
         begin(folder, trained_on)
     # Unless its mark was damaged.

@@ -42,9 +42,7 @@ def taught(run: Run, store: tokens.Store, lists: Lists) -> Lists:
         named = f"{bm25.described(run.config.evaluate.bm25)}"
     else:
         named = files.content_hash([files.open_file(pathlib.Path(teacher))])
-    source = artifacts.digest(
-        f"{store.fingerprint} {named}", lists.query_rows_L, lists.passages_LxP
-    )
+    source = artifacts.digest(f"{store.fingerprint} {named}", *lists.identity())
 
     def scores() -> dict[str, np.ndarray]:
         found: dict[str, np.ndarray] = {}

@@ -3,14 +3,14 @@
 import dataclasses
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import ml_collections
 import numpy as np
 import tqdm
 
 from rqv2_jax import artifacts, hosts, optional
-from rqv2_jax.data import collection, files, own_texts, tokenise, tokens
+from rqv2_jax.data import collection, files, offsets, own_texts, tokenise, tokens
 from rqv2_jax.data.readers import beir, tables, tevatron, topics
 from rqv2_jax.errors import DAMAGE, InputError, readable
 from rqv2_jax.recipe.run import Run
@@ -36,6 +36,25 @@ def open_collection(data: ml_collections.ConfigDict, folder: pathlib.Path) -> co
     return readers[data.dataset](data.path)
 
 
+def open_corpus(data: ml_collections.ConfigDict) -> collection.Corpus | None:
+    """Returns the files of the passages that `config.data` names; None if no line can be read alone."""
+    if data.dataset == "docstrings" or not data.path:
+        return None
+    folder = pathlib.Path(data.path)
+    if data.dataset == "dpr":
+        reader = optional.load("rqv2_jax.data.readers.dpr", "data in DPR's layout").corpus
+    elif data.dataset.startswith("beir"):
+        reader = beir.corpus
+    else:
+        reader = {
+            "msmarco": tables.msmarco_corpus,
+            "rocketqa": tables.rocketqa_corpus,
+            "tevatron": tevatron.corpus,
+        }[data.dataset]
+    corpus = reader(folder)
+    return corpus if corpus.by_offset() else None
+
+
 def _load(module: str):
     """Returns one of the modules that keep texts as tensorflow-datasets."""
     return optional.load(f"rqv2_jax.data.{module}", "data that is not read from a folder")
@@ -59,13 +78,7 @@ def open_store(run: Run) -> tokens.Store:
 
 def texts_of(run: Run, fingerprint: str) -> collection.Collection:
     """Returns the texts of a store's fingerprint ("": any); InputError if they changed or are gone."""
-    path = run.config.data.path
-    embedded = run.config.data.dataset == "docstrings"
-    if path and not embedded and not pathlib.Path(path).exists():
-        raise InputError(
-            f"{path}: the texts of {run.workdir} are not there any more; give their new place as "
-            "--data DIR"
-        )
+    _check_place(run)
     texts = open_collection(run.config.data, run.workdir / "data" / "tfds")
     if fingerprint not in ("", f"{texts.fingerprint}-{run.tokenizer.fingerprint}"):
         raise InputError(
@@ -73,6 +86,61 @@ def texts_of(run: Run, fingerprint: str) -> collection.Collection:
             "bring the old ones back, or run in a new workdir"
         )
     return texts
+
+
+def _check_place(run: Run) -> None:
+    path = run.config.data.path
+    embedded = run.config.data.dataset == "docstrings"
+    if path and not embedded and not pathlib.Path(path).exists():
+        raise InputError(
+            f"{path}: the texts of {run.workdir} are not there any more; give their new place as "
+            "--data DIR"
+        )
+
+
+def show_passages(run: Run, store: tokens.Store, rows: Iterable[int]) -> dict[int, str]:
+    """Returns passages of a store by row as text for people, the title first.
+
+    Reads their lines alone where the corpus's files allow that, and then checks nothing else of them.
+    Raises InputError if these are other passages than those of the store.
+    """
+    ordered = sorted(set(rows))
+    if not ordered:
+        return {}
+    _check_place(run)
+    corpus = open_corpus(run.config.data)
+    if corpus is None or store.lines_FxN is None:
+        return texts_of(run, store.fingerprint).shown(set(ordered))
+    try:
+        if len(store.lines_FxN) != len(corpus.files):
+            raise InputError("other files of titles")
+        passages = offsets.read(corpus, store.lines_FxN, ordered)
+        if not _are(run, store, ordered, passages):
+            raise InputError("another passage")
+    except InputError:
+        names = " and ".join(map(str, corpus.files))
+        raise InputError(
+            f"{names}: not the texts that {run.workdir} was prepared from any more; bring these back, "
+            "or run in a new workdir"
+        ) from None
+    return {row: passage.shown() for row, passage in zip(ordered, passages)}
+
+
+def _are(
+    run: Run, store: tokens.Store, rows: list[int], passages: list[collection.Passage]
+) -> bool:
+    """Says whether these are the passages of some rows of the store, by their ids and tokens."""
+    if [passage.id for passage in passages] != [store.passage_ids[row] for row in rows]:
+        return False
+    titles, texts = (
+        run.tokenizer.texts([getattr(passage, field) for passage in passages])
+        for field in ("title", "text")
+    )
+    return all(
+        np.array_equal(given.row(number), kept.row(row))
+        for given, kept in ((titles, store.titles), (texts, store.texts))
+        for number, row in enumerate(rows)
+    )
 
 
 def with_topics(

@@ -1,5 +1,8 @@
 """Passages and queries to vectors; a corpus goes to resumable shards on disk.
 
+Vectors of a corpus lie there in float32 or half of that; what reads them computes in float32. Several
+hosts encode and write a share of the shards each.
+
 Shape suffixes: N sequences, n sequences of a shard on disk, D vector size.
 """
 
@@ -9,12 +12,13 @@ import json
 import pathlib
 import shutil
 
+import ml_dtypes
 import numpy as np
 import tqdm
 
 from rqv2_jax import artifacts, hosts
 from rqv2_jax.data.tokens import Store, Texts
-from rqv2_jax.errors import readable
+from rqv2_jax.errors import InputError, readable
 from rqv2_jax.models.bert import Params
 from rqv2_jax.retrieval.stream import Forward, Layout
 
@@ -60,29 +64,30 @@ def layout(forward: Forward, store: Store) -> Layout:
 
 
 def corpus(
-    forward: Forward, tower: Params, store: Store, folder: pathlib.Path, source: str
+    forward: Forward, tower: Params, store: Store, folder: pathlib.Path, source: str, dtype: str
 ) -> list[np.ndarray]:
-    """Returns the vectors of all passages: memory-mapped `<folder>/<number>.npy`, [n, D] float32 each.
+    """Returns the vectors of all passages: memory-mapped `<folder>/<number>.npy`, [n, D] `dtype` each.
 
     Shards that can be read are kept, so an interrupted run goes on where it stopped; shards made from
-    another `source` (the params' origin and the token store) are deleted.
+    another `source` (the params' origin and the token store) or in another `dtype` are deleted.
+    Raises InputError for a number that is too large for the dtype.
     """
     manifest = folder / "manifest.json"
-    wanted = {"source": source, "per_shard": PASSAGES_PER_SHARD}
+    wanted = {"source": source, "per_shard": PASSAGES_PER_SHARD, "dtype": dtype}
     rows_N = np.arange(len(store.texts))
     parts = np.split(rows_N, range(PASSAGES_PER_SHARD, len(rows_N), PASSAGES_PER_SHARD))
     paths = [folder / f"{number:05}.npy" for number in range(len(parts))]
 
     def load(number: int) -> np.ndarray:
-        vectors_nxD = np.load(paths[number], mmap_mode="r")
-        if vectors_nxD.ndim != 2 or len(vectors_nxD) != len(parts[number]):
-            raise ValueError(f"shape {vectors_nxD.shape} for {len(parts[number])} passages")
-        return vectors_nxD
+        return _load(paths[number], len(parts[number]), dtype)
 
     def find_missing() -> list[int]:
         made_from = None
         if manifest.is_file():
-            made_from = readable(manifest, lambda: json.loads(manifest.read_text()))
+            # There was one dtype before manifests named it.
+            made_from = readable(
+                manifest, lambda: {"dtype": "float32"} | json.loads(manifest.read_text())
+            )
         if made_from != wanted:
             if folder.is_symlink():
                 # It belongs to the workdir that this one was started from.
@@ -96,14 +101,18 @@ def corpus(
             if not path.is_file() or readable(path, functools.partial(load, number)) is None
         ]
 
-    missing = set(hosts.from_first(find_missing))
-    with _passage_bar(total=len(rows_N)) as bar:
-        for number, (part_n, path) in enumerate(zip(parts, paths)):
-            if number not in missing:
-                bar.update(len(part_n))
-                continue
-            vectors_nxD = passages(forward, tower, store, part_n, bar)
-            artifacts.write(path, functools.partial(np.save, arr=vectors_nxD))
+    missing = hosts.from_first(find_missing)
+    own = [missing[place] for place in hosts.span(len(missing))]
+    if missing and hosts.count() > 1:
+        forward, tower = forward.own, forward.own.sharding.put_params(hosts.whole(tower))
+    others = sum(len(parts[number]) for number in {*missing} - {*own})
+    with _passage_bar(total=len(rows_N) - others) as bar:
+        bar.update(len(rows_N) - sum(len(parts[number]) for number in missing))
+        for number in own:
+            vectors_nxD = _rounded(passages(forward, tower, store, parts[number], bar), dtype)
+            artifacts.replace(paths[number], functools.partial(np.save, arr=vectors_nxD))
+    # Nobody looks for a file before it is there.
+    hosts.barrier()
     return [load(number) for number in range(len(paths))]
 
 
@@ -113,3 +122,26 @@ def made_from(folder: pathlib.Path) -> str:
     if not manifest.is_file():
         return ""
     return readable(manifest, lambda: json.loads(manifest.read_text())["source"]) or ""
+
+
+def _load(path: pathlib.Path, count: int, dtype: str) -> np.ndarray:
+    """Returns a shard's vectors, memory-mapped; ValueError unless there are `count` in the dtype."""
+    vectors_nxD = np.load(path, mmap_mode="r")
+    if vectors_nxD.dtype == np.dtype("V2"):
+        # NumPy's files do not name bfloat16.
+        vectors_nxD = vectors_nxD.view(ml_dtypes.bfloat16)
+    if vectors_nxD.ndim != 2 or len(vectors_nxD) != count or vectors_nxD.dtype != dtype:
+        raise ValueError(f"{vectors_nxD.dtype} of shape {vectors_nxD.shape} for {count} passages")
+    return vectors_nxD
+
+
+def _rounded(vectors_nxD: np.ndarray, dtype: str) -> np.ndarray:
+    """Returns the vectors in a dtype; raises InputError if a number is too large for it."""
+    with np.errstate(over="ignore"):
+        rounded_nxD = vectors_nxD.astype(dtype)
+    if np.isinf(rounded_nxD).any() and not np.isinf(vectors_nxD).any():
+        raise InputError(
+            f"config.encode.dtype is {dtype}, which cannot hold a vector's largest number, "
+            f"{np.abs(vectors_nxD).max():.3g}; run in a new workdir with --config.encode.dtype=float32"
+        )
+    return rounded_nxD

@@ -18,7 +18,7 @@ import tqdm
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from rqv2_jax import artifacts, hosts, optional
+from rqv2_jax import artifacts, hosts, optional, room
 from rqv2_jax.errors import readable
 
 QUERIES_PER_TILE = 256
@@ -26,6 +26,15 @@ PASSAGES_PER_TILE = 2**15
 
 # Passages that ScaNN's leaves are trained on, at most.
 SAMPLED = 250_000
+
+# Memory of ScaNN over that of the vectors in float32, at most, while an index is built and when it is
+# loaded; measured with 400,000 and 1,000,000 of 384 dimensions.
+BUILT, KEPT = 4.6, 1.1
+# Share of the machine's memory in which an index is built, unless the settings say how much.
+MEMORY = 0.5
+GIB = 2**30
+# Says that ScaNN's folder is complete, and what it was made from.
+MANIFEST = "rqv2_jax.json"
 
 Ranked = tuple[np.ndarray, np.ndarray]  # rows and scores
 
@@ -63,16 +72,37 @@ def _on_devices(devices: tuple[jax.Device, ...]) -> tuple[Callable, NamedShardin
 
 
 def _tiles(shards: list[np.ndarray], tile: int) -> Iterator[tuple[int, int, np.ndarray]]:
-    """Yields every tile's first row, number of passages, and vectors [tile, D], filled with zeros."""
-    row = 0
-    for shard in shards:
-        for first in range(0, len(shard), tile):
-            vectors = shard[first : first + tile]
-            count = len(vectors)
-            if count < tile:
-                vectors = np.pad(vectors, ((0, tile - count), (0, 0)))
-            yield row, count, vectors
-            row += count
+    """Yields the first row, number of passages, and vectors [tile, D], filled with zeros, of tiles.
+
+    They are those that this host searches; of the others nothing is read.
+    """
+    starts = np.cumsum([0, *map(len, shards)])
+    places = [
+        (number, first)
+        for number, shard in enumerate(shards)
+        for first in range(0, len(shard), tile)
+    ]
+    for number, first in (places[place] for place in hosts.span(len(places))):
+        vectors = shards[number][first : first + tile]
+        count = len(vectors)
+        if count < tile:
+            vectors = np.pad(vectors, ((0, tile - count), (0, 0)))
+        yield int(starts[number]) + first, count, vectors
+
+
+def _best(rankings: list[Ranked], depth: int) -> Ranked:
+    """Returns the best of rankings of the same queries over parts of the passages, in rows' order.
+
+    Each is best first. Of equal scores an earlier part's comes first; NaN comes before all.
+    """
+    if len(rankings) == 1:
+        return rankings[0]
+    rows_QxM, scores_QxM = (np.concatenate(each, axis=1) for each in zip(*rankings))
+    falling_QxM = -np.where(np.isnan(scores_QxM), np.inf, scores_QxM)
+    order_QxK = np.argsort(falling_QxM, axis=1, kind="stable")[:, :depth]
+    taken = (np.take_along_axis(each, order_QxK, axis=1) for each in (rows_QxM, scores_QxM))
+    rows_QxK, scores_QxK = taken
+    return rows_QxK, scores_QxK
 
 
 def exact(queries_QxD: np.ndarray, shards: list[np.ndarray], depth: int) -> Ranked:
@@ -80,7 +110,8 @@ def exact(queries_QxD: np.ndarray, shards: list[np.ndarray], depth: int) -> Rank
 
     Works tile by tile, so no array of queries times passages ever exists. Every passage is read once,
     while the queries stay on the devices, split over all of this host. Several hosts share the
-    queries, and all get the results of all. `shards` are the passages' vectors [n, D], in row order.
+    passages, of which each reads its own part, and all get the best of all. `shards` are the passages'
+    vectors [n, D], in row order, of any floating dtype; scores are computed in float32.
 
     Returns:
       (rows [Q, K] int64, scores [Q, K] float32).
@@ -90,23 +121,94 @@ def exact(queries_QxD: np.ndarray, shards: list[np.ndarray], depth: int) -> Rank
     devices = tuple(jax.local_devices())
     merge, split, everywhere = _on_devices(devices)
     together = QUERIES_PER_TILE * len(devices)
+    tile_size = min(PASSAGES_PER_TILE, -(-total // hosts.count()))
     queries, best = [], []
-    for number in hosts.share(-(-len(queries_QxD) // together)):
-        part = queries_QxD[number * together :][:together]
+    for first in range(0, len(queries_QxD), together):
+        part = queries_QxD[first : first + together]
         part = np.pad(part, ((0, together - len(part)), (0, 0)))
         queries.append(jax.device_put(part, split))
         lowest = np.full((together, depth), -np.inf, np.float32)
         best.append(jax.device_put((lowest, np.zeros(lowest.shape, np.int32)), split))
-    with tqdm.tqdm(desc="exact search", total=total, unit=" passages") as bar:
-        for row, count, vectors in _tiles(shards, min(PASSAGES_PER_TILE, total)):
-            tile = jax.device_put(vectors, everywhere)
+    with tqdm.tqdm(desc="exact search", total=-(-total // hosts.count()), unit=" passages") as bar:
+        for row, count, vectors in _tiles(shards, tile_size):
+            tile = jax.device_put(vectors, everywhere).astype(jnp.float32)
             # Waits for the tile before, so that at most two lie on the devices.
             jax.block_until_ready(best)
             best = [merge(part, tile, row, count, top) for part, top in zip(queries, best)]
             bar.update(count)
-        parts = [[np.asarray(x) for x in kind] for kind in zip(*best)]
-    scores_QxK, rows_QxK = (hosts.join(x).reshape(-1, depth)[: len(queries_QxD)] for x in parts)
+        found = [tuple(np.asarray(x) for x in top) for top in best]
+    # By parts of the queries, so that the results of many hosts take little memory.
+    merged = [
+        _best(list(zip(hosts.gather(rows), hosts.gather(scores))), depth) for scores, rows in found
+    ]
+    rows_QxK, scores_QxK = (np.concatenate(each)[: len(queries_QxD)] for each in zip(*merged))
     return rows_QxK.astype(np.int64), scores_QxK
+
+
+def open_scann(
+    shards: list[np.ndarray], settings: ConfigDict, depth: int, folder: pathlib.Path, source: str
+) -> Callable[[np.ndarray], Ranked]:
+    """Returns a search that gives about what `exact` gives, by an index of ScaNN in `folder`.
+
+    It is made as `build_scann` says. Where that would not fit into the memory, parts of the passages
+    have an index each, in a folder in `folder`; they are built or loaded, searched and put down one
+    after the other whenever queries come, and the best of all are returned. Row -1 and score -inf stand
+    for none.
+    """
+    total = sum(map(len, shards))
+    count = scann_parts(total, shards[0].shape[1], settings.memory)
+    if count == 1:
+        whole = build_scann(shards, settings, depth, folder, source)
+        return lambda queries_QxD: scann_search(whole, queries_QxD, depth)
+    if (folder / MANIFEST).exists():
+        # It has one index over all passages.
+        shutil.rmtree(folder)
+    for part in folder.glob("[0-9]*"):
+        if int(part.name) >= count:
+            shutil.rmtree(part)
+
+    def search(queries_QxD: np.ndarray) -> Ranked:
+        found = []
+        for number in range(count):
+            rows = range(number * total // count, (number + 1) * total // count)
+            named = folder / f"{number:04}", f"{source} {rows}"
+            searcher = build_scann(_taken(shards, rows), settings, depth, *named)
+            rows_QxK, scores_QxK = scann_search(searcher, queries_QxD, depth)
+            # Before the next is loaded.
+            del searcher
+            found.append((np.where(rows_QxK < 0, -1, rows_QxK + rows.start), scores_QxK))
+        return _best(found, min(depth, total))
+
+    return search
+
+
+def scann_parts(total: int, size: int, memory: float) -> int:
+    """Returns into how many parts the passages must be split for ScaNN's index of each to fit.
+
+    Building an index over n vectors of size D takes at most 4 n D * `BUILT` bytes: the vectors in
+    float32 (4 n D), ScaNN's copies of them, hashed codes (n D / 4) and the leaves' centres (4 D for
+    each of about sqrt(n)). An index that is loaded takes 4 n D * `KEPT`. `memory` is in GiB; 0 is half
+    of the machine's, or of its container's.
+    """
+    budget = memory * GIB or MEMORY * room.host_memory()[0]
+    return max(1, min(math.ceil(4 * total * size * BUILT / budget), total))
+
+
+def scann_described(settings: ConfigDict, total: int, size: int) -> str:
+    """Names how ScaNN searches `total` vectors: the settings, and the parts if there are several."""
+    described = {key: value for key, value in settings.items() if key != "memory"}
+    parts = scann_parts(total, size, settings.memory)
+    return json.dumps(described | ({"parts": parts} if parts > 1 else {}), sort_keys=True)
+
+
+def _taken(shards: list[np.ndarray], rows: range) -> list[np.ndarray]:
+    """Returns the rows of a range, as views of the shards that have some of them."""
+    taken, start = [], 0
+    for shard in shards:
+        part = shard[max(rows.start - start, 0) : max(rows.stop - start, 0)]
+        taken += [part] if len(part) else []
+        start += len(shard)
+    return taken
 
 
 def build_scann(
@@ -130,7 +232,7 @@ def build_scann(
     searched = max(settings.searched_share * leaves, settings.seen * depth * leaves / total)
     searched = min(math.ceil(searched), leaves)
     reorder = min(round(settings.reorder * depth), total)
-    manifest = folder / "rqv2_jax.json"
+    manifest = folder / MANIFEST
     brute_force = total < settings.brute_force_below
     wanted = json.dumps([source, brute_force, leaves, searched, reorder, depth])
 
@@ -143,7 +245,8 @@ def build_scann(
             return searcher
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    builder = scann_ops_pybind.builder(np.concatenate(shards), depth, "dot_product")
+    vectors = np.concatenate(shards, dtype=np.float32)
+    builder = scann_ops_pybind.builder(vectors, depth, "dot_product")
     if brute_force:
         builder = builder.score_brute_force()
     else:
@@ -154,7 +257,7 @@ def build_scann(
         )
     # With file names, not paths relative to the folder that the program was started in.
     builder.build().serialize(str(folder), relative_path=True)
-    del builder
+    del builder, vectors
     # A searcher as built holds the vectors twice, a loaded one once.
     searcher = load()
     # Comes last, because it says that the folder is complete.

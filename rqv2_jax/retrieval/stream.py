@@ -4,6 +4,8 @@ Shape suffixes: N sequences, S shards, R rows of a shard, K widths of rows, C co
 """
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -11,10 +13,12 @@ import jax
 import numpy as np
 import tqdm
 
+from rqv2_jax import hosts
 from rqv2_jax.data import packing
 from rqv2_jax.data.inputs import Inputs
 from rqv2_jax.models.bert import Params
 from rqv2_jax.models.scoring import Models
+from rqv2_jax.training import sharding as sharding_lib
 from rqv2_jax.training.sharding import Sharding
 
 # Size of a spare batch relative to a usual one, in tokens.
@@ -48,16 +52,27 @@ class Forward:
 
     `vectors` and `reranker_scores` are those of `Models` over all shards. In one pass a device computes
     at most `batch_tokens` tokens, padding included, unless one row is longer; the rows have at most
-    `max_blocks` widths, or are one `flat` row.
+    `max_blocks` widths, or are one flat row, as the models want them.
     """
 
+    models: Models
     inputs: Inputs
     sharding: Sharding
     batch_tokens: int
     max_blocks: int
-    flat: bool
     vectors: Callable
     reranker_scores: Callable
+
+    @functools.cached_property
+    def own(self) -> "Forward":
+        """Returns those over this process's devices alone, which wait for no other process."""
+        if hosts.count() == 1:
+            return self
+        devices = jax.local_devices()
+        fsdp = math.gcd(self.sharding.mesh.shape["fsdp"], len(devices))
+        sharding = sharding_lib.over(devices, len(devices) // fsdp, fsdp)
+        sizes = {"batch_tokens": self.batch_tokens, "max_blocks": self.max_blocks}
+        return make_forward(self.models, self.inputs, sharding, **sizes)
 
     def run(
         self,
@@ -102,7 +117,7 @@ class Forward:
 
     def layout(self, usual_N: np.ndarray, longest: int) -> Layout:
         """Plans the shapes for sequences of usual lengths, up to the longest."""
-        if self.flat:
+        if self.models.flat:
             return plan_flat(usual_N, longest, self.batch_tokens)
         return plan(usual_N, longest, self.batch_tokens, self.max_blocks)
 
@@ -139,7 +154,7 @@ def make_forward(
 ) -> Forward:
     """Returns the forward passes; each shape compiles when it is first used."""
     vectors, scores = (sharding.per_shard(fn) for fn in (models.vectors, models.reranker_scores))
-    return Forward(inputs, sharding, batch_tokens, max_blocks, models.flat, vectors, scores)
+    return Forward(models, inputs, sharding, batch_tokens, max_blocks, vectors, scores)
 
 
 def _in_flat_rows(lengths_N: np.ndarray, shape: packing.Shape, shards: int) -> Iterator[Batch]:

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from rqv2_jax.data import tokens
 from rqv2_jax.ranking import trec
-from rqv2_jax.recipe import compare, pipeline
+from rqv2_jax.recipe import budget, compare, pipeline
 from rqv2_jax.recipe.run import open_run
 from rqv2_jax.recipe.texts import open_store
 from rqv2_jax.tools import rival_recipe
@@ -29,7 +29,7 @@ def recipe(config: ConfigDict, folder: pathlib.Path, minutes: float, rival: bool
     workdir = folder / "ours"
     pipeline.main(config, workdir)
     rows = json.loads((workdir / "results.json").read_text())["rows"]
-    took = json.loads((workdir / "budget.took.json").read_text())
+    took = budget.spent(workdir)
     line = {"benchmark": "recipe", "minutes": minutes}
     yield line | {"system": "rqv2_jax", "seconds": sum(took.values()), "parts": took, "rows": rows}
     runs = {f"ours.{model}": workdir / "runs" / f"{name}.trec" for model, name in OURS.items()}

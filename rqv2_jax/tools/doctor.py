@@ -28,7 +28,7 @@ from rqv2_jax.data.readers import joint_tsv
 from rqv2_jax.data.tokenise import Tokenizer
 from rqv2_jax.errors import InputError
 from rqv2_jax.ranking import metrics
-from rqv2_jax.recipe import opening
+from rqv2_jax.recipe import needs, opening
 from rqv2_jax.recipe.texts import open_collection
 from rqv2_jax.tools import doctor_checks
 from rqv2_jax.tools.doctor_checks import Finding, Hashes, Report, Sample, Split, ids_of, share
@@ -37,14 +37,17 @@ from rqv2_jax.tools.doctor_checks import Finding, Hashes, Report, Sample, Split,
 MOSTLY = 0.5
 
 
-def examine_config(config: ConfigDict) -> Report:
-    """Examines what a config will use, after printing the notes on its models; needs no devices."""
+def examine_config(config: ConfigDict) -> tuple[Report, opening.Opened]:
+    """Examines what a config will use, after printing the notes on its models; needs no devices.
+
+    Also returns the opened models.
+    """
     opened, tokenizer, inputs = opening.open_inputs(config)
     for note in opened.notes:
         print(f"model: {note}")
     with tempfile.TemporaryDirectory() as folder:
         texts = partial(open_collection, config.data, Path(folder))
-        return examine(opened.config, texts, tokenizer, inputs)
+        return examine(opened.config, texts, tokenizer, inputs), opened
 
 
 def examine(
@@ -73,7 +76,8 @@ def examine(
         findings += doctor_checks.truncation(lengths)
         findings += doctor_checks.unknown_tokens(tokenizer, passages, queries)
     name = config.data.dataset if texts is None else texts.name
-    return Report(name, doctor.streams, (len(passages), len(queries)), lengths, findings)
+    sampled, sizes = (len(passages), len(queries)), doctor.sizes(tokenizer)
+    return Report(name, doctor.streams, sampled, lengths, findings, sizes)
 
 
 class _Doctor:
@@ -91,6 +95,7 @@ class _Doctor:
         self.unasked: set[str] = set()
         self.splits: dict[str, Split] = {}
         self.num_lists: dict[str, int] = {}
+        self.labels: dict[str, int] = {}
         self.passage_sample, self.query_sample = Sample(config.seed), Sample(config.seed)
 
     def report(self, kind: str, where: str, what: str) -> None:
@@ -122,6 +127,20 @@ class _Doctor:
             return True
 
         return self.attempt(where, consume) is not None
+
+    def sizes(self, tokenizer: Tokenizer) -> needs.Sizes:
+        """Returns the sizes of what has been read, numbers of tokens as in the samples."""
+        asked = {name: len(split.queries) for name, split in self.splits.items()}
+        return needs.Sizes(
+            passages=len(self.corpus),
+            tokens=doctor_checks.mean_tokens(tokenizer, map(" ".join, self.passage_sample.items)),
+            queries=asked,
+            query_tokens=doctor_checks.mean_tokens(tokenizer, self.query_sample.items),
+            labels=self.labels,
+            passage_id=self.corpus.id_bytes / max(len(self.corpus), 1),
+            query_id=sum(split.queries.id_bytes for split in self.splits.values())
+            / max(sum(asked.values()), 1),
+        )
 
     def add_stream(self, name: str, count: int, remark: str, complete: bool) -> None:
         self.streams.append((name, count, remark if complete else f"{remark}, then an error"))
@@ -174,7 +193,7 @@ class _Doctor:
         self.read(where, lambda: texts.query_file(split), take_any)
         complete = self.read(where, lambda: texts.queries(split), take_query)
         query_N, passage_N, relevance_N = np.asarray(labels).reshape(-1, 3).T
-        relevant_N = relevance_N > 0
+        relevant_N, self.labels[split] = relevance_N > 0, len(relevance_N)
         query_rows_N, passage_rows_N = queries.rows(query_N), self.corpus.rows(passage_N)
         unasked_N = np.isin(query_N, np.array([hash(key) for key in self.unasked], np.int64))
         self.unknown(

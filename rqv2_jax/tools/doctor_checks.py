@@ -21,6 +21,7 @@ from rqv2_jax.data.inputs import Inputs
 from rqv2_jax.data.lists import training_lists
 from rqv2_jax.data.tokenise import Tokenizer
 from rqv2_jax.data.tokens import Store
+from rqv2_jax.recipe import needs
 
 SAMPLED = 20_000
 # A length in tokens that no input has, so that nothing is truncated.
@@ -52,11 +53,13 @@ class Hashes:
 
     def __init__(self):
         self._ids, self._texts = array("q"), array("q")
+        self.id_bytes = 0
 
     def add(self, key: str, *texts: str) -> None:
         """Keeps hashes of an id and of what belongs to it."""
         # Python's hash has 64 bits, and another key in every process.
         self._ids.append(hash(key))
+        self.id_bytes += len(key.encode())
         self._texts.append(hash(tuple(" ".join(text.split()).casefold() for text in texts)))
 
     def __len__(self):
@@ -194,6 +197,7 @@ class Report(NamedTuple):
     sampled: tuple[int, int]  # passages, queries
     lengths: list[Lengths]
     findings: list[Finding]
+    sizes: needs.Sizes
 
     def verdict(self) -> str:
         """Returns `ok`, `usable, with N warnings` or `not usable: N errors`."""
@@ -258,6 +262,12 @@ def lists(
             place = f"first list {wrong_L.argmax() + 1:,} of {path}"
             told = f"{some} {what}, {place}; mend or remove them"
             yield Finding("warning", "joint lists", told)
+
+
+def mean_tokens(tokenizer: Tokenizer, strings: Iterable[str]) -> float:
+    """Returns the mean number of tokens of texts, without special ones; 0 of none."""
+    tokens = tokenizer.encode(list(strings))
+    return sum(map(len, tokens)) / max(len(tokens), 1)
 
 
 def truncation(lengths: list[Lengths]) -> Iterator[Finding]:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.util
-import os
 import re
 import resource
 import time
@@ -12,6 +11,7 @@ import jax
 import numpy as np
 
 from rqv2_jax.errors import InputError, one_line
+from rqv2_jax.room import host_memory
 
 GIB = 2**30
 
@@ -23,6 +23,8 @@ CHIPS = {
     "v5p": (95 * GIB, 459e12, 2765e9, 600e9),
     "v6e": (32 * GIB, 918e12, 1640e9, 448e9),
 }
+# Bytes of memory of the host of four chips, as Google Cloud rents them; hosts of fewer chips have less.
+HOSTS = {"v4": 407e9, "v5e": 192e9, "v5p": 448e9, "v6e": 720e9}
 GPUS = {
     "h100": (80e9, 989e12, 3350e9, 900e9),
     "h200": (141e9, 989e12, 4800e9, 900e9),
@@ -42,6 +44,8 @@ class Machine:
     flops: float
     bandwidth: float
     links: float
+    # Bytes of memory of the host of the first devices, where it is known.
+    host_memory: float | None = dataclasses.field(default=None, kw_only=True)
     # Nothing can be compiled for GPUs that are not there: formulas count their steps.
     counted: bool = dataclasses.field(default=False, kw_only=True)
 
@@ -56,12 +60,12 @@ def machine(topology: str) -> Machine:
         return Machine(topology, jax.devices()[: int(shape)], USABLE * memory, *rates, counted=True)
     if kind == "cpu" and number:
         count = int(shape)
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        memory, _ = host_memory()
         large = np.ones(2**26, np.float32)
         copied_in = min(seconds(lambda: np.copyto(np.empty_like(large), large), 4))
         bandwidth = 2 * large.nbytes / copied_in
         each = (x / count for x in (memory, peak("float32"), bandwidth, bandwidth))
-        return Machine(topology, jax.devices()[:count], *each)
+        return Machine(topology, jax.devices()[:count], *each, host_memory=memory)
     if kind not in CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
         raise InputError(
             f"--topology is {topology!r}; write one of {', '.join(CHIPS)} with a shape, as v5e:4x8 or "
@@ -80,7 +84,8 @@ def machine(topology: str) -> Machine:
             f"--topology {topology}: libtpu does not know it ({one_line(error)})"
         ) from None
     memory, *rates = CHIPS[kind]
-    return Machine(topology, devices, USABLE * memory, *rates)
+    on_host = HOSTS[kind] * min(len(devices), 4) / 4
+    return Machine(topology, devices, USABLE * memory, *rates, host_memory=on_host)
 
 
 def peak(dtype: str) -> float:

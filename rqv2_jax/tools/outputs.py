@@ -18,8 +18,9 @@ from rqv2_jax.models import exported
 from rqv2_jax.ranking import trec
 from rqv2_jax.recipe import mining, scorer
 from rqv2_jax.recipe.run import Run
-from rqv2_jax.recipe.texts import rows_of
+from rqv2_jax.recipe.texts import rows_of, show_passages
 from rqv2_jax.retrieval import rerank
+from rqv2_jax.tools import cards
 
 NO_LABELS_3x0 = np.zeros((3, 0), np.int64)
 
@@ -59,11 +60,13 @@ def write_models(run: Run, state: str, path: pathlib.Path) -> str:
         folder = partial / ("retriever" if name == "both" else name)
         exported.save_encoder(folder, source, shape, encoder)
         exported.describe_retriever(folder, shape.hidden_size, run.config.model, lengths[name])
+        cards.write_card(run, state, folder)
     source, shape, folder = run.sources.reranker.folder, models.reranker, partial / "reranker"
     exported.save_encoder(folder, source, shape, reranker["encoder"], reranker["head"])
     exported.describe_reranker(
         folder, shape.hidden_size, models.head, models.reranker_pooling, data.pair_length
     )
+    cards.write_card(run, state, folder)
     os.replace(partial, path)
     joined = "title and text joined by a space" if data.titles else "text"
     if data.titles and run.config.model.passage_format == "title_sep_text":
@@ -105,7 +108,8 @@ def denoise_report(run: Run, labels: str, samples: int) -> tuple[dict, list[dict
     report["by"] = {key: config.mine[key] for key in by}
     shown = denoise.rejected(*known, negative_below=below, count=samples, seed=config.seed)
     labelled = dict(positives_2xN.T[::-1].tolist())
-    passages = texts.shown({row for query, row, _ in shown for row in (row, labelled[query])})
+    rows = {row for query, row, _ in shown for row in (row, labelled[query])}
+    passages = show_passages(run, store, rows)
     queries = [query.text for query in texts.queries("train")]
     keys = ("query", "labelled", "candidate", "probability")
     return report, [

@@ -64,7 +64,7 @@ class About(NamedTuple):
     workdir: str
     passages: int
     state: str
-    index: str
+    index_name: str
 
 
 def start(about: About) -> str:

@@ -1,6 +1,7 @@
 """The plan of a run: its steps for devices that are not there, the cheapest way in which they fit."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,31 +14,27 @@ from rqv2_jax.data.lists import training_lists
 from rqv2_jax.errors import InputError
 from rqv2_jax.models import attention, bert, random_model, released
 from rqv2_jax.models.scoring import Models
-from rqv2_jax.recipe import opening, space
-from rqv2_jax.tools import plan_steps, workload
+from rqv2_jax.recipe import memory, needs, opening
+from rqv2_jax.tools import fits, plan_steps, workload
 from rqv2_jax.tools.machines import GIB, Machine
 from rqv2_jax.tools.plan_steps import Step, Target
 from rqv2_jax.tools.workload import Lengths
 from rqv2_jax.training import sharding
 
-# Memory of ScaNN over that of the vectors, measured with 400,000 and 1,000,000 of 384 dimensions.
-SCANN_BUILT, SCANN_KEPT = 4.3, 1.1
-# Bytes of memory for each candidate while lists are drawn, measured with 2,000 queries of 1,000: four
-# arrays of candidates, and what `lists.draw` makes of them.
-DRAWN = 74
-
-# Passages and training queries of the published data.
-PUBLISHED = {"msmarco": (8_841_823, 502_939), "dpr": (21_015_324, 58_880)}
+# Passages, training queries and test queries of the published data.
+PUBLISHED = {"msmarco": (8_841_823, 502_939, 6_980), "dpr": (21_015_324, 58_880, 3_610)}
+# Of other data this share of the training queries are taken to be test queries.
+TEST_SHARE = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Steps by name, the settings under which they fit, and the sizes that storage depends on."""
+    """Steps by name, the settings under which they fit; the resolved config and its models."""
 
     steps: dict[str, Step]
     overlay: dict[str, Any]
-    hidden_size: int
-    passage_length: int
+    config: ConfigDict
+    models: Models
 
 
 def make(config: ConfigDict, machine: Machine, lengths: str, report: Callable[[str], None]) -> Plan:
@@ -77,7 +74,7 @@ def make(config: ConfigDict, machine: Machine, lengths: str, report: Callable[[s
         steps[name] = plan_steps.forward_step(config, models, name, searched, target)
     tokens = min(steps[name].tokens for name in ("encode", "re-rank"))
     overlay["evaluate.batch_tokens"] = tokens
-    return Plan(steps, overlay, models.retriever.hidden_size, config.data.passage_length)
+    return Plan(steps, overlay, config, models)
 
 
 def open_models(
@@ -184,21 +181,34 @@ def render(plan: Plan, machine: Machine, lengths: str) -> str:
     return "\n".join(lines)
 
 
-def sizes(config: ConfigDict, queries: int | None, passages: int | None) -> tuple[int, int]:
-    """Returns the numbers of training queries and passages: given, or those of published data."""
-    known = PUBLISHED.get(config.data.dataset, (None, None))
+def sizes(
+    config: ConfigDict, queries: int | None, passages: int | None, lengths: str = "full"
+) -> needs.Sizes:
+    """Returns the sizes of the texts, of which numbers are given, or known of published data.
+
+    `lengths` as in `make`. A query has one label; a text as many tokens as the models read of it.
+    """
+    known = PUBLISHED.get(config.data.dataset, (None, None, None))
     passages, queries = passages or known[0], queries or known[1]
     if queries is None or passages is None:
         raise InputError(
             f"{config.data.dataset}: how large it is is not known; give --queries and --passages"
         )
-    return queries, passages
+    of_split = {"train": queries, "dev": min(config.dev.queries, queries)}
+    of_split["test"] = known[2] or round(TEST_SHARE * queries)
+    drawn = workload.draw_lengths(config, lengths, 64, 1, training=False)
+    passage, query = (float(drawn[kind].mean()) for kind in ("passages", "queries"))
+    return needs.Sizes(passages, passage, of_split, query, of_split)
 
 
 def render_run(
-    config: ConfigDict, plan: Plan, machine: Machine, queries: int, passages: int
-) -> str:
-    """Returns the least time of every stage, and disk and memory, as tables in Markdown."""
+    config: ConfigDict, plan: Plan, machine: Machine, sizes: needs.Sizes, disk: float | None
+) -> tuple[str, dict[str, str]]:
+    """Returns the least time of every stage, and disk and memory, as tables in Markdown.
+
+    And what is too small, as `fits.compare` does; `disk` has so many bytes free, None if not known.
+    """
+    queries, passages = sizes.queries["train"], sizes.passages
     mined = min(queries, config.mine.queries)
     scored = min(mined, config.mine.scored_queries) if config.joint.denoised_share else 0
     work = [
@@ -221,16 +231,11 @@ def render_run(
     lines.append(
         f"| all of it, {queries:,} training queries, {passages:,} passages | | {total:.2f} |"
     )
-    vectors = space.of_vectors(passages, plan.hidden_size)
-    stored = {
-        "token store, disk, at most": passages * plan.passage_length * 2 + passages * 16,
-        "vectors, disk, each retriever": vectors,
-        "candidates, disk": mined * config.mine.depth * 16,
-        "candidates, memory of every host while lists are drawn": mined * config.mine.depth * DRAWN,
-    }
-    if "scann" in config.evaluate.indexes:
-        stored["ScaNN, memory of the first host while it is built"] = vectors * SCANN_BUILT
-        stored["ScaNN, memory of the first host afterwards"] = vectors * SCANN_KEPT
-    lines += ["", "| what | GiB |", "|---|---|"]
-    lines += [f"| {what} | {size / GIB:.1f} |" for what, size in stored.items()]
-    return "\n".join(lines)
+    cpu = machine.devices[0].platform == "cpu" and not machine.counted
+    trained = [step.memory for name, step in plan.steps.items() if name in needs.MODELS]
+    count = len(machine.devices)
+    total = machine.host_memory or math.inf
+    host = memory.Host(cpu, count, max(trained) * count if cpu else 0.0, total)
+    room = fits.Room(disk, machine.host_memory)
+    stored, faults = fits.compare(plan.config, plan.models, sizes, host, room)
+    return "\n".join([*lines, stored]), faults

@@ -3,7 +3,7 @@
 Half of the time goes to the retriever by MultipleNegativesRankingLoss, half to mining with it and a
 cross-encoder trained listwise on what was found. Of each half a share goes to trying rates on dev. A
 model that dev finds worse than its start is not kept. sentence_transformers and torch
-(requirements-bench.txt) are imported when they are asked for.
+(requirements-bench.txt, requirements-torch.txt) are imported when they are asked for.
 
 Shape suffixes: N passages, Q queries, K passages of a query, D vector size, B lists, P passages of a
 list.

@@ -1,6 +1,7 @@
 """The rivals of rqv2_jax.bench: the same work as people write it in PyTorch, and faiss.
 
-torch, sentence_transformers and faiss (requirements-bench.txt) are imported when they are asked for.
+torch, sentence_transformers and faiss (requirements-bench.txt, requirements-torch.txt) are imported
+when they are asked for.
 
 Shape suffixes: N sequences or passages, T tokens, D vector size, B lists, P passages of a list,
 Q queries, K depth.

@@ -85,13 +85,13 @@ class Server(http.server.ThreadingHTTPServer):
     @property
     def local(self) -> bool:
         """Says whether only this machine can reach the server."""
-        return ipaddress.ip_address(self.server_address[0]).is_loopback
+        return ipaddress.ip_address(str(self.server_address[0])).is_loopback
 
     @property
     def url(self) -> str:
         """Returns the address of the page."""
-        host, port = self.server_address[:2]
-        return f"http://[{host}]:{port}/" if ":" in str(host) else f"http://{host}:{port}/"
+        host, port = str(self.server_address[0]), self.server_address[1]
+        return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
 
     def serve(self, served: Served) -> None:
         """Serves until `shutdown`, or until a signal ends the program."""

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rqv2_jax.data import files
-from rqv2_jax.data.collection import Collection, Query, of_split, with_dev
+from rqv2_jax.data.collection import Collection, Corpus, Query, of_split, with_dev
 from rqv2_jax.errors import InputError
 
 
@@ -27,13 +27,18 @@ class _Split:
     labels: Path
 
 
+def corpus(folder: Path) -> Corpus:
+    """Returns the passages in a folder."""
+    return files.corpus(files.required(folder, "BEIR", "corpus.jsonl"), "_id")
+
+
 def beir(path: str | Path, *, train_qrels: str, eval_qrels: str) -> Collection:
     """Returns the collection in folder `path`, with the labels in these folders of it.
 
     Without `train_qrels` ("") it has no train, and no dev but its own.
     """
     root = files.open_folder(path, "BEIR")
-    corpus = files.required(root, "BEIR", "corpus.jsonl")
+    passages = corpus(root)
     splits = {}
     for split, folder in (("train", train_qrels), ("dev", eval_qrels), ("test", eval_qrels)):
         if not folder:
@@ -46,7 +51,11 @@ def beir(path: str | Path, *, train_qrels: str, eval_qrels: str) -> Collection:
             splits[split] = _Split(queries or files.required(root, "BEIR", "queries.jsonl"), labels)
     if train_qrels and "train" not in splits:
         raise InputError(f"{root / train_qrels}: no train.tsv or train.tsv.gz; add the train split")
-    read = [corpus, *(s.queries for s in splits.values()), *(s.labels for s in splits.values())]
+    read = [
+        *passages.files,
+        *(s.queries for s in splits.values()),
+        *(s.labels for s in splits.values()),
+    ]
     has_dev, remarks = {"dev", "test"} <= splits.keys(), tuple[str, ...]()
     if "dev" in splits and not has_dev:
         splits["test"] = splits.pop("dev")
@@ -56,11 +65,12 @@ def beir(path: str | Path, *, train_qrels: str, eval_qrels: str) -> Collection:
         name=root.resolve().name,
         fingerprint=files.content_hash(read),
         splits=tuple(splits),
-        passages=functools.partial(files.read_passages, corpus, "_id"),
+        passages=lambda: passages.read(files.lines),
         queries=lambda split: _queries(of(split)),
         qrels=lambda split: files.labels(of(split).labels),
         query_file=lambda split: _query_file(of(split).queries),
         remarks=remarks,
+        corpus=passages,
     )
     return texts if has_dev or not train_qrels else with_dev(texts)
 

@@ -21,14 +21,29 @@ from pathlib import Path
 import ijson
 
 from rqv2_jax.data import files
-from rqv2_jax.data.collection import Collection, Passage, Qrel, Query, of_split, with_dev
+from rqv2_jax.data.collection import (
+    Collection,
+    Corpus,
+    Lines,
+    Passage,
+    Qrel,
+    Query,
+    of_split,
+    with_dev,
+)
 from rqv2_jax.errors import InputError
+
+
+def corpus(folder: Path) -> Corpus:
+    """Returns the passages in a folder."""
+    file = files.required(folder, "DPR", "psgs_w100.tsv")
+    return Corpus((file,), functools.partial(_passages, file))
 
 
 def dpr(path: str | Path) -> Collection:
     """Returns the collection in a folder of DPR's files."""
     folder = files.open_folder(path, "DPR")
-    passages = files.required(folder, "DPR", "psgs_w100.tsv")
+    passages = corpus(folder)
     splits = {"train": files.required(folder, "DPR", "biencoder-*-train.json")}
     if dev := files.find_file(folder, "biencoder-*-dev.json"):
         splits["dev"] = dev
@@ -50,22 +65,25 @@ def dpr(path: str | Path) -> Collection:
 
     texts = Collection(
         name=folder.resolve().name,
-        fingerprint=files.content_hash([passages, *splits.values()]),
+        fingerprint=files.content_hash([*passages.files, *splits.values()]),
         splits=tuple(splits),
-        passages=functools.partial(_passages, passages),
+        passages=lambda: passages.read(files.lines),
         queries=queries,
         qrels=qrels,
         answer_splits=("test",),
         query_file=lambda split: (query for query, _ in read(split)),
+        corpus=passages,
     )
     return texts if dev else with_dev(texts)
 
 
-def _rows(file: Path, count: int, what: str) -> Iterator[tuple[str, list[str]]]:
+def _rows(
+    file: Path, count: int, what: str, read: Lines = files.lines
+) -> Iterator[tuple[str, list[str]]]:
     """Yields (`path:line`, fields) of a tab-separated file with CSV's quotes."""
     # Python's limit, which is that of all csv readers, is lower than the longest passages.
     csv.field_size_limit(2**31 - 1)
-    for number, line in files.lines(file):
+    for number, line in read(file):
         source = f"{file}:{number}"
         try:
             (fields,) = csv.reader([line], delimiter="\t")
@@ -79,9 +97,9 @@ def _rows(file: Path, count: int, what: str) -> Iterator[tuple[str, list[str]]]:
         yield source, fields
 
 
-def _passages(file: Path) -> Iterator[Passage]:
+def _passages(file: Path, read: Lines) -> Iterator[Passage]:
     seen: set[str] = set()
-    for source, (key, text, title) in _rows(file, 3, "id, text and title"):
+    for source, (key, text, title) in _rows(file, 3, "id, text and title", read):
         if not seen and (key, text, title) == ("id", "text", "title"):
             continue
         if not key or key in seen:

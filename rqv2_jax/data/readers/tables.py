@@ -17,7 +17,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rqv2_jax.data import files
-from rqv2_jax.data.collection import Collection, Passage, Qrel, Query, of_split, with_dev
+from rqv2_jax.data.collection import (
+    Collection,
+    Corpus,
+    Lines,
+    Passage,
+    Qrel,
+    Query,
+    of_split,
+    with_dev,
+)
 from rqv2_jax.errors import InputError
 
 
@@ -36,7 +45,7 @@ def msmarco(path: str | Path) -> Collection:
     file = functools.partial(files.required, folder, "MS MARCO")
     train = file("queries.train.tsv"), file("qrels.train.tsv")
     test = _Split(file("queries.dev.small.tsv"), file("qrels.dev.small.tsv"))
-    return _collection(folder, file("collection.tsv"), *train, test)
+    return _collection(folder, msmarco_corpus(folder), *train, test)
 
 
 def rocketqa(path: str | Path) -> Collection:
@@ -51,13 +60,30 @@ def rocketqa(path: str | Path) -> Collection:
     answers = files.find_file(folder, f"{name}.answers.txt")
     labels = None if answers else file(f"qrels.{name}.tsv")
     test = _Split(file(f"{name}.query.txt"), labels, answers)
-    return _collection(folder, file("para.txt"), *train, test)
+    return _collection(folder, rocketqa_corpus(folder), *train, test)
 
 
-def _collection(folder: Path, texts: Path, queries: Path, labels: Path, test: _Split) -> Collection:
+def msmarco_corpus(folder: Path) -> Corpus:
+    """Returns the passages in a folder of MS MARCO's."""
+    return _corpus(folder, files.required(folder, "MS MARCO", "collection.tsv"))
+
+
+def rocketqa_corpus(folder: Path) -> Corpus:
+    """Returns the passages in a folder of RocketQA's."""
+    return _corpus(folder, files.required(folder, "RocketQA", "para.txt"))
+
+
+def _corpus(folder: Path, texts: Path) -> Corpus:
     titles = files.find_file(folder, "para.title.txt")
+    both = (texts,) if titles is None else (texts, titles)
+    return Corpus(both, functools.partial(_passages, texts, titles))
+
+
+def _collection(
+    folder: Path, corpus: Corpus, queries: Path, labels: Path, test: _Split
+) -> Collection:
     splits = {"train": _Split(queries, labels), "test": test}
-    read = [texts, titles]
+    read: list[Path | None] = [*corpus.files]
     for split in splits.values():
         read += [split.queries, split.labels, split.answers]
     of = functools.partial(of_split, folder, splits)
@@ -65,18 +91,22 @@ def _collection(folder: Path, texts: Path, queries: Path, labels: Path, test: _S
         name=folder.resolve().name,
         fingerprint=files.content_hash([file for file in read if file]),
         splits=tuple(splits),
-        passages=functools.partial(_passages, texts, titles),
+        passages=lambda: corpus.read(files.lines),
         queries=lambda split: _queries(of(split)),
         qrels=lambda split: _qrels(of(split)),
         query_file=lambda split: (Query(key, text, ()) for key, text in _ids(of(split))),
         answer_splits=tuple(name for name, split in splits.items() if split.answers),
+        corpus=corpus,
     )
     return with_dev(found)
 
 
-def pairs(file: Path, what: str) -> Iterator[tuple[str, str, str]]:
-    """Yields (`path:line`, id, text) of a table with two columns; texts may be empty."""
-    for number, line in files.lines(file):
+def pairs(file: Path, what: str, read: Lines = files.lines) -> Iterator[tuple[str, str, str]]:
+    """Yields (`path:line`, id, text) of a table with two columns; texts may be empty.
+
+    Its lines are those that `read(file)` yields.
+    """
+    for number, line in read(file):
         source = f"{file}:{number}"
         columns = line.split("\t")
         if len(columns) != 2:
@@ -101,12 +131,12 @@ def unique(rows: Iterator[tuple[str, str, str]]) -> Iterator[tuple[str, str, str
         yield source, key, text
 
 
-def _passages(texts: Path, titles: Path | None) -> Iterator[Passage]:
-    rows = unique(pairs(texts, "passage"))
+def _passages(texts: Path, titles: Path | None, read: Lines) -> Iterator[Passage]:
+    rows = unique(pairs(texts, "passage", read))
     if titles is None:
         yield from (Passage(key, "", text) for _, key, text in rows)
         return
-    for row, head in itertools.zip_longest(rows, pairs(titles, "title")):
+    for row, head in itertools.zip_longest(rows, pairs(titles, "title", read)):
         if head is None:
             raise InputError(f"{titles}: ends before {row[0]}; give every passage its line")
         if row is None:

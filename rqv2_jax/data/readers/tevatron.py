@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rqv2_jax.data import files
-from rqv2_jax.data.collection import Collection, Qrel, Query, of_split, with_dev
+from rqv2_jax.data.collection import Collection, Corpus, Qrel, Query, of_split, with_dev
 from rqv2_jax.errors import InputError
 
 
@@ -44,10 +44,15 @@ class _Split:
             yield Query(key, text, _answers(source, value)), _positives(source, value), source
 
 
+def corpus(folder: Path) -> Corpus:
+    """Returns the passages in a folder."""
+    return files.corpus(files.required(folder, "Tevatron", "corpus.jsonl"), "docid")
+
+
 def tevatron(path: str | Path) -> Collection:
     """Returns the collection in a folder of Tevatron's files."""
     folder = files.open_folder(path, "Tevatron")
-    corpus = files.required(folder, "Tevatron", "corpus.jsonl")
+    passages = corpus(folder)
     train = files.required(folder, "Tevatron", "train.jsonl", "*-train.jsonl")
     find = functools.partial(files.find_file, folder)
     dev, test = (find(f"{name}.jsonl", f"*-{name}.jsonl") for name in ("dev", "test"))
@@ -58,18 +63,22 @@ def tevatron(path: str | Path) -> Collection:
     if dev and test:
         splits["dev"] = _Split(dev, find("qrels.dev.tsv"))
     splits["test"] = _tested(last, find(f"qrels.{name}.tsv"))
-    read = [corpus, *(f for split in splits.values() for f in (split.file, split.labels) if f)]
+    read = [
+        *passages.files,
+        *(f for split in splits.values() for f in (split.file, split.labels) if f),
+    ]
     of = functools.partial(of_split, folder, splits)
     found = Collection(
         name=folder.resolve().name,
         fingerprint=files.content_hash(read),
         splits=tuple(splits),
-        passages=functools.partial(files.read_passages, corpus, "docid"),
+        passages=lambda: passages.read(files.lines),
         queries=lambda split: _queries(of(split)),
         qrels=lambda split: _qrels(of(split)),
         answer_splits=tuple(name for name, split in splits.items() if split.by_answers),
         query_file=lambda split: (query for query, _, _ in of(split).queries()),
         remarks=() if test else ("test is dev",),
+        corpus=passages,
     )
     return found if "dev" in splits else with_dev(found)
 
