@@ -212,7 +212,7 @@ def test_scann_in_one_part_is_the_index_of_before(tmp_path):
     expected = index.scann_search(searcher, queries, 20)
     stamp = (tmp_path / "index" / index.MANIFEST).stat().st_mtime_ns
     asked = in_parts(settings, 1, passages), 20, tmp_path / "index", "source"
-    for found, each in zip(index.scann(queries, [passages], *asked), expected):
+    for found, each in zip(index.open_scann([passages], *asked)(queries), expected):
         np.testing.assert_array_equal(found, each)
     assert (tmp_path / "index" / index.MANIFEST).stat().st_mtime_ns == stamp
 
@@ -224,8 +224,8 @@ def test_scann_in_parts_finds_what_exact_search_finds(tmp_path, whole, dtype):
     passages = passages.astype(dtype)
     shards, folder = np.split(passages, [700, 1900]), tmp_path / "index"
     exact_QxK, exact_scores_QxK = index.exact(queries, shards, 20)
-    asked = queries, shards, in_parts(settings, 4, passages), 20, folder, "source"
-    rows_QxK, scores_QxK = index.scann(*asked)
+    asked = shards, in_parts(settings, 4, passages), 20, folder, "source"
+    rows_QxK, scores_QxK = index.open_scann(*asked)(queries)
     assert index.recall(rows_QxK, exact_QxK) >= (1.0 if whole else 0.8)
     own_scores_QxK = np.einsum("qd,qkd->qk", queries, passages.astype(np.float32)[rows_QxK])
     np.testing.assert_allclose(scores_QxK, own_scores_QxK, rtol=1e-4)
@@ -236,7 +236,7 @@ def test_scann_in_parts_finds_what_exact_search_finds(tmp_path, whole, dtype):
     manifests = sorted(folder.glob(f"*/{index.MANIFEST}"))
     assert [path.parent.name for path in manifests] == ["0000", "0001", "0002", "0003"]
     stamps = [path.stat().st_mtime_ns for path in manifests]
-    np.testing.assert_array_equal(index.scann(*asked)[0], rows_QxK)
+    np.testing.assert_array_equal(index.open_scann(*asked)(queries)[0], rows_QxK)
     assert [path.stat().st_mtime_ns for path in manifests] == stamps
 
 
@@ -244,7 +244,7 @@ def test_scann_pads_where_all_parts_hold_fewer_than_were_asked_for(tmp_path):
     passages, queries, settings = near_centres(whole=True)
     few = passages[:6]
     asked = in_parts(settings, 3, few), 9, tmp_path / "index", "source"
-    rows_QxK, _ = index.scann(queries, [few], *asked)
+    rows_QxK, _ = index.open_scann([few], *asked)(queries)
     np.testing.assert_array_equal(rows_QxK, np.argsort(-(queries @ few.T), axis=1))
 
 
@@ -253,7 +253,7 @@ def test_another_number_of_parts_leaves_none_of_the_old_ones(tmp_path):
     folder, found = tmp_path / "index", []
     for count in (1, 3, 2, 1):
         asked = in_parts(settings, count, passages), 20, folder, "source"
-        found.append(index.scann(queries, [passages], *asked)[0])
+        found.append(index.open_scann([passages], *asked)(queries)[0])
         parts = sorted(path.name for path in folder.iterdir() if path.is_dir())
         assert parts == ([f"{number:04}" for number in range(count)] if count > 1 else [])
         assert (folder / index.MANIFEST).is_file() == (count == 1)
@@ -278,7 +278,8 @@ def test_only_one_part_of_scann_is_in_memory_at_a_time(tmp_path, monkeypatch):
         return searcher
 
     monkeypatch.setattr(index, "build_scann", watched)
-    index.scann(queries, [passages], in_parts(settings, 4, passages), 20, tmp_path / "i", "source")
+    asked = in_parts(settings, 4, passages), 20, tmp_path / "i", "source"
+    index.open_scann([passages], *asked)(queries)
     assert most == [1] * 4
 
 

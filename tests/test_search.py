@@ -39,10 +39,16 @@ def test_search_finds_what_the_evaluation_found(finished, tmp_path):
     assert f"{corpus[rows[0][-1]]['title']}: " in ended.stdout
 
 
-def test_search_takes_a_question_or_topics(tmp_path):
+def test_search_takes_questions_or_topics_or_serves(tmp_path):
     for arguments, message in (
-        ([], "give a question or --topics"),
-        (["a question", "--topics=t", "--to=r"], "give a question or --topics"),
+        ([], "there is no question on standard input"),
+        (
+            ["a question", "--topics=t", "--to=r"],
+            "give one of a question, --topics FILE, and --serve",
+        ),
+        (["a question", "--serve"], "give one of a question, --topics FILE, and --serve"),
+        (["--serve", "--json"], "--json answers questions"),
+        (["a question", "--port=1"], "--port is for the page; give --serve, too"),
         (["--topics=t"], "--topics and --to go together"),
         ([" "], "the question is empty"),
         (["--topics=t", "--to=/nowhere/r"], "--to /nowhere/r: there is no folder /nowhere"),

@@ -5,6 +5,7 @@ Shape suffixes: Q queries, K passages of a query, best first, D vector size.
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Callable, Iterator
@@ -24,6 +25,8 @@ from rqv2_jax.retrieval import bm25, encode, index
 
 # Passage rows [Q, K] and scores [Q, K] of some queries.
 Ranking = tuple[np.ndarray, np.ndarray]
+# Ranks passages for some of the given queries; K is `config.evaluate.retrieve_depth`.
+Search = Callable[[tokens.Queries, np.ndarray], Ranking]
 
 
 def source_of(run: Run, store: tokens.Store, state: str) -> str:
@@ -37,6 +40,64 @@ def _cached(path: pathlib.Path, source: str, search: Callable[[], Ranking]) -> R
     return arrays["passages"], arrays["scores"]
 
 
+def _searching(
+    run: Run, store: tokens.Store, towers: dict, find: Callable[[np.ndarray, int], Ranking | None]
+) -> Search:
+    """Returns a search by vectors of queries, for which `find(vectors_QxD, depth)` ranks passages.
+
+    Where that gives None, the search gives empty arrays.
+    """
+
+    def search(queries: tokens.Queries, rows_Q: np.ndarray) -> Ranking:
+        own_Q = own_texts.of_rows(queries, rows_Q)
+        depth = own_texts.deeper(run.config.evaluate.retrieve_depth, own_Q)
+        vectors_QxD = encode.queries(run.forward, tower(towers, "query"), queries.texts, rows_Q)
+        ranking = find(vectors_QxD, depth)
+        if ranking is None:
+            return np.empty((0, 0), np.int64), np.empty((0, 0), np.float32)
+        # By the tie rule, so that the re-ranker's cut does not depend on the order of the corpus.
+        return own_texts.without(*metrics.sort_run(*ranking, store.passage_ids), own_Q)
+
+    return search
+
+
+def _vectors(
+    run: Run, store: tokens.Store, towers: dict, folder: pathlib.Path, source: str
+) -> list[np.ndarray]:
+    """Returns the vectors of all passages, as `encode.corpus` keeps them in a folder."""
+    dtype, passage = run.config.encode.dtype, tower(towers, "passage")
+    return encode.corpus(run.forward, passage, store, folder, source, dtype)
+
+
+def _exact(shards: list[np.ndarray]) -> Callable[[np.ndarray, int], Ranking]:
+    """Returns exact search over the passages' vectors."""
+    return lambda vectors_QxD, depth: index.exact(vectors_QxD, shards, depth)
+
+
+def open_retriever(run: Run, store: tokens.Store, *, state: str, index_name: str) -> Search:
+    """Loads the retriever of a state and its vectors of the passages, by which the search finds.
+
+    "exact" or "scann" says how. By ScaNN only the first of several hosts gets anything.
+    """
+    settings, stage = run.config.evaluate, run.kept_by(state=state, model="retriever")
+    source, towers = source_of(run, store, state), run.params(state=state, model="retriever")
+    vectors = run.workdir / "vectors" / stage
+    shards = _vectors(run, store, towers, vectors, source)
+    if index_name == "exact":
+        return _searching(run, store, towers, _exact(shards))
+
+    @functools.cache
+    def searcher(depth: int) -> Callable[[np.ndarray], Ranking]:
+        folder = run.workdir / "index" / stage
+        return index.open_scann(shards, settings.scann, depth, folder, source)
+
+    def find(vectors_QxD: np.ndarray, depth: int) -> Ranking | None:
+        # All hosts have encoded the queries together.
+        return searcher(depth)(vectors_QxD) if hosts.first() else None
+
+    return _searching(run, store, towers, find)
+
+
 def retrieve(
     run: Run,
     store: tokens.Store,
@@ -46,27 +107,8 @@ def retrieve(
     state: str,
     index_name: str,
 ) -> Ranking:
-    """Returns what the retriever of a state finds for some of the queries, by "exact" or "scann".
-
-    K is `config.evaluate.retrieve_depth`. By ScaNN only the first of several hosts gets anything.
-    """
-    settings, stage = run.config.evaluate, run.kept_by(state=state, model="retriever")
-    source, towers = source_of(run, store, state), run.params(state=state, model="retriever")
-    vectors = run.workdir / "vectors" / stage
-    dtype, passage = run.config.encode.dtype, tower(towers, "passage")
-    shards = encode.corpus(run.forward, passage, store, vectors, source, dtype)
-    vectors_QxD = encode.queries(run.forward, tower(towers, "query"), queries.texts, rows_Q)
-    own_Q = own_texts.of_rows(queries, rows_Q)
-    depth = own_texts.deeper(settings.retrieve_depth, own_Q)
-    if index_name == "exact":
-        ranking = index.exact(vectors_QxD, shards, depth)
-    elif hosts.first():
-        folder = run.workdir / "index" / stage
-        ranking = index.scann(vectors_QxD, shards, settings.scann, depth, folder, source)
-    else:
-        return np.empty((0, 0), np.int64), np.empty((0, 0), np.float32)
-    # By the tie rule, so that the re-ranker's cut does not depend on the order of the corpus.
-    return own_texts.without(*metrics.sort_run(*ranking, store.passage_ids), own_Q)
+    """Returns what the search of `open_retriever` finds for some of the queries."""
+    return open_retriever(run, store, state=state, index_name=index_name)(queries, rows_Q)
 
 
 def retrieve_split(
@@ -115,6 +157,38 @@ def _reading(run: Run) -> tuple:
     return inputs, run.models.retriever, run.models.pooling, run.models.similarity
 
 
+def _released_source(run: Run, released: Run, store: tokens.Store) -> str:
+    """Names the corpus as the starting retriever of a run encodes it as released."""
+    return f"released {run.weights_hash} {store.fingerprint} {_reading(released)} "
+
+
+def _search_as_released(released: Run, store: tokens.Store, source: str) -> Search:
+    """Returns the search of a run that `as_released` has opened, its passages encoded if need be."""
+    towers, folder = released.initial("retriever"), released.workdir / "vectors" / "released"
+    shards = _vectors(released, store, towers, folder, source)
+    return _searching(released, store, towers, _exact(shards))
+
+
+def open_released(run: Run, store: tokens.Store, *, encoded: bool) -> Search:
+    """Loads the starting retriever as its folder has it, and its vectors of the passages.
+
+    Raises InputError if the folder cannot be read as it is; and, unless they may be `encoded` now, if
+    the workdir has no such vectors.
+    """
+    released = as_released(run)
+    same = _reading(released) == _reading(run)
+    source = source_of(run, store, "zero_shot") if same else _released_source(run, released, store)
+    vectors = run.workdir / "vectors" / ("zero_shot" if same else "released")
+    if not encoded and encode.made_from(vectors) != source:
+        raise InputError(
+            f"the workdir has no vectors of the passages by the released model; python -m "
+            f"rqv2_jax.search --workdir {run.workdir} --serve --encode_released makes them, once"
+        )
+    if same:
+        return open_retriever(run, store, state="zero_shot", index_name="exact")
+    return _search_as_released(released, store, source)
+
+
 def by_released(run: Run, store: tokens.Store, split: str, rows_Q: np.ndarray) -> Ranking | None:
     """Returns what the starting retriever finds as released; None, with a line, if left out."""
     queries, settings = store.splits[split], run.config.evaluate
@@ -129,18 +203,13 @@ def by_released(run: Run, store: tokens.Store, split: str, rows_Q: np.ndarray) -
         where = {"state": "zero_shot", "index_name": "exact"}
         return retrieve_split(run, store, split, rows_Q, **where)[0]
     own_Q = own_texts.of_rows(queries, rows_Q)
-    source = f"released {run.weights_hash} {store.fingerprint} {_reading(released)} "
+    source = _released_source(run, released, store)
 
     def search():
-        forward, length = released.forward, released.inputs.passage_length
-        tqdm.tqdm.write(f"  released: the starting model at {length} tokens")
-        towers, folder = released.initial("retriever"), run.workdir / "vectors" / "released"
-        dtype, passage = run.config.encode.dtype, tower(towers, "passage")
-        shards = encode.corpus(forward, passage, store, folder, source, dtype)
-        vectors_QxD = encode.queries(forward, tower(towers, "query"), queries.texts, rows_Q)
-        depth = own_texts.deeper(settings.retrieve_depth, own_Q)
-        ranking = metrics.sort_run(*index.exact(vectors_QxD, shards, depth), store.passage_ids)
-        return own_texts.without(*ranking, own_Q)
+        tqdm.tqdm.write(
+            f"  released: the starting model at {released.inputs.passage_length} tokens"
+        )
+        return _search_as_released(released, store, source)(queries, rows_Q)
 
     asked = f"{source} {queries.fingerprint} {settings.retrieve_depth}"
     path = run.workdir / "eval" / f"{split}.released.npz"
@@ -207,6 +276,30 @@ def score_bm25(run: Run, store: tokens.Store, lists: Lists) -> np.ndarray:
     passages, asked = _strings(run, store, {"train": rows_Q})
     asked = [asked[number] for number in query_L]
     return bm25.scores(passages, asked, lists.passages_LxP, run.config.evaluate.bm25)
+
+
+def open_bm25(run: Run, store: tokens.Store) -> Callable[[list[str]], Ranking]:
+    """Indexes the passages for BM25 and returns the search for questions, as `by_bm25` ranks.
+
+    Raises InputError if there are more passages than `config.evaluate.bm25.most_passages`, if they
+    cannot be read, or if a package is missing.
+    """
+    settings, count = run.config.evaluate, len(store.passage_ids)
+    if count > settings.bm25.most_passages:
+        raise InputError(
+            f"{count} passages are more than config.evaluate.bm25.most_passages, "
+            f"{settings.bm25.most_passages}"
+        )
+    for package in bm25.PACKAGES:
+        optional.load(package, "BM25")
+    passages, _ = _strings(run, store, {})
+    made = bm25.build(passages, settings.bm25)
+
+    def search(questions: list[str]) -> Ranking:
+        ranking = made.search(questions, settings.retrieve_depth)
+        return metrics.sort_run(*ranking, store.passage_ids)
+
+    return search
 
 
 def _strings(

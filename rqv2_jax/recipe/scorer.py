@@ -9,7 +9,7 @@ Shape suffixes: Q queries, P given passages, K passages found, R re-ranked of th
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ import numpy as np
 from rqv2_jax.data import tokens
 from rqv2_jax.models.scoring import tower
 from rqv2_jax.recipe.claim import open_workdir
-from rqv2_jax.recipe.rankings import retrieve
+from rqv2_jax.recipe.rankings import open_retriever
 from rqv2_jax.recipe.run import Run
 from rqv2_jax.retrieval import encode, rerank
 
@@ -70,17 +70,21 @@ def open_scorer(
     return Scorer(run, *models)
 
 
-def search(
-    run: Run, store: tokens.Store, queries: tokens.Queries, *, state: str, index_name: str
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Searches for queries by both models of a state of a run: "reranker" or "joint".
+def open_search(
+    run: Run, store: tokens.Store, *, state: str, index_name: str
+) -> Callable[[tokens.Queries], tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Loads both models of a state of a run, "reranker" or "joint", to search again and again.
 
-    Returns:
-      (passage rows [Q, K], retriever scores [Q, K], re-ranker scores [Q, R]), the best by the
-      retriever first; K is `config.evaluate.retrieve_depth`, R `rerank_depth`.
+    The search takes queries and returns (passage rows [Q, K], retriever scores [Q, K], re-ranker scores
+    [Q, R]), the best by the retriever first; K is `config.evaluate.retrieve_depth`, R `rerank_depth`.
     """
-    rows_Q, params = np.arange(len(queries.ids)), run.params(state=state, model="reranker")
-    how = {"state": state, "index_name": index_name}
-    passages_QxK, retriever_QxK = retrieve(run, store, queries, rows_Q, **how)
-    pairs = store, queries.texts, rows_Q, passages_QxK[:, : run.config.evaluate.rerank_depth]
-    return passages_QxK, retriever_QxK, rerank.scores(run.forward, params, *pairs)
+    params, depth = run.params(state=state, model="reranker"), run.config.evaluate.rerank_depth
+    retrieve = open_retriever(run, store, state=state, index_name=index_name)
+
+    def search(queries: tokens.Queries) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        rows_Q = np.arange(len(queries.ids))
+        passages_QxK, retriever_QxK = retrieve(queries, rows_Q)
+        pairs = store, queries.texts, rows_Q, passages_QxK[:, :depth]
+        return passages_QxK, retriever_QxK, rerank.scores(run.forward, params, *pairs)
+
+    return search

@@ -116,6 +116,14 @@ def corpus(
     return [load(number) for number in range(len(paths))]
 
 
+def made_from(folder: pathlib.Path) -> str:
+    """Returns the `source` that `corpus` has begun to fill a folder from, "" if there is none."""
+    manifest = folder / "manifest.json"
+    if not manifest.is_file():
+        return ""
+    return readable(manifest, lambda: json.loads(manifest.read_text())["source"]) or ""
+
+
 def _load(path: pathlib.Path, count: int, dtype: str) -> np.ndarray:
     """Returns a shard's vectors, memory-mapped; ValueError unless there are `count` in the dtype."""
     vectors_nxD = np.load(path, mmap_mode="r")

@@ -145,42 +145,41 @@ def exact(queries_QxD: np.ndarray, shards: list[np.ndarray], depth: int) -> Rank
     return rows_QxK.astype(np.int64), scores_QxK
 
 
-def scann(
-    queries_QxD: np.ndarray,
-    shards: list[np.ndarray],
-    settings: ConfigDict,
-    depth: int,
-    folder: pathlib.Path,
-    source: str,
-) -> Ranked:
-    """Returns about what `exact` returns, by an index of ScaNN in `folder` as `build_scann` makes it.
+def open_scann(
+    shards: list[np.ndarray], settings: ConfigDict, depth: int, folder: pathlib.Path, source: str
+) -> Callable[[np.ndarray], Ranked]:
+    """Returns a search that gives about what `exact` gives, by an index of ScaNN in `folder`.
 
-    Where that would not fit into the memory, parts of the passages have an index each, in a folder in
-    `folder`. They are built or loaded, searched and put down one after the other, and the best of all
-    are returned. Row -1 and score -inf stand for none.
+    It is made as `build_scann` says. Where that would not fit into the memory, parts of the passages
+    have an index each, in a folder in `folder`; they are built or loaded, searched and put down one
+    after the other whenever queries come, and the best of all are returned. Row -1 and score -inf stand
+    for none.
     """
     total = sum(map(len, shards))
     count = scann_parts(total, shards[0].shape[1], settings.memory)
     if count == 1:
-        return scann_search(
-            build_scann(shards, settings, depth, folder, source), queries_QxD, depth
-        )
+        whole = build_scann(shards, settings, depth, folder, source)
+        return lambda queries_QxD: scann_search(whole, queries_QxD, depth)
     if (folder / MANIFEST).exists():
         # It has one index over all passages.
         shutil.rmtree(folder)
     for part in folder.glob("[0-9]*"):
         if int(part.name) >= count:
             shutil.rmtree(part)
-    found = []
-    for number in range(count):
-        rows = range(number * total // count, (number + 1) * total // count)
-        named = folder / f"{number:04}", f"{source} {rows}"
-        searcher = build_scann(_taken(shards, rows), settings, depth, *named)
-        rows_QxK, scores_QxK = scann_search(searcher, queries_QxD, depth)
-        # Before the next is loaded.
-        del searcher
-        found.append((np.where(rows_QxK < 0, -1, rows_QxK + rows.start), scores_QxK))
-    return _best(found, min(depth, total))
+
+    def search(queries_QxD: np.ndarray) -> Ranked:
+        found = []
+        for number in range(count):
+            rows = range(number * total // count, (number + 1) * total // count)
+            named = folder / f"{number:04}", f"{source} {rows}"
+            searcher = build_scann(_taken(shards, rows), settings, depth, *named)
+            rows_QxK, scores_QxK = scann_search(searcher, queries_QxD, depth)
+            # Before the next is loaded.
+            del searcher
+            found.append((np.where(rows_QxK < 0, -1, rows_QxK + rows.start), scores_QxK))
+        return _best(found, min(depth, total))
+
+    return search
 
 
 def scann_parts(total: int, size: int, memory: float) -> int:

@@ -1,4 +1,4 @@
-"""What users get from a finished workdir: search results, model folders, the report of denoising.
+"""What users get from a finished workdir: run files, model folders, the report of denoising.
 
 Shape suffixes: Q queries, K retrieved passages, R re-ranked passages, N labels or candidates.
 """
@@ -6,7 +6,6 @@ Shape suffixes: Q queries, K retrieved passages, R re-ranked passages, N labels 
 import os
 import pathlib
 import shutil
-import textwrap
 
 import numpy as np
 import tqdm
@@ -26,25 +25,6 @@ from rqv2_jax.tools import cards
 NO_LABELS_3x0 = np.zeros((3, 0), np.int64)
 
 
-def show(run: Run, store: tokens.Store, question: str, state: str, index: str, shown: int) -> str:
-    """Returns the best passages of a question, `shown` at most, as text for people."""
-    asked = tokens.Queries(run.tokenizer.texts([question]), ["question"], NO_LABELS_3x0)
-    passages_1xK, retriever_1xK, reranker_1xR = scorer.search(
-        run, store, asked, state=state, index_name=index
-    )
-    order_K = np.argsort(-rerank.merge(reranker_1xR, retriever_1xK)[0], kind="stable")
-    order = [number for number in order_K.tolist() if passages_1xK[0, number] >= 0][:shown]
-    rows = passages_1xK[0, order].tolist()
-    texts = show_passages(run, store, rows)
-    lines = ["rank  re-ranker  retriever  passage"]
-    for rank, (number, row) in enumerate(zip(order, rows), start=1):
-        reranker = f"{reranker_1xR[0, number]:.3f}" if number < reranker_1xR.shape[1] else ""
-        head = f"{rank:4}  {reranker:>9}  {retriever_1xK[0, number]:9.3f}  {store.passage_ids[row]}"
-        text = textwrap.fill(textwrap.shorten(texts[row], 280, placeholder=" ..."), 94)
-        lines += [head, textwrap.indent(text, " " * 6)]
-    return "\n".join(lines)
-
-
 def write_run(
     run: Run, store: tokens.Store, asked: pathlib.Path, to: pathlib.Path, state: str, index: str
 ) -> list[str]:
@@ -56,9 +36,8 @@ def write_run(
     texts, ids = [query.text for query in given], [query.id for query in given]
     queries = tokens.Queries(run.tokenizer.texts(texts), ids, NO_LABELS_3x0)
     queries = own_texts.of_queries(store, queries, run.config.data.ignore_identical_ids)
-    passages_QxK, retriever_QxK, reranker_QxR = scorer.search(
-        run, store, queries, state=state, index_name=index
-    )
+    search = scorer.open_search(run, store, state=state, index_name=index)
+    passages_QxK, retriever_QxK, reranker_QxR = search(queries)
     scores_QxK = rerank.merge(reranker_QxR, retriever_QxK)
     tag = f"rqv2_jax.{state}.reranker"
     trec.write_run(to, ids, store.passage_ids, passages_QxK, scores_QxK, tag)
