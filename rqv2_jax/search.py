@@ -40,6 +40,9 @@ _HOST = flags.DEFINE_string(
     "host", "127.0.0.1", "With --serve: the address to serve on; 0.0.0.0 is open to other machines."
 )
 _PORT = flags.DEFINE_integer("port", 8765, "With --serve: the port; 0 is any.", 0, 65535)
+_SECONDS = flags.DEFINE_integer(
+    "seconds", 60, "With --serve: for an answer, those before it included.", 1
+)
 _ENCODE_RELEASED = flags.DEFINE_bool(
     "encode_released",
     False,
@@ -76,7 +79,7 @@ def _check(question: tuple[str, ...], topics: str | None) -> None:
         )
     if _JSON.value and (topics or _SERVE.value):
         raise InputError("--json answers questions; give it with neither --topics nor --serve")
-    for flag in (_HOST, _PORT, _ENCODE_RELEASED):
+    for flag in (_HOST, _PORT, _SECONDS, _ENCODE_RELEASED):
         if flags.FLAGS[flag.name].present and not _SERVE.value:
             raise InputError(f"--{flag.name} is for the page; give --serve, too")
     if question and not question[0].strip():
@@ -122,7 +125,7 @@ def _serve() -> None:
 
     # The port comes first: loading may take minutes.
     with (
-        server_lib.Server(_HOST.value, _PORT.value) as server,
+        server_lib.Server(_HOST.value, _PORT.value, _SECONDS.value) as server,
         program.opened(reads=reads) as run,
     ):
         served = server_lib.open_served(run, **_how(), encoded=encoded)

@@ -53,9 +53,8 @@ def serving(served):
     """`serving(served) -> Server` in threads of this process."""
     started = []
 
-    def start(what=served, seconds=server.ANSWER_SECONDS):
-        made = server.Server("127.0.0.1", 0)
-        made.seconds = seconds
+    def start(what=served, seconds=60):
+        made = server.Server("127.0.0.1", 0, seconds)
         thread = threading.Thread(target=made.serve, args=(what,))
         thread.start()
         started.append((made, thread))
@@ -351,8 +350,8 @@ def test_an_answer_that_fails_is_told_in_one_line(serving, served, capfd):
 
 
 def test_a_client_that_says_nothing_is_let_go(serving, monkeypatch):
-    monkeypatch.setattr(server, "REQUEST_SECONDS", 0.5)
-    made = serving()
+    monkeypatch.setattr(server, "SPARE_SECONDS", 0.2)
+    made = serving(seconds=0.3)
     with socket.create_connection(made.server_address, timeout=20) as client:
         started = time.monotonic()
         # Slowly, but never silent.

@@ -25,8 +25,8 @@ from rqv2_jax.tools import page, questions
 from rqv2_jax.tools.page import About
 from rqv2_jax.tools.questions import Answers
 
-# Seconds for an answer, those behind other questions included; and for a whole request.
-ANSWER_SECONDS, REQUEST_SECONDS = 30.0, 45.0
+# Seconds that a request may take beside its answer.
+SPARE_SECONDS = 15.0
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'self'; script-src 'self'; "
     "img-src data:; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
@@ -59,15 +59,16 @@ def open_served(run: Run, *, state: str, index_name: str, shown: int, encoded: b
 class Server(http.server.ThreadingHTTPServer):
     """A server that has its port from the start, and answers as soon as `serve` is called.
 
-    Raises InputError if it cannot have the port.
+    An answer may take `seconds`, those before it included. Raises InputError if it cannot have the
+    port.
     """
 
     # With it two servers would have one port.
     allow_reuse_port = False
 
-    def __init__(self, host: str, port: int):
+    def __init__(self, host: str, port: int, seconds: float):
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self.seconds = ANSWER_SECONDS
+        self.seconds = seconds
         # One thread, so one question at a time.
         self.worker = concurrent.futures.ThreadPoolExecutor(1)
         try:
@@ -129,7 +130,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def handle(self) -> None:
         """Handles the connection, which is cut when its time is over, however slowly it goes on."""
-        timer = threading.Timer(REQUEST_SECONDS, self._cut)
+        timer = threading.Timer(self.server.seconds + SPARE_SECONDS, self._cut)
         timer.daemon = True
         timer.start()
         try:
