@@ -5,7 +5,7 @@
 #   launch/gpus.sh [--config.group.key=value ...]
 #
 # Run it again to continue where it stopped. Variables (relative paths start at the repository's root):
-#   CONFIG   the config file, with its preset             (configs/docstrings.py)
+#   CONFIG   the config file, with its preset             (configs/docstrings.py:quick)
 #   WORKDIR  where checkpoints and results go             (workdir/gpus)
 #   GPUS     how many GPUs to use                         (all that nvidia-smi lists)
 #   VENV     the virtual environment                      (.venv)
@@ -17,7 +17,7 @@
 #   COMMAND_BUFFERS  kinds of operations launched as CUDA graphs, as FUSION,CUBLAS; empty: none
 #   TRITON_GEMM      true or false: products by XLA's own kernels where they are faster
 set -euo pipefail
-CONFIG="${CONFIG:-configs/docstrings.py}"
+CONFIG="${CONFIG:-configs/docstrings.py:quick}"
 WORKDIR="${WORKDIR:-workdir/gpus}"
 # shellcheck source=launch/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"

@@ -9,14 +9,14 @@
 #   ZONE     where it is
 #   CHIPS    how many chips it has
 #   FOLDER   this repository on a file system that all hosts have mounted, as workdir, data and weights are
-#   CONFIG   the config file, with its preset             (configs/docstrings.py)
+#   CONFIG   the config file, with its preset             (configs/docstrings.py:quick)
 #   WORKDIR  where results go, relative to FOLDER         (workdir/pod)
 #   VENV     a virtual environment on each host's disk    (/tmp/rqv2_jax.venv)
 #   PYTHON   the hosts' Python, 3.11, 3.12 or 3.13        (python3)
 set -euo pipefail
 : "${TPU:?give the name of the slice}" "${ZONE:?give its zone}" "${CHIPS:?give its number of chips}"
 : "${FOLDER:?give the path of the repository on a file system that all hosts see}"
-CONFIG="${CONFIG:-configs/docstrings.py}"
+CONFIG="${CONFIG:-configs/docstrings.py:quick}"
 WORKDIR="${WORKDIR:-workdir/pod}"
 VENV="${VENV:-/tmp/rqv2_jax.venv}"
 PYTHON="${PYTHON:-python3}"

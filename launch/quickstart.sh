@@ -13,4 +13,4 @@ WORKDIR="${WORKDIR:-workdir/quickstart}"
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 set_up requirements.txt
-exec "$VENV/bin/python" -m rqv2_jax.main --config configs/docstrings.py --workdir "$WORKDIR" "$@"
+exec "$VENV/bin/python" -m rqv2_jax.main --config configs/docstrings.py:quick --workdir "$WORKDIR" "$@"

@@ -6,7 +6,7 @@
 #
 # Submit it from the repository's root, which all nodes see, as they do workdir, data and weights; again to
 # continue where it stopped. Variables (relative paths start at the repository's root):
-#   CONFIG   the config file, with its preset             (configs/docstrings.py)
+#   CONFIG   the config file, with its preset             (configs/docstrings.py:quick)
 #   WORKDIR  where checkpoints and results go             (workdir/slurm)
 #   GPUS     GPUs of a node                               (as given to sbatch)
 #   VENV     the virtual environment                      (.venv)
@@ -16,7 +16,7 @@
 #SBATCH --ntasks-per-node=1
 #SBATCH --output=slurm-%j.out
 set -euo pipefail
-CONFIG="${CONFIG:-configs/docstrings.py}"
+CONFIG="${CONFIG:-configs/docstrings.py:quick}"
 WORKDIR="${WORKDIR:-workdir/slurm}"
 # Slurm runs a copy of this file from elsewhere.
 cd "${SLURM_SUBMIT_DIR:?submit this file with sbatch}"

@@ -4,7 +4,7 @@ On several hosts (a TPU slice, GPU nodes) start the same command with --distribu
 data and weights lie on a file system that all hosts see; the mesh must take all their devices.
 
 Examples:
-  python -m rqv2_jax.main --config configs/docstrings.py --workdir workdir/docstrings
+  python -m rqv2_jax.main --config configs/docstrings.py:quick --workdir workdir/docstrings
   python -m rqv2_jax.main --config configs/nq.py --workdir /shared/nq --distributed \\
       --config.mesh.data=32
 """
