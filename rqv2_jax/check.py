@@ -48,11 +48,12 @@ def main() -> None:
         if flags.FLAGS[name].present:
             raise InputError(f"--{name} goes with --workdir; leave it out")
 
+    from rqv2_jax.recipe import space
     from rqv2_jax.tools import doctor, doctor_checks, fits
 
     report, opened = doctor.examine_config(_CONFIG.value)
     room = fits.Room(free_disk(pathlib.Path(_DISK.value)), host_memory()[1])
-    run = opened.config, opened.models, report.sizes, fits.this_host()
+    run = opened.config, opened.models, report.sizes, space.this_host()
     text, faults = fits.compare(*run, room)
     kind = "warning" if _FORCE.value else "error"
     found = [doctor_checks.Finding(kind, where, line) for where, line in faults.items()]

@@ -142,11 +142,6 @@ def first() -> bool:
     return jax.process_index() == 0
 
 
-def alone() -> bool:
-    """Says whether there is no other process."""
-    return jax.process_count() == 1
-
-
 def from_first(compute: Callable[[], Any]) -> Any:
     """Returns what `compute()` returns in the first process, which alone calls it; the others wait.
 

@@ -4,6 +4,8 @@ import os
 import pathlib
 import shutil
 
+GIB = 2**30
+
 # Where the kernel keeps a control group's limit, its use, and what of that files take: version 2, 1.
 GROUPS = {
     "": ("sys/fs/cgroup", "memory.max", "memory.current", "file"),

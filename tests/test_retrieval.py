@@ -202,7 +202,7 @@ def test_scanns_manifest_is_written_after_everything_else(tmp_path, monkeypatch)
 
 def in_parts(settings, count, passages):
     """ScaNN's settings with memory for so many parts of the passages."""
-    memory = 4 * passages.size * index.BUILT / index.GIB / count
+    memory = 4 * passages.size * index.BUILT / index.room.GIB / count
     return types.SimpleNamespace(**vars(settings), memory=memory * 1.0001)
 
 

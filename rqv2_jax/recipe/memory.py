@@ -14,8 +14,9 @@ import ml_collections
 from rqv2_jax.data import lists
 from rqv2_jax.models.scoring import Models
 from rqv2_jax.recipe import needs
-from rqv2_jax.recipe.needs import GIB, Part, Sizes
+from rqv2_jax.recipe.needs import Part, Sizes
 from rqv2_jax.retrieval import index
+from rqv2_jax.room import GIB
 
 # Bytes of memory while lists are drawn: of each candidate, its passage and three scores, one of which
 # is made meanwhile; of each candidate of the queries that are looked at together; and of each passage

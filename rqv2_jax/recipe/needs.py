@@ -15,8 +15,8 @@ from rqv2_jax.data.lists import training_lists
 from rqv2_jax.models.bert import BertConfig
 from rqv2_jax.models.scoring import TOWERS, Models
 from rqv2_jax.retrieval import index
+from rqv2_jax.room import GIB
 
-GIB = 2**30
 OFFSET = np.dtype(np.int64)
 # A passage's row number and its score, in candidates and rankings.
 HIT = 8 + 4

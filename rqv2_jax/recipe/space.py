@@ -15,9 +15,9 @@ from rqv2_jax import hosts
 from rqv2_jax.data import tokens
 from rqv2_jax.errors import DAMAGE, InputError
 from rqv2_jax.recipe import memory, needs
-from rqv2_jax.recipe.needs import CHECKPOINTS, GIB, MODELS, Sizes
+from rqv2_jax.recipe.needs import CHECKPOINTS, MODELS, Sizes
 from rqv2_jax.recipe.run import Run
-from rqv2_jax.room import free_disk, host_memory
+from rqv2_jax.room import GIB, free_disk, host_memory
 
 SAMPLED_IDS = 1000
 # Of a file of passages, this many bytes are read to estimate how many passages it has.
@@ -69,6 +69,12 @@ def _known_sizes(run: Run) -> Sizes:
     return Sizes(passages, 0.0, {}, 0.0, {})
 
 
+def this_host() -> memory.Host:
+    """Returns this machine as a host of a run."""
+    total, _ = host_memory()
+    return memory.Host(jax.default_backend() == "cpu", jax.local_device_count(), memory=total)
+
+
 def check_run(run: Run, store: tokens.Store | None = None) -> None:
     """Raises InputError if what is left of the run certainly does not fit on the disk or in memory.
 
@@ -81,17 +87,14 @@ def check_run(run: Run, store: tokens.Store | None = None) -> None:
             part._replace(least=max(part.least - sum(_held(run.workdir, part)), 0))
             for part in needs.disk(run.config, run.models, sizes)
         ]
-        total, available = host_memory()
-        on_cpu = jax.default_backend() == "cpu"
-        host = memory.Host(on_cpu, jax.local_device_count(), memory=total)
         held = [
             part
-            for part in memory.parts_of(run.config, run.models, sizes, host)
+            for part in memory.parts_of(run.config, run.models, sizes, this_host())
             if not any(any(run.workdir.glob(pattern)) for pattern in part.places)
         ]
         lines = [
             needs.short_of_disk(disk, free_disk(run.workdir), "least"),
-            memory.short_of_memory(held, available, "least"),
+            memory.short_of_memory(held, host_memory()[1], "least"),
         ]
         return [line for line in lines if line]
 

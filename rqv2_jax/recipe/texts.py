@@ -3,7 +3,7 @@
 import dataclasses
 import pathlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import ml_collections
 import numpy as np
@@ -99,22 +99,39 @@ def _check_place(run: Run) -> None:
 
 
 def show_passages(run: Run, store: tokens.Store, rows: Iterable[int]) -> dict[int, str]:
-    """Returns passages of a store by row as text for people, the title first.
+    """Returns passages of a store by row as text for people, as `open_passages` reads them."""
+    ordered = set(rows)
+    return open_passages(run, store)(ordered) if ordered else {}
 
-    Reads their lines alone where the corpus's files allow that, and then checks nothing else of them.
-    Raises InputError if these are other passages than those of the store.
+
+def open_passages(run: Run, store: tokens.Store) -> Callable[[Iterable[int]], dict[int, str]]:
+    """Returns the function that gives passages of a store by row, as text for people, the title first.
+
+    It reads their lines alone where the corpus's files allow that, and then checks nothing else of
+    them; it raises InputError if these are other passages than those of the store.
     """
-    ordered = sorted(set(rows))
+    _check_place(run)
+    corpus, lines_FxN = open_corpus(run.config.data), store.lines_FxN
+    if corpus is None or lines_FxN is None:
+        texts = texts_of(run, store.fingerprint)
+        return lambda rows: texts.shown(set(rows))
+    return lambda rows: _by_lines(run, store, corpus, lines_FxN, sorted(set(rows)))
+
+
+def _by_lines(
+    run: Run,
+    store: tokens.Store,
+    corpus: collection.Corpus,
+    lines_FxN: np.ndarray,
+    ordered: list[int],
+) -> dict[int, str]:
+    """Returns the passages of some rows as text; their lines begin at `lines_FxN` in the files."""
     if not ordered:
         return {}
-    _check_place(run)
-    corpus = open_corpus(run.config.data)
-    if corpus is None or store.lines_FxN is None:
-        return texts_of(run, store.fingerprint).shown(set(ordered))
     try:
-        if len(store.lines_FxN) != len(corpus.files):
+        if len(lines_FxN) != len(corpus.files):
             raise InputError("other files of titles")
-        passages = offsets.read(corpus, store.lines_FxN, ordered)
+        passages = offsets.read(corpus, lines_FxN, ordered)
         if not _are(run, store, ordered, passages):
             raise InputError("another passage")
     except InputError:

@@ -32,7 +32,6 @@ SAMPLED = 250_000
 BUILT, KEPT = 4.6, 1.1
 # Share of the machine's memory in which an index is built, unless the settings say how much.
 MEMORY = 0.5
-GIB = 2**30
 # Says that ScaNN's folder is complete, and what it was made from.
 MANIFEST = "rqv2_jax.json"
 
@@ -190,7 +189,7 @@ def scann_parts(total: int, size: int, memory: float) -> int:
     each of about sqrt(n)). An index that is loaded takes 4 n D * `KEPT`. `memory` is in GiB; 0 is half
     of the machine's, or of its container's.
     """
-    budget = memory * GIB or MEMORY * room.host_memory()[0]
+    budget = memory * room.GIB or MEMORY * room.host_memory()[0]
     return max(1, min(math.ceil(4 * total * size * BUILT / budget), total))
 
 

@@ -23,6 +23,7 @@ from rqv2_jax.errors import InputError
 from rqv2_jax.models import random_model
 from rqv2_jax.recipe.run import Run
 from rqv2_jax.recipe.stage import stage_batches
+from rqv2_jax.room import GIB
 from rqv2_jax.tools import hlo, machines, plan_steps, rivals, workload
 from rqv2_jax.tools.workload import Texts
 from rqv2_jax.training import stages, train
@@ -148,7 +149,7 @@ def joint(run: Run, texts: Texts, steps: int, versus: bool) -> Iterator[dict]:
         line |= {
             "step_seconds_slowest": max(taken["ours"]),
             "compile_seconds": ours.compile_seconds,
-            "step_memory_gib": plan_steps.program_memory(ours.compiled) / machines.GIB,
+            "step_memory_gib": plan_steps.program_memory(ours.compiled) / GIB,
             "peak_memory_gib": machines.peak_memory(),
             "compiled_over_model_flop": compiled_flop and compiled_flop / model_flop,
             "losses": losses["ours"],

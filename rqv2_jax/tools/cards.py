@@ -2,73 +2,65 @@
 
 import json
 import pathlib
-import textwrap
 
 from rqv2_jax.errors import DAMAGE
 from rqv2_jax.recipe.run import Run
 from rqv2_jax.training.checkpoint import best_step
 
-# By folder: the hub's name of the task, tags, what the model is, and three lines that use it.
+# By model: the hub's name of its task, and tags.
+TASKS = {
+    "retriever": ("sentence-similarity", ["sentence-transformers", "dense-retrieval"]),
+    "reranker": ("text-ranking", ["sentence-transformers", "cross-encoder", "reranker"]),
+}
+TOWERS = """
+queries = SentenceTransformer("query").encode_query(["a question"])
+passages = SentenceTransformer("passage").encode_document(["a passage"])
+print(queries @ passages.T)
+"""
+# By folder: what the model is, and three lines that use it.
 KINDS = {
     "retriever": (
-        "sentence-similarity",
-        ["sentence-transformers", "dense-retrieval"],
         "A dense retriever: the similarity of a query's vector and a passage's is their relevance.",
         """
-        model = SentenceTransformer("{folder}")
-        queries, passages = model.encode_query(["a question"]), model.encode_document(["a passage"])
-        print(model.similarity(queries, passages))
-        """,
+model = SentenceTransformer("retriever")
+queries, passages = model.encode_query(["a question"]), model.encode_document(["a passage"])
+print(model.similarity(queries, passages))
+""",
     ),
     "query": (
-        "sentence-similarity",
-        ["sentence-transformers", "dense-retrieval"],
         "The tower of a dense retriever that reads queries; the tower beside it reads passages.",
-        """
-        queries = SentenceTransformer("{folder}").encode_query(["a question"])
-        passages = SentenceTransformer("{other}").encode_document(["a passage"])
-        print(queries @ passages.T)
-        """,
+        TOWERS,
     ),
     "passage": (
-        "sentence-similarity",
-        ["sentence-transformers", "dense-retrieval"],
         "The tower of a dense retriever that reads passages; the tower beside it reads queries.",
-        """
-        passages = SentenceTransformer("{folder}").encode_document(["a passage"])
-        queries = SentenceTransformer("{other}").encode_query(["a question"])
-        print(queries @ passages.T)
-        """,
+        TOWERS,
     ),
     "reranker": (
-        "text-ranking",
-        ["sentence-transformers", "cross-encoder", "reranker"],
         "A re-ranker: it reads a query and a passage together; its logits order a query's passages.",
         """
-        model = CrossEncoder("{folder}")
-        print(model.predict([("a question", "a passage")]))
-        print(model.rank("a question", ["a passage", "another passage"]))
-        """,
+model = CrossEncoder("reranker")
+print(model.predict([("a question", "a passage")]))
+print(model.rank("a question", ["a passage", "another passage"]))
+""",
     ),
 }
 
 
 def write_card(run: Run, state: str, folder: pathlib.Path) -> None:
     """Adds README.md to the exported folder of one model in a state; its name says which it is."""
-    task, tags, what, code = KINDS[folder.name]
+    what, code = KINDS[folder.name]
     model = "reranker" if folder.name == "reranker" else "retriever"
+    task, tags = TASKS[model]
     head = {"library_name": tags[0], "pipeline_tag": task, "tags": [*tags, "rqv2_jax"]}
     # A line of YAML may hold JSON.
     lines = [f"{key}: {json.dumps(value)}" for key, value in head.items()]
     reader = "CrossEncoder" if model == "reranker" else "SentenceTransformer"
-    other = {"query": "passage", "passage": "query"}.get(folder.name, "")
-    used = textwrap.dedent(code).strip().format(folder=folder.name, other=other)
     title = f"{folder.name.capitalize()} trained on {_data(run)}"
     parts = [
         "\n".join(["---", *lines, "---"]),
         f"# {title}",
         f"{what} It was trained {_how(state, model)}, from `{_start(run, model)}`.",
-        f"```python\nfrom sentence_transformers import {reader}\n\n{used}\n```",
+        f"```python\nfrom sentence_transformers import {reader}\n\n{code.strip()}\n```",
         f"## Results\n\n{_results(run, state, model)}",
         f"## Training\n\n{_training(run, state, model)}",
         "## Licence\n\nThe licences of the model that training started from and of the texts it was "

@@ -2,14 +2,13 @@
 
 from typing import NamedTuple
 
-import jax
 from ml_collections import ConfigDict
 
 from rqv2_jax.models.scoring import Models
 from rqv2_jax.recipe import memory, needs
 from rqv2_jax.recipe.memory import Host
-from rqv2_jax.recipe.needs import GIB, Sizes
-from rqv2_jax.room import host_memory
+from rqv2_jax.recipe.needs import Sizes
+from rqv2_jax.room import GIB
 
 
 class Room(NamedTuple):
@@ -17,12 +16,6 @@ class Room(NamedTuple):
 
     disk: float | None
     memory: float | None
-
-
-def this_host() -> Host:
-    """Returns this machine as a host of a run."""
-    total, _ = host_memory()
-    return Host(jax.default_backend() == "cpu", jax.local_device_count(), memory=total)
 
 
 def compare(

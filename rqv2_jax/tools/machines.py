@@ -11,9 +11,7 @@ import jax
 import numpy as np
 
 from rqv2_jax.errors import InputError, one_line
-from rqv2_jax.room import host_memory
-
-GIB = 2**30
+from rqv2_jax.room import GIB, host_memory
 
 # What makers state for one chip: bytes of main memory, bfloat16 operations a second, bytes a second
 # of main memory and of the links to other chips.

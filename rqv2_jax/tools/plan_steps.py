@@ -21,8 +21,9 @@ from rqv2_jax.errors import InputError
 from rqv2_jax.models import bert, random_model
 from rqv2_jax.models.scoring import TOWERS, Models, init_reranker, tower
 from rqv2_jax.retrieval import stream
+from rqv2_jax.room import GIB
 from rqv2_jax.tools import hlo, workload
-from rqv2_jax.tools.machines import GIB, Machine
+from rqv2_jax.tools.machines import Machine
 from rqv2_jax.tools.workload import Lengths
 from rqv2_jax.training import stages, train
 from rqv2_jax.training.sharding import Sharding

@@ -15,8 +15,9 @@ from rqv2_jax.errors import InputError
 from rqv2_jax.models import attention, bert, random_model, released
 from rqv2_jax.models.scoring import Models
 from rqv2_jax.recipe import memory, needs, opening
+from rqv2_jax.room import GIB
 from rqv2_jax.tools import fits, plan_steps, workload
-from rqv2_jax.tools.machines import GIB, Machine
+from rqv2_jax.tools.machines import Machine
 from rqv2_jax.tools.plan_steps import Step, Target
 from rqv2_jax.tools.workload import Lengths
 from rqv2_jax.training import sharding

@@ -19,7 +19,7 @@ from rqv2_jax.data import tokens
 from rqv2_jax.errors import InputError
 from rqv2_jax.recipe import rankings, scorer
 from rqv2_jax.recipe.run import Run
-from rqv2_jax.recipe.texts import open_store, show_passages
+from rqv2_jax.recipe.texts import open_passages, open_store
 from rqv2_jax.retrieval import bm25, rerank
 
 NO_LABELS_3x0 = np.zeros((3, 0), np.int64)
@@ -108,6 +108,8 @@ System = Callable[[str, tokens.Queries], list[Column]]
 
 
 def _answers(run: Run, store: tokens.Store, *systems: System, shown: int) -> Answers:
+    passages = open_passages(run, store)
+
     def answer(question: str) -> Answer:
         started = time.perf_counter()
         asked = tokens.Queries(run.tokenizer.texts([question]), ["question"], NO_LABELS_3x0)
@@ -116,7 +118,7 @@ def _answers(run: Run, store: tokens.Store, *systems: System, shown: int) -> Ans
             columns = tuple(column for system in systems for column in system(question, asked))
         rows = {row for column in columns for row in column.rows[:shown]}
         ids = {row: store.passage_ids[row] for row in rows}
-        texts = show_passages(run, store, rows)
+        texts = passages(rows)
         seconds = time.perf_counter() - started
         return Answer(question, columns, len(store.passage_ids), shown, ids, texts, seconds)
 

@@ -31,7 +31,7 @@ def write(run: Run, against: Run | None, to: pathlib.Path | None) -> pathlib.Pat
 def write_at_end(workdir: pathlib.Path) -> str:
     """Writes the page of a run that has ended; returns a line on it, which says so if that failed."""
     command = f"python -m rqv2_jax.report --workdir {shlex.quote(str(workdir))}"
-    if not hosts.alone():
+    if hosts.count() > 1:
         return f"report:  one host writes it by {command}"
     try:
         return f"report:  {write(open_workdir(workdir), None, None)}"
